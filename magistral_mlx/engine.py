@@ -38,7 +38,7 @@ def prefill(
         if end == len(ids):
             logits = model.logits(hidden)[0, 0]
             mx.eval(logits)
-            _check_finite(logits)
+            check_finite(logits)
             return logits
         mx.eval([array for cache in caches for array in cache.arrays()])
         mx.clear_cache()  # a chunk's activations are of no size that decoding could use again
@@ -46,7 +46,7 @@ def prefill(
     raise AssertionError("unreachable: the last chunk returns")
 
 
-class _Step(NamedTuple):
+class Step(NamedTuple):
     """The draw of one id: all lazy until `id` is read."""
 
     logits: mx.array  # (V,)
@@ -71,17 +71,17 @@ def decode(
     `limit`; what comes next follows them.
     """
 
-    def draw(logits: mx.array, seen: mx.array | None) -> _Step:
-        step = _Step(logits, seen, sampler.draw(logits, position, seen))
+    def draw(logits: mx.array, seen: mx.array | None) -> Step:
+        step = Step(logits, seen, sampler.draw(logits, position, seen))
         mx.async_eval(step.id)
         return step
 
-    def feed(step: _Step) -> _Step:
+    def feed(step: Step) -> Step:
         hidden = model(step.id.reshape(1, 1), caches)
-        return draw(model.logits(hidden)[0, 0], _mark(step.seen, step.id))
+        return draw(model.logits(hidden)[0, 0], mark(step.seen, step.id))
 
     position = caches[0].offset
-    step = draw(logits, _seen(sampler, prompt, logits))
+    step = draw(logits, seen_mask(sampler, prompt, logits))
     left = limit
     while left > 0:
         # 1. Ask for the next id before this one is known here: the device never waits for Python.
@@ -90,7 +90,7 @@ def decode(
         token = _read(step.id)
         # 2. Rare: no candidate was inside the nucleus. Draw by sorting; what was fed ahead never happened.
         if token == UNSETTLED:
-            _check_finite(step.logits)
+            check_finite(step.logits)
             step = step._replace(id=sampler.settle(step.logits, position - 1, step.seen))
             token = _read(step.id)
             if ahead:
@@ -104,7 +104,7 @@ def decode(
         if forced:
             position += len(forced)
             hidden = model(mx.array([[*forced]]), caches, last=True)
-            ahead = draw(model.logits(hidden)[0, 0], _mark(ahead.seen, mx.array([*forced])))
+            ahead = draw(model.logits(hidden)[0, 0], mark(ahead.seen, mx.array([*forced])))
         step = ahead
 
 
@@ -133,7 +133,7 @@ def decode_batch(
     limit, or when it is told that it has ended; the others go on without it, in a smaller batch.
     """
 
-    def feed() -> list[_Step]:
+    def feed() -> list[Step]:
         hidden = model(mx.stack([row.step.id for row in rows]).reshape(-1, 1), caches)
         logits = model.logits(hidden)[:, 0]  # (B, V)
         ahead = [row.draw_next(logits[at]) for at, row in enumerate(rows)]
@@ -175,18 +175,18 @@ class _Row:
         self._sampler = line.sampler
         self._position = len(line.prompt)  # of the id of this step
         self._forced = deque[int]()
-        seen = _seen(line.sampler, line.prompt, line.logits)
-        self.step = _Step(line.logits, seen, line.sampler.draw(line.logits, self._position, seen))
+        seen = seen_mask(line.sampler, line.prompt, line.logits)
+        self.step = Step(line.logits, seen, line.sampler.draw(line.logits, self._position, seen))
 
-    def draw_next(self, logits: mx.array) -> _Step:
+    def draw_next(self, logits: mx.array) -> Step:
         """The step behind this one, from the logits that follow it."""
-        seen = _mark(self.step.seen, self.step.id)
-        return _Step(logits, seen, self._sampler.draw(logits, self._position + 1, seen))
+        seen = mark(self.step.seen, self.step.id)
+        return Step(logits, seen, self._sampler.draw(logits, self._position + 1, seen))
 
     def settle(self) -> int:
         """The id of this step, where no candidate was inside the nucleus."""
         logits, seen, _ = self.step
-        _check_finite(logits)
+        check_finite(logits)
         self.step = self.step._replace(id=self._sampler.settle(logits, self._position, seen))
         return _read(self.step.id)
 
@@ -196,7 +196,7 @@ class _Row:
         self.left -= 1
         return told is not None and self.left > 0
 
-    def step_to(self, step: _Step) -> None:
+    def step_to(self, step: Step) -> None:
         self._position += 1
         self.said = bool(self._forced)
         self.step = step._replace(id=mx.array(self._forced.popleft(), mx.int32)) if self.said else step
@@ -212,7 +212,7 @@ def _read(token: mx.array) -> int:
     return cast("int", token.item())
 
 
-def _seen(sampler: Sampler, prompt: Sequence[int], logits: mx.array) -> mx.array | None:
+def seen_mask(sampler: Sampler, prompt: Sequence[int], logits: mx.array) -> mx.array | None:
     """The ids of the prompt as a mask over the vocabulary, if a penalty will ask for it."""
     if sampler.sampling.repetition_penalty == 1:
         return None
@@ -222,7 +222,7 @@ def _seen(sampler: Sampler, prompt: Sequence[int], logits: mx.array) -> mx.array
     return seen
 
 
-def _mark(seen: mx.array | None, token: mx.array) -> mx.array | None:
+def mark(seen: mx.array | None, token: mx.array) -> mx.array | None:
     if seen is None:
         return None
     marked = mx.array(seen)  # a copy by value: the step before keeps its own, in case it is drawn again
@@ -230,7 +230,7 @@ def _mark(seen: mx.array | None, token: mx.array) -> mx.array | None:
     return marked
 
 
-def _check_finite(logits: mx.array) -> None:
+def check_finite(logits: mx.array) -> None:
     """Weights that hold NaN or Inf, or overflow, show here before they are taken for an answer.
 
     Asked once per prompt, and of every step that finds no id (NaN is inside no nucleus).
