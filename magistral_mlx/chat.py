@@ -20,11 +20,12 @@ from .batch import Batch, BatchSource
 from .checkpoint import Checkpoint, load, open_checkpoint
 from .checks import whole_number
 from .conversation import Conversation
-from .errors import ClosedError, ContextError, MagistralWarning, PromptError
-from .generation import BatchGeneration, Generation, Request
+from .errors import CheckpointError, ClosedError, ContextError, MagistralWarning, PromptError
+from .generation import BatchGeneration, Drafting, Generation, Request
 from .loops import LoopGuard
 from .model import Transformer
 from .options import MAX_TOKENS, Options
+from .pace import Pace
 from .prefix import Prefix
 from .prompt import Messages
 from .reply import Reply, Telling
@@ -54,24 +55,35 @@ class Magistral:
         model: Transformer,
         *,
         kv_bits: KVBits | None = None,
+        draft: tuple[Checkpoint, Transformer] | None = None,
     ) -> None:
         self._checkpoint = checkpoint
         self.path = checkpoint.path
         self.config = checkpoint.config
         self.tokenizer = tokenizer
         self.kv_bits = kv_bits
-        self._guard = memory.Guard(
-            checkpoint.config, checkpoint.nbytes(model.dtype), itemsize=model.dtype.size
-        )
+        weights = checkpoint.nbytes(model.dtype) + (draft[0].nbytes(draft[1].dtype) if draft else 0)
+        self._guard = memory.Guard(checkpoint.config, weights, itemsize=model.dtype.size)
         self._worker = worker
         self._model: Transformer | None = model
+        self._draft = draft[1] if draft else None
+        self._pace = Pace()
 
     @classmethod
-    def load(cls, name: str | Path, *, dtype: DType | None = None, kv_bits: KVBits | None = None) -> Self:
+    def load(
+        cls,
+        name: str | Path,
+        *,
+        dtype: DType | None = None,
+        kv_bits: KVBits | None = None,
+        draft_model: str | Path | None = None,
+    ) -> Self:
         """Load a model: a directory, a name on the Hub that was downloaded before, or "demo".
 
         dtype: what activations are computed in; by default bfloat16 on a GPU and float32 on a CPU.
         kv_bits: 8 keeps what was read in half the memory; see `magistral-mlx plan`.
+        draft_model: a smaller model with the same vocabulary, which guesses what this one will say; replies
+            then speculate (see `Options`), and are what they are without it.
         Nothing is downloaded. Refuses before reading what would not fit into this machine's memory.
         """
         found = hub.resolve(str(name))
@@ -79,13 +91,17 @@ class Magistral:
         for difference in manifest.wrong_sizes(found.weights):
             warnings.warn(f"{found.weights}: {difference}; convert it again", MagistralWarning, stacklevel=2)
         number = getattr(mx, dtype) if dtype else memory.default_dtype()
-        guard = memory.Guard(checkpoint.config, checkpoint.nbytes(number), itemsize=number.size)
+        drafts = None if draft_model is None else _open_draft(str(draft_model), checkpoint)
+        nbytes = checkpoint.nbytes(number) + (drafts.nbytes(number) if drafts else 0)
+        guard = memory.Guard(checkpoint.config, nbytes, itemsize=number.size)
         guard.check_load(str(name), kv_bits=kv_bits)
         worker = Worker(f"magistral {found.weights.name}")
         weights: Future[Transformer] = worker.submit(lambda: load(checkpoint, number))
+        guesser = worker.submit(lambda: drafts and (drafts, load(drafts, number)))
         try:
             tokenizer = Tokenizer.from_directory(found.words)  # a second or two, while the weights are read
-            return cls(checkpoint, tokenizer, worker, weights.result(), kv_bits=kv_bits)
+            model = weights.result()
+            return cls(checkpoint, tokenizer, worker, model, kv_bits=kv_bits, draft=guesser.result())
         except BaseException:
             worker.close()
             raise
@@ -183,13 +199,23 @@ class Magistral:
         """
         prefix = prefix or self.new_prefix(self.kv_bits)
         telling, request = self._begin(prompt, _seed(options), options, held=prefix.nbytes)
-        generation = Generation(self.transformer, request.prompt, prefix, request.sampler, request.limit)
-        source = Source(worker=self._worker, steps=generation.run(), reused=lambda: generation.reused)
+        drafting = None
+        if options.get("speculate", self._draft is not None):
+            drafting = Drafting(pace=self._pace, model=self._draft)
+        generation = Generation(
+            self.transformer, request.prompt, prefix, request.sampler, request.limit, drafting=drafting
+        )
+        source = Source(
+            worker=self._worker,
+            steps=generation.run(),
+            reused=lambda: generation.reused,
+            passes=lambda: generation.passes,
+        )
         return Stream(source, telling, on_end=on_end)
 
     def close(self) -> None:
         """Give the memory back. A stream that is still open ends with a `ClosedError`."""
-        self._model = None
+        self._model = self._draft = None
         self._worker.close()
 
     def __enter__(self) -> Self:
@@ -274,6 +300,18 @@ class Magistral:
                 "shorten the question or the conversation"
             )
         return min(max_tokens, room)
+
+
+def _open_draft(name: str, target: Checkpoint) -> Checkpoint:
+    """The checkpoint of a draft model: its ids must mean the same."""
+    draft = open_checkpoint(hub.resolve(name).weights)
+    ours, theirs = target.config.vocab_size, draft.config.vocab_size
+    if ours != theirs:
+        raise CheckpointError(
+            f"a draft model has the vocabulary of the model it guesses for: expected {ours} ids, found "
+            f"{theirs} in {name}; use a smaller model of the same family"
+        )
+    return draft
 
 
 def _repeated(messages: Messages, n: int) -> list[Messages]:

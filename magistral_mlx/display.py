@@ -77,6 +77,8 @@ def summary(finished: Finished) -> str:
         parts.append(f"thought {stats.thinking_tokens} tokens for {stats.thinking_seconds:.1f} s{cut}")
     parts.append(f"answered {stats.answer_tokens} tokens in {stats.answer_seconds:.1f} s")
     parts.append(f"{stats.decode_tokens_per_second:.1f} tokens/s")
+    if stats.tokens_per_pass > 1:
+        parts.append(f"{stats.tokens_per_pass:.2f} tokens a forward pass")
     if finished.reason == "length":
         parts.append("cut off: max_tokens or the context was spent")
     if finished.reason == "loop":

@@ -1,7 +1,7 @@
 """Who guesses the next ids, so that one forward pass can check several: a look-up, or a smaller model.
 
-A guess may be anything: what is not what the model itself draws is thrown away (`speculation`). Knows ids, how
-often its guesses were right lately, and, of a draft model, its caches. Does not know what a guess costs.
+A guess may be anything: what is not what the model itself draws is thrown away (`speculation`). Knows ids,
+how often its guesses were right lately, and, of a draft model, its caches. Does not know what a guess costs.
 """
 
 from collections.abc import Sequence
@@ -27,9 +27,10 @@ BEHIND = 512
 
 
 class Rate:
-    """How often guesses came true, lately: one in two where nothing is known yet."""
+    """How often guesses came true, lately. Begins as if it had seen two, of which so many were right."""
 
-    def __init__(self) -> None:
+    def __init__(self, start: float = 1.0) -> None:
+        self._start = start
         self._right = self._all = 0.0
 
     def saw(self, *, right: bool) -> None:
@@ -38,7 +39,7 @@ class Rate:
 
     @property
     def value(self) -> float:
-        return (self._right + 1) / (self._all + 2)
+        return (self._right + self._start) / (self._all + 2)
 
 
 class Drafter(Protocol):
@@ -128,7 +129,7 @@ class DraftModel:
         self._model = model
         self._prefix = prefix
         self._sampler = sampler
-        self._rate = Rate()
+        self._rate = Rate(1.6)  # somebody chose it for this; nothing but trying tells
         self._guess: mx.array | None = None  # not judged yet; the caches hold it, but for its last id
         self._seen: mx.array | None = None
 

@@ -46,6 +46,7 @@ class Stats:
 
     cached_tokens: of the prompt, read in an earlier turn and not again.
     forced_tokens: of the thinking, said for the model to close its reasoning.
+    forward_passes: of the model, for what it said itself: as many as ids, unless it speculates.
     first_token_seconds, first_answer_seconds: from the start to the first id, and to the first of the answer
         (0: there was none).
     """
@@ -55,6 +56,7 @@ class Stats:
     thinking_tokens: int = 0
     answer_tokens: int = 0
     forced_tokens: int = 0
+    forward_passes: int = 0
     prefill_seconds: float = 0.0
     thinking_seconds: float = 0.0
     answer_seconds: float = 0.0
@@ -74,6 +76,12 @@ class Stats:
     def decode_tokens_per_second(self) -> float:
         tokens = self.thinking_tokens + self.answer_tokens
         return tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """1 without speculation; with it, as many more as guesses were right."""
+        own = self.thinking_tokens + self.answer_tokens - self.forced_tokens
+        return own / self.forward_passes if self.forward_passes else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

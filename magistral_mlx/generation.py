@@ -10,23 +10,49 @@ import mlx.core as mx
 
 from . import engine
 from .cache import KVCache, stacked
+from .drafts import Drafter, DraftModel, PromptLookup
 from .model import Transformer
+from .pace import Pace
 from .prefix import Prefix
 from .sampling import Sampler
+from .speculation import Speculation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drafting:
+    """How a model's replies are drafted."""
+
+    pace: Pace
+    model: Transformer | None
+    """Another one, which guesses; None: what the last ids were followed by before is looked up."""
 
 
 class Generation:
     """One reply on the model's thread, and how much of its prompt an earlier turn had read."""
 
     def __init__(
-        self, model: Transformer, prompt: list[int], prefix: Prefix, sampler: Sampler, limit: int
+        self,
+        model: Transformer,
+        prompt: list[int],
+        prefix: Prefix,
+        sampler: Sampler,
+        limit: int,
+        *,
+        drafting: Drafting | None = None,
     ) -> None:
         self._model = model
         self._prompt = prompt
         self._prefix = prefix
         self._sampler = sampler
         self._limit = limit
+        self._drafting = drafting
+        self._speculation: Speculation | None = None
         self.reused = 0
+
+    @property
+    def passes(self) -> int | None:
+        """Forward passes behind the ids so far; None: one each."""
+        return self._speculation and self._speculation.passes
 
     def run(self) -> Generator[int | None, list[int] | None, None]:
         """None for each piece of prompt that is read, then ids; ids sent in are said in their place."""
@@ -40,9 +66,12 @@ class Generation:
         model, prefix, prompt = self._model, self._prefix, self._prompt
         self.reused = prefix.rewind(prompt)
         logits = yield from _read(model, prompt[self.reused :], prefix.caches)
-        said = engine.decode(
-            model, logits, prefix.caches, sampler=self._sampler, prompt=prompt, limit=self._limit
-        )
+        decode = engine.decode
+        if self._drafting:
+            drafter = yield from self._drafter(self._drafting.model)
+            self._speculation = Speculation(drafter, self._drafting.pace)
+            decode = self._speculation.decode
+        said = decode(model, logits, prefix.caches, sampler=self._sampler, prompt=prompt, limit=self._limit)
         forced: list[int] | None = None
         while True:
             try:
@@ -52,6 +81,15 @@ class Generation:
             prefix.ids.append(token)
             forced = yield token
             prefix.ids += forced or ()
+
+    def _drafter(self, model: Transformer | None) -> Generator[None, object, Drafter]:
+        """Who guesses. A draft model reads the prompt too, and keeps what it read beside the prefix."""
+        if model is None:
+            return PromptLookup(self._prompt)
+        prefix = self._prefix.draft = self._prefix.draft or Prefix(model.new_caches())
+        common = prefix.rewind(self._prompt)
+        yield from _read(model, self._prompt[common:], prefix.caches)
+        return DraftModel(model, prefix, self._sampler)
 
 
 @dataclass(frozen=True, kw_only=True)

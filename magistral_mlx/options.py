@@ -21,6 +21,9 @@ class Options(TypedDict, total=False):
     think: False leaves out the prompt that makes the model think: quicker, and worse at hard questions.
     system: placed before the checkpoint's system prompt.
     keep_thinking: earlier reasoning ("thinking" of an assistant's message) is read again, not only answers.
+    speculate: guess several ids ahead and check them in one forward pass, where that is measured to be
+        quicker; for a seed the reply is the same. Off, unless the model was loaded with a draft model.
+        Several replies at once are always written without it.
     stop: a string, or several, that ends the answer and is not part of it; reasoning may contain it.
     """
 
@@ -32,4 +35,5 @@ class Options(TypedDict, total=False):
     loop_guard: bool
     system: str | None
     keep_thinking: bool
+    speculate: bool
     stop: str | Sequence[str]

@@ -17,8 +17,8 @@ SURE = 3
 """Plain passes to be measured first."""
 FORGET = 256
 """Passes after which a measurement is made anew: machines grow hot, and contexts long."""
-UNKNOWN = 0.1
-"""Of a plain pass: what a draft is taken to cost until it is measured."""
+UNKNOWN = 0.5
+"""Of a plain pass: what a draft is taken to cost until it is measured, where it is likely to be right."""
 WORTH = 1.05
 """So many times the ids a second, or it is not worth drafting."""
 
@@ -68,5 +68,5 @@ class Pace:
 
 
 def _expected(chance: float, k: int) -> float:
-    """Ids that a pass with `k` drafts brings: those that are right up to the first wrong one, and one more."""
+    """Ids that a pass with `k` drafts brings: the right ones before the first wrong one, and one more."""
     return sum(chance**at for at in range(k + 1))

@@ -88,12 +88,16 @@ class Telling:
         """A piece of the prompt was read; `reused` ids of it had been read before."""
         self._stats = _read(self._stats, reused, seconds)
 
-    def say(self, token: int, seconds: float) -> list[int] | None:
-        """Account for one id. Returns those that are to be said next in the model's place, if any."""
+    def say(self, token: int, seconds: float, passes: int | None = None) -> list[int] | None:
+        """Account for one id. Returns those that are to be said next in the model's place, if any.
+
+        passes: of the model, since the reply began; None: one for this id.
+        """
         forced = None
         self._ids.append(token)
         self.events += self._transcript.feed(token)
-        self._stats = _said(self._stats, self._transcript.phase, seconds)
+        passes = self._stats.forward_passes + 1 if passes is None else passes
+        self._stats = replace(_said(self._stats, self._transcript.phase, seconds), forward_passes=passes)
         if token == self._tokenizer.eos_id or self._transcript.stopped:
             self._finish("stop")
             return None

@@ -1,13 +1,17 @@
 """Several ids a forward pass, and the same ids as without: drafts are checked, never trusted.
 
-`decode` is `engine.decode` with drafts. A pass is fed the last id and k guesses of what follows it, and the
-sampler draws at each of those k + 1 places, with the noise of each place. As long as a draw is the guess, what
-was fed behind it is right, and so is the next draw; the first draw that is not the guess is still a right one,
-and what was fed behind it is trimmed away. So a pass brings one to k + 1 ids, each drawn from the model's own
-logits: a seed gives the ids that it gives without drafts (in float32; elsewhere a pass over several rows rounds
-otherwise than a pass over one, and the ids are as likely).
+`Speculation.decode` is `engine.decode` with drafts. A pass is fed the last id and k guesses of what follows
+it, and the sampler draws at each of those k + 1 places, with the noise of each place:
 
-While there is nothing to draft it is `engine.decode`, one step ahead of what is known here.
+    fed      is    85    .    So       "is" was said before; 85 . So are guesses
+    drawn    85    ,    (…)   (…)      85 was right, "." was not: this pass brings 85 and ","
+
+As long as a draw is the guess, what was fed behind it is right, and so is the next draw; the first draw that
+is not the guess is still a right one, and what was fed behind it is trimmed. So a pass brings one to k + 1
+ids, each drawn from the model's own logits: a seed gives the ids that it gives without drafts (in float32; in
+16 bit a pass over several rows rounds otherwise than a pass over one, and the ids are as likely).
+
+While there is nothing to draft it goes one step ahead of what is known here, as `engine.decode` does.
 """
 
 import time
@@ -52,9 +56,9 @@ class Speculation:
         prompt: Sequence[int] = (),
         limit: int,
     ) -> Generator[int, Sequence[int] | None, None]:
-        """As `engine.decode`. At a yield the caches hold all ids so far and, it may be, more: what was drafted.
+        """As `engine.decode`; but at a yield the caches may hold more than what was yielded so far.
 
-        Fed are then at least all ids yielded but the last. Whoever goes on from them trims to what it has seen.
+        What they hold of that is right, and lacks at most the last id; whoever goes on trims the rest.
         """
         passes, drafter = _Passes(model, caches, sampler), self._drafter
         position, left = caches[0].offset, limit  # position: of the first id that `now` draws

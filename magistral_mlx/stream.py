@@ -29,6 +29,8 @@ class Source:
     steps: Generator[int | None, list[int] | None, None]
     reused: Callable[[], int]
     """How many ids of the prompt were read before; known when the first step is done."""
+    passes: Callable[[], int | None] = lambda: None
+    """How many forward passes the ids so far took, where they are not one each."""
 
 
 class Stream:
@@ -157,7 +159,7 @@ class Stream:
             if token is None:
                 self._telling.read(source.reused(), seconds)
                 return
-            self._forced = self._telling.say(token, seconds)
+            self._forced = self._telling.say(token, seconds, source.passes())
             if self._telling.reason is not None:
                 self._end()
 

@@ -31,9 +31,21 @@ FLOORS = (
         "journal",
         "machine",
         "loops",
+        "pace",
     },
     {"model", "prefix", "recipe", "transcript", "sidecars", "manifest"},
-    {"options", "checkpoint", "engine", "generation", "memory", "plan", "quantize", "closing"},
+    {
+        "options",
+        "checkpoint",
+        "engine",
+        "drafts",
+        "speculation",
+        "generation",
+        "memory",
+        "plan",
+        "quantize",
+        "closing",
+    },
     {"convert", "hub", "worker", "reply", "answers", "stream", "batch", "saving", "conversation", "chat"}
     | {"display", "notebook"},
     {"repl", "cli_common", "cli_convert", "cli_plan", "bench", "cli_bench", "cli", "__init__", "__main__"},
@@ -52,6 +64,9 @@ ARRAYS |= {
     "journal",
     "convert",
     "prefix",
+    "pace",
+    "drafts",
+    "speculation",
     "generation",
 }
 WORDS = {
