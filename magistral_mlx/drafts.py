@@ -183,4 +183,5 @@ class DraftModel:
             self._rate.saw(right=True)
         if right < len(guess):
             self._rate.saw(right=False)
-        trim_all(self._prefix.caches, max(len(guess) - 1 - right, 0))
+        kept = min(right, len(ids) - 1, len(guess) - 1)  # the last id said is always to be fed
+        trim_all(self._prefix.caches, len(guess) - 1 - kept)

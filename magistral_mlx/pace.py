@@ -38,7 +38,9 @@ class Pace:
         if drafts not in self._warm:  # the first of a shape may have compiled kernels
             self._warm.add(drafts)
             return
-        self._seconds.setdefault(drafts, deque(maxlen=5)).append(seconds)
+        self._seconds.setdefault(drafts, deque(maxlen=5)).append(
+            max(seconds, 1e-9)
+        )  # clocks stand still at times
         self._last[drafts] = self._passes
         for old in [k for k, last in self._last.items() if self._passes - last > FORGET]:
             del self._seconds[old], self._last[old]
@@ -54,17 +56,19 @@ class Pace:
 
     def _costs(self, most: int) -> list[float]:
         """Seconds of a pass with 0, 1, … drafts. What is not measured goes on in proportion, and not far."""
-        plain = statistics.median(self._seconds[0])
-        costs, each, known = [plain], UNKNOWN * plain, 0
-        for k in range(1, most + 1):
-            if k in self._seconds:
-                costs.append(statistics.median(self._seconds[k]))
-                known, each = k, max(costs[-1] - plain, 0) / k
-            elif k <= max(2 * known, 2):
-                costs.append(plain + k * each)
-            else:
-                costs.append(math.inf)
-        return costs
+        known = {k: statistics.median(seconds) for k, seconds in self._seconds.items()}
+        plain = known.pop(0)
+
+        def cost(k: int) -> float:
+            if k in known or k == 0:
+                return known.get(k, plain)
+            if k > 2 * max(known, default=1):
+                return math.inf
+            near = max((n for n in known if n < k), default=min(known, default=0))
+            each = max(known[near] - plain, 0) / near if near else UNKNOWN * plain
+            return plain + k * each
+
+        return [cost(k) for k in range(most + 1)]
 
 
 def _expected(chance: float, k: int) -> float:
