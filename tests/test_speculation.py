@@ -121,7 +121,7 @@ SAMPLINGS = {
     ),
     limit=st.integers(0, 20),
 )
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_the_same_ids_whatever_is_guessed_when(  # noqa: PLR0917 -- hypothesis passes them by name
     seed: int,
     sampling: Sampling,
@@ -133,6 +133,7 @@ def test_the_same_ids_whatever_is_guessed_when(  # noqa: PLR0917 -- hypothesis p
     """Also where ids are sent in amid a draft, or the limit is in one; and the caches hold what was said."""
 
     def check(ids: list[int], caches: list[KVCache]) -> None:
+        assert drafter.said[: len(ids)] == ids
         for cache in caches:
             said = [*PROMPT, *ids][: cache.offset]
             assert remembered(cache)[: len(said)] == said
@@ -150,7 +151,6 @@ def test_the_same_ids_whatever_is_guessed_when(  # noqa: PLR0917 -- hypothesis p
             speculating(drafter, *counts), Remembering(), Sampler(sampling, seed), limit, sent, check=check
         )
     assert found == expected
-    assert drafter.said[: len(found)] == found[: len(drafter.said)]
 
 
 @given(
@@ -270,7 +270,7 @@ def test_numbers_that_fail_amid_a_draft_are_refused(sampling: Sampling, at: int)
     assert found == expected[: len(found)]
 
 
-@pytest.mark.parametrize("kind", ["likeliest", "random", "what was said"])
+@pytest.mark.parametrize("kind", ["likeliest", "random"])
 def test_what_is_said_is_distributed_as_the_nucleus(kind: str):
     """Against frequencies in float64, with a guesser that would like it otherwise."""
     rng = np.random.default_rng(1)
@@ -291,11 +291,9 @@ def test_what_is_said_is_distributed_as_the_nucleus(kind: str):
         def propose(self, most: int) -> mx.array | None:
             if kind == "likeliest":
                 return mx.array([int(scores.argmax())] * most)
-            if kind == "random":
-                return mx.array(self.rng.integers(0, scores.size, size=most))
-            return mx.array((self.said[-1:] or [0]) * most)
+            return mx.array(self.rng.integers(0, scores.size, size=most))
 
-    n = 1500
+    n = 1000
     speculation = Speculation(Biased([], 0), Schedule(2))
     found, _ = say(speculation.decode, Constant(), Sampler(sampling, 11), n)
     if kind == "likeliest":
@@ -366,11 +364,10 @@ def same_ids(model: Magistral, prompts: Sequence[Sequence[int]], **options: Any)
 
 @pytest.mark.usefixtures("always")
 def test_the_demo_says_the_same(demo: Magistral):
-    questions = [problem.question for problem in held_out_problems(5, 50)]
-    plain = [demo.encode(question) for question in questions[:3]]
-    same_ids(demo, plain, max_tokens=30)
-    again = [asked_again(demo, question, seed=1, max_tokens=150) for question in questions[3:]]
-    tokens, passes = same_ids(demo, again, max_tokens=40)
+    questions = [problem.question for problem in held_out_problems(3, 50)]
+    same_ids(demo, [demo.encode(question) for question in questions[:2]], max_tokens=30)
+    again = asked_again(demo, questions[2], seed=1, max_tokens=150)
+    tokens, passes = same_ids(demo, [again], max_tokens=40)
     assert tokens / passes > 1.5
 
 
