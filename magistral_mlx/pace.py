@@ -19,7 +19,7 @@ FORGET = 256
 """Passes after which a measurement is made anew: machines grow hot, and contexts long."""
 UNKNOWN = 0.5
 """Of a plain pass: what a draft is taken to cost until it is measured, where it is likely to be right."""
-WORTH = 1.05
+WORTH = 1.1
 """So many times the ids a second, or it is not worth drafting."""
 
 
