@@ -137,15 +137,16 @@ class Conversation:
         Reasoning that led to tool calls is kept until they are answered and the next question comes.
         """
         tokenizer, last = self._model.tokenizer, self._turns[-1][1] if self._turns else None
+        messages = _messages(said)
         keeps = options.get("keep_thinking") or not isinstance(said, str)
         if keeps and last and last.token_ids:
             end = [] if last.token_ids[-1] == tokenizer.eos_id else [tokenizer.eos_id]
             turn = tokenizer.encode_turn(
-                _messages(said), calls=last.tool_calls, tools=offered(options), behind=last.prompt_ids
+                said, calls=last.tool_calls, tools=offered(options), behind=last.prompt_ids
             )
             if turn is not None:
                 return [*last.prompt_ids, *last.token_ids, *end, *turn]
-        return self._model.encode([*self.messages, *_messages(said)], **options)
+        return self._model.encode([*self.messages, *messages], **options)
 
 
 def _messages(said: saving.Said) -> list[dict[str, Any]]:

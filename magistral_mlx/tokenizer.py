@@ -151,7 +151,8 @@ class Tokenizer:
         behind: the prompt of that reply. None is returned where it does not have what it should say of
             `tools`: they changed, or the template has them before the last question.
         """
-        said = [{"role": "user", "content": said}] if isinstance(said, str) else said
+        if isinstance(said, str):
+            said = [{"role": "user", "content": check_text(said, "the message")}]
         reply = {"role": "assistant", "content": "-", "tool_calls": [call.message for call in calls]}
         ids = self._encode(read_messages([{"role": "user", "content": "-"}, reply, *said]), tools)
         turn = ids[len(ids) - ids[::-1].index(self.eos_id) :]
