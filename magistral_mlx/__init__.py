@@ -29,7 +29,7 @@ from .errors import (
     SamplingError,
     TokenizerError,
 )
-from .events import AnswerToken, Event, Finished, Stats, ThinkToken
+from .events import AnswerToken, Event, Finished, Stats, ThinkToken, ToolCall, ToolCallToken
 
 if TYPE_CHECKING:
     from .answers import consensus
@@ -65,6 +65,8 @@ __all__ = [
     "Stream",
     "ThinkToken",
     "TokenizerError",
+    "ToolCall",
+    "ToolCallToken",
     "__version__",
     "consensus",
 ]

@@ -8,8 +8,10 @@ how anything is shown, and leaves every rule to the module that owns it: prompts
 
 import secrets
 import warnings
+from array import array
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias, TypeVar, Unpack, overload
 
@@ -24,7 +26,7 @@ from .errors import ClosedError, ContextError, MagistralWarning, PromptError
 from .generation import BatchGeneration, Generation, Request
 from .loops import LoopGuard
 from .model import Transformer
-from .options import MAX_TOKENS, Options
+from .options import MAX_TOKENS, Options, offered
 from .prefix import Prefix
 from .prompt import Messages
 from .reply import Reply, Telling
@@ -32,6 +34,7 @@ from .sampling import Sampler, Sampling
 from .stream import Source, Stream
 from .tensorfile import NAMES
 from .tokenizer import Tokenizer
+from .toolcalls import CallParser
 from .transcript import Transcript
 from .worker import Worker
 
@@ -166,6 +169,7 @@ class Magistral:
             system=options.get("system"),
             think=options.get("think", True),
             keep_thinking=options.get("keep_thinking", False),
+            tools=offered(options),
         )
 
     def stream_ids(
@@ -235,7 +239,11 @@ class Magistral:
         self._guard.check_reply(len(prompt), limit, kv_bits=self.kv_bits, held=max(others, 0))
         stop = options.get("stop", ())
         telling = Telling(
-            Transcript(self.tokenizer, stop=(stop,) if isinstance(stop, str) else tuple(stop)),
+            Transcript(
+                self.tokenizer,
+                stop=(stop,) if isinstance(stop, str) else tuple(stop),
+                calls=CallParser(_key(prompt, seed)) if offered(options) else None,
+            ),
             self.tokenizer,
             prompt_ids=tuple(prompt),
             seed=seed,
@@ -278,6 +286,11 @@ class Magistral:
 
 def _repeated(messages: Messages, n: int) -> list[Messages]:
     return [messages] * whole_number("n", n, least=1)
+
+
+def _key(prompt: Sequence[int], seed: int) -> str:
+    """Another one for each reply, the same for the same reply."""
+    return f"{sha256(array('I', prompt).tobytes()).hexdigest()}/{seed}"
 
 
 def _seed(options: Options) -> int:

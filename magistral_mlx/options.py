@@ -1,8 +1,9 @@
 """What can be set for one reply: the keywords of `stream`, `ask` and their kin, said once."""
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
+from . import tools
 from .sampling import Sampling
 
 MAX_TOKENS = 40960
@@ -22,6 +23,9 @@ class Options(TypedDict, total=False):
     system: placed before the checkpoint's system prompt.
     keep_thinking: earlier reasoning ("thinking" of an assistant's message) is read again, not only answers.
     stop: a string, or several, that ends the answer and is not part of it; reasoning may contain it.
+    tools: functions that the model may call: `{"type": "function", "function": {"name", "description",
+        "parameters"}}`, as OpenAI has them. Calls are in `Reply.tool_calls`.
+    tool_choice: "auto": the model calls or answers, as it likes; "none": it is not told of the tools.
     """
 
     sampling: Sampling
@@ -33,3 +37,10 @@ class Options(TypedDict, total=False):
     system: str | None
     keep_thinking: bool
     stop: str | Sequence[str]
+    tools: tools.Tools
+    tool_choice: str
+
+
+def offered(options: Options) -> list[dict[str, Any]]:
+    """The definitions of the tools that a reply may call."""
+    return tools.offered(options.get("tools", ()), options.get("tool_choice", "auto"))

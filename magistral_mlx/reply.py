@@ -7,9 +7,10 @@ of the model is ids and the seconds they took.
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from .closing import Closing
-from .events import Event, Finished, FinishReason, Stats
+from .events import Event, Finished, FinishReason, Stats, ToolCall
 from .loops import LoopGuard
 from .thinking import Phase
 from .tokenizer import Tokenizer
@@ -27,12 +28,18 @@ class Reply:
     finish_reason: FinishReason
     seed: int
     stats: Stats
+    tool_calls: tuple[ToolCall, ...] = ()
+    """Those that are whole; each wants an answer (`ToolCall.result`) in the next turn."""
 
     @property
-    def message(self) -> dict[str, str]:
+    def message(self) -> dict[str, Any]:
         """This reply as a message of a conversation's history."""
-        message = {"role": "assistant", "content": self.answer}
-        return message | {"thinking": self.thinking} if self.thinking else message
+        message: dict[str, Any] = {"role": "assistant", "content": self.answer}
+        if self.thinking:
+            message["thinking"] = self.thinking
+        if self.tool_calls:
+            message["tool_calls"] = [call.message for call in self.tool_calls]
+        return message
 
 
 class Telling:
@@ -78,6 +85,7 @@ class Telling:
             finish_reason=self.reason or "cancelled",
             seed=self._seed,
             stats=self._stats,
+            tool_calls=self._transcript.tool_calls,
         )
 
     def stop_thinking(self) -> None:
@@ -125,10 +133,10 @@ class Telling:
         return ids
 
     def _finish(self, reason: FinishReason) -> None:
-        self.reason = reason
         events, leftover = self._transcript.flush()
+        self.reason = "tool_calls" if reason == "stop" and self._transcript.tool_calls else reason
         self.events += events
-        self.events.append(Finished(reason=reason, stats=self._stats, token_ids=leftover))
+        self.events.append(Finished(reason=self.reason, stats=self._stats, token_ids=leftover))
 
 
 def _read(stats: Stats, reused: int, seconds: float) -> Stats:

@@ -79,6 +79,13 @@ class ThinkParser:
         self._late = self._tags == "text"
         return pieces
 
+    def interrupt(self) -> list[Piece]:
+        """What is no text comes here, and ends the reasoning: a tool call. Text may go on behind it."""
+        pieces = self.flush()
+        if self._state == "thinking":
+            self._enter("answer", "")
+        return pieces
+
     def feed(self, text: str) -> list[Piece]:
         self._held += text
         pieces: list[Piece] = []

@@ -31,6 +31,8 @@ FLOORS = (
         "journal",
         "machine",
         "loops",
+        "tools",
+        "toolcalls",
     },
     {"model", "prefix", "recipe", "transcript", "sidecars", "manifest"},
     {"options", "checkpoint", "engine", "generation", "memory", "plan", "quantize", "closing"},
@@ -67,11 +69,14 @@ WORDS = {
     "closing",
     "reply",
     "answers",
+    "tools",
+    "toolcalls",
 }
 
 PUBLIC = {
     *("Magistral", "Conversation", "Sampling", "Stream", "Reply", "consensus"),
     *("ThinkToken", "AnswerToken", "Finished", "Event", "Stats"),
+    *("ToolCall", "ToolCallToken"),
     *("MagistralError", "CheckpointError", "ConfigError", "TokenizerError", "PromptError", "ContextError"),
     *("ConversationError", "SamplingError", "ConversionError", "HubError", "MemoryLimitError", "ClosedError"),
     *("MagistralWarning", "__version__"),
