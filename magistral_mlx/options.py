@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from typing import TypedDict
 
 from .sampling import Sampling
+from .shape import Schema
 
 MAX_TOKENS = 40960
 """The model card's limit for one reply."""
 
 
-class Options(TypedDict, total=False):
+class Plain(TypedDict, total=False):
     """What can be set for one reply; whatever is left out is the model card's or the checkpoint's.
 
     sampling: how ids are drawn (`Sampling()`: temperature 0.7, top_p 0.95).
@@ -22,6 +23,7 @@ class Options(TypedDict, total=False):
     system: placed before the checkpoint's system prompt.
     keep_thinking: earlier reasoning ("thinking" of an assistant's message) is read again, not only answers.
     stop: a string, or several, that ends the answer and is not part of it; reasoning may contain it.
+    logprobs: keep the log-probability of each id in `Reply.logprobs`, and of so many likeliest ones, 0 to 20.
     """
 
     sampling: Sampling
@@ -33,3 +35,15 @@ class Options(TypedDict, total=False):
     system: str | None
     keep_thinking: bool
     stop: str | Sequence[str]
+    logprobs: int | None
+
+
+class Options(Plain, total=False):
+    """`Plain`, and what the answer is to be.
+
+    schema: a Pydantic model or another type, a JSON schema, or a `Regex`. The answer is held to it, the
+        reasoning is free; `Reply.parsed` is the value. The model is not told: say in the question what is
+        wanted.
+    """
+
+    schema: Schema | None

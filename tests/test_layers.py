@@ -16,7 +16,7 @@ from magistral_mlx import errors
 PACKAGE = Path(magistral_mlx.__file__).parent
 
 FLOORS = (
-    {"errors", "events", "checks", "figures"},
+    {"errors", "events", "checks", "figures", "wire"},
     {
         "config",
         "configfile",
@@ -32,8 +32,19 @@ FLOORS = (
         "machine",
         "loops",
     },
-    {"model", "prefix", "recipe", "transcript", "sidecars", "manifest"},
-    {"options", "checkpoint", "engine", "generation", "memory", "plan", "quantize", "closing"},
+    {"model", "prefix", "recipe", "transcript", "sidecars", "manifest", "logprobs", "drawing", "grammar"},
+    {
+        "options",
+        "constraint",
+        "shape",
+        "checkpoint",
+        "engine",
+        "generation",
+        "memory",
+        "plan",
+        "quantize",
+        "closing",
+    },
     {"convert", "hub", "worker", "reply", "answers", "stream", "batch", "saving", "conversation", "chat"}
     | {"display", "notebook"},
     {"repl", "cli_common", "cli_convert", "cli_plan", "bench", "cli_bench", "cli", "__init__", "__main__"},
@@ -53,6 +64,8 @@ ARRAYS |= {
     "convert",
     "prefix",
     "generation",
+    "logprobs",
+    "drawing",
 }
 WORDS = {
     "events",
@@ -65,15 +78,19 @@ WORDS = {
     "display",
     "notebook",
     "closing",
+    "grammar",
+    "constraint",
+    "shape",
     "reply",
     "answers",
 }
 
 PUBLIC = {
-    *("Magistral", "Conversation", "Sampling", "Stream", "Reply", "consensus"),
-    *("ThinkToken", "AnswerToken", "Finished", "Event", "Stats"),
+    *("Magistral", "Conversation", "Sampling", "Stream", "Reply", "Regex", "consensus"),
+    *("ThinkToken", "AnswerToken", "Finished", "Event", "Stats", "TokenLogprob"),
     *("MagistralError", "CheckpointError", "ConfigError", "TokenizerError", "PromptError", "ContextError"),
     *("ConversationError", "SamplingError", "ConversionError", "HubError", "MemoryLimitError", "ClosedError"),
+    *("SchemaError", "AnswerError"),
     *("MagistralWarning", "__version__"),
 }
 
