@@ -98,7 +98,7 @@ class Tokenizer:
         return "".join(map(detokenizer.feed, ids)) + detokenizer.flush()
 
     def detokenizer(self) -> "Detokenizer":
-        return Detokenizer(self._pieces)
+        return Detokenizer(self.pieces)
 
     def encode_chat(
         self,
@@ -210,7 +210,7 @@ class Tokenizer:
         return self._mistral.instruct_tokenizer.tokenizer
 
     @cached_property
-    def _pieces(self) -> list[bytes | None]:
+    def pieces(self) -> list[bytes | None]:
         """The bytes of every id, None for a control token: looked up once, as asking costs 50 times more."""
         tekken = self._tekken
         controls: list[bytes | None] = [None] * tekken.num_special_tokens

@@ -87,12 +87,15 @@ class Transcript:
             return [self._think_ids[1]]
         return tokenizer.encode(("" if self._tail.endswith("\n") else "\n") + CLOSE + "\n")
 
-    def force_close(self, ids: list[int]) -> list[TextEvent]:
+    def force_close(self, ids: list[int], *, late: bool = True) -> list[TextEvent]:
         """Close the reasoning here, with `closing_ids`. Their event is theirs alone.
 
+        late: drop the tag that the model may still write then.
         Ids that waited for text come before it, if need be on an event without any.
         """
-        events = self._events(self._parser.feed(self._detokenizer.flush()) + self._parser.force_close())
+        events = self._events(
+            self._parser.feed(self._detokenizer.flush()) + self._parser.force_close(late=late)
+        )
         if self._pending:
             events.append(ThinkToken(text="", token_ids=tuple(self._pending)))
             self._pending = []

@@ -16,7 +16,7 @@ from magistral_mlx import errors
 PACKAGE = Path(magistral_mlx.__file__).parent
 
 FLOORS = (
-    {"errors", "events", "checks", "figures"},
+    {"errors", "events", "checks", "figures", "wire"},
     {
         "config",
         "configfile",
@@ -34,8 +34,19 @@ FLOORS = (
         "tools",
         "toolcalls",
     },
-    {"model", "prefix", "recipe", "transcript", "sidecars", "manifest"},
-    {"options", "checkpoint", "engine", "generation", "memory", "plan", "quantize", "closing"},
+    {"model", "prefix", "recipe", "transcript", "sidecars", "manifest", "logprobs", "drawing", "grammar"},
+    {
+        "options",
+        "constraint",
+        "shape",
+        "checkpoint",
+        "engine",
+        "generation",
+        "memory",
+        "plan",
+        "quantize",
+        "closing",
+    },
     {"convert", "hub", "worker", "reply", "answers", "stream", "batch", "saving", "conversation", "chat"}
     | {"display", "notebook"},
     {"repl", "cli_common", "cli_convert", "cli_plan", "bench", "cli_bench", "cli", "__init__", "__main__"},
@@ -55,6 +66,8 @@ ARRAYS |= {
     "convert",
     "prefix",
     "generation",
+    "logprobs",
+    "drawing",
 }
 WORDS = {
     "events",
@@ -67,6 +80,9 @@ WORDS = {
     "display",
     "notebook",
     "closing",
+    "grammar",
+    "constraint",
+    "shape",
     "reply",
     "answers",
     "tools",
@@ -74,11 +90,12 @@ WORDS = {
 }
 
 PUBLIC = {
-    *("Magistral", "Conversation", "Sampling", "Stream", "Reply", "consensus"),
-    *("ThinkToken", "AnswerToken", "Finished", "Event", "Stats"),
     *("ToolCall", "ToolCallToken"),
+    *("Magistral", "Conversation", "Sampling", "Stream", "Reply", "Regex", "consensus"),
+    *("ThinkToken", "AnswerToken", "Finished", "Event", "Stats", "TokenLogprob"),
     *("MagistralError", "CheckpointError", "ConfigError", "TokenizerError", "PromptError", "ContextError"),
     *("ConversationError", "SamplingError", "ConversionError", "HubError", "MemoryLimitError", "ClosedError"),
+    *("SchemaError", "AnswerError"),
     *("MagistralWarning", "__version__"),
 }
 

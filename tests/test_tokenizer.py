@@ -370,7 +370,7 @@ def test_random_ids_stream_as_the_whole(full_tokenizer: Open):
     tokenizer, draw = full_tokenizer("v11"), random.Random(0)
     odd = [
         i
-        for i, piece in enumerate(tokenizer._pieces)
+        for i, piece in enumerate(tokenizer.pieces)
         if piece and piece.decode(errors="ignore").encode() != piece
     ]
     for size in range(1000):
