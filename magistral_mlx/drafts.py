@@ -11,8 +11,8 @@ from typing import Protocol, cast
 
 import mlx.core as mx
 
-from . import engine
 from .cache import trim_all
+from .drawing import marked, seen_in
 from .model import Transformer
 from .prefix import Prefix
 from .sampling import Sampler
@@ -137,7 +137,7 @@ class DraftModel:
         self._judge(ids)
         self._prefix.ids += ids
         if self._seen is not None and ids:
-            self._seen = engine.mark(self._seen, mx.array([*ids]))
+            self._seen = marked(self._seen, mx.array([*ids]))
 
     def rewind(self, n: int) -> None:
         self._guess = None
@@ -156,7 +156,7 @@ class DraftModel:
         for at in range(most):
             hidden = self._model(unread, prefix.caches, last=True)
             logits = self._model.logits(hidden)[0, 0]
-            seen = self._mask(logits) if at == 0 else engine.mark(seen, guess[-1])
+            seen = self._mask(logits) if at == 0 else marked(seen, guess[-1])
             # Where no candidate was inside the nucleus there is no guess: any id will do.
             guess.append(mx.maximum(self._sampler.draw(logits, position + at, seen), 0))
             unread = guess[-1].reshape(1, 1)
@@ -170,7 +170,7 @@ class DraftModel:
     def _mask(self, logits: mx.array) -> mx.array | None:
         """What a repetition penalty touches: made once, then kept up by `extend`."""
         if self._seen is None:
-            self._seen = engine.seen_mask(self._sampler, self._prefix.ids, logits)
+            self._seen = seen_in(self._sampler, self._prefix.ids, logits)
         return self._seen
 
     def _judge(self, ids: Sequence[int]) -> None:

@@ -83,7 +83,7 @@ class Sampler:
         if not self._filters:
             return _likeliest(noisy)
         weights = mx.exp(scaled - mx.max(scaled))
-        floor = self.sampling.top_p * _sum(weights)
+        floor = self.sampling.top_p * sum_by_parts(weights)
         found = mx.array(UNSETTLED, mx.int32)
         candidates = list[tuple[mx.array, mx.array]]()
         for _ in range(CANDIDATES):
@@ -104,7 +104,7 @@ class Sampler:
         first = mx.cummax(mx.where(mx.concatenate([mx.array([True]), down[1:] < down[:-1]]), _ranks(down), 0))
         keep = mx.array(True)
         if self.sampling.top_p < 1:
-            keep = _sums_before(weights)[first] < self.sampling.top_p * _sum(weights)
+            keep = _sums_before(weights)[first] < self.sampling.top_p * sum_by_parts(weights)
         if self.sampling.top_k:
             keep &= first < self.sampling.top_k
         if self.sampling.min_p:
@@ -128,7 +128,7 @@ class Sampler:
         """Whether the id `best` passes every filter: `()` bool, false wherever there is NaN."""
         above = scaled > scaled[best]
         # The whole mass (top_p 1) cuts no id off: rounding must not either.
-        inside = _sum(mx.where(above, weights, 0)) < floor if self.sampling.top_p < 1 else floor > 0
+        inside = sum_by_parts(mx.where(above, weights, 0)) < floor if self.sampling.top_p < 1 else floor > 0
         if self.sampling.top_k:
             inside &= mx.sum(above) < self.sampling.top_k
         if self.sampling.min_p:
@@ -154,7 +154,7 @@ def _ranks(x: mx.array) -> mx.array:
     return mx.arange(x.shape[0])
 
 
-def _sum(x: mx.array) -> mx.array:
+def sum_by_parts(x: mx.array) -> mx.array:
     """The sum of `(V,)`, by parts: in one run, float32 loses up to 2e-4 of 131072 weights on a CPU."""
     return mx.sum(mx.sum(_parts(x), axis=1))
 

@@ -23,16 +23,18 @@ import mlx.core as mx
 
 from .cache import KVCache, trim_all
 from .drafts import Drafter
-from .engine import Step, check_finite, mark, seen_mask
+from .drawing import Drawing, Step, marked, seen_in
+from .logprobs import Scorer
 from .model import Transformer
 from .pace import MOST, Pace
 from .sampling import UNSETTLED, Sampler
+from .wire import Guide
 
 
 class _Pass(NamedTuple):
     """What one forward pass brings, all lazy: a draw behind each id that it was fed."""
 
-    steps: Sequence[Step]  # k + 1
+    steps: list[Step]  # k + 1
     drafts: mx.array | None  # (k,), the guesses that it was fed; None: k is 0
 
 
@@ -55,22 +57,25 @@ class Speculation:
         sampler: Sampler,
         prompt: Sequence[int] = (),
         limit: int,
-    ) -> Generator[int, Sequence[int] | None, None]:
-        """As `engine.decode`; but at a yield the caches may hold more than what was yielded so far.
+        scorer: Scorer | None = None,
+    ) -> Generator[int, Guide | None, None]:
+        """As `engine.decode`, without constraints; and at a yield the caches may hold more than was yielded.
 
         What they hold of that is right, and lacks at most the last id; whoever goes on trims the rest.
         """
-        passes, drafter = _Passes(model, caches, sampler), self._drafter
+        drawing, drafter = Drawing(sampler, None, scorer), self._drafter
+        passes = _Passes(model, caches, drawing)
         position, left = caches[0].offset, limit  # position: of the first id that `now` draws
-        now = passes.draw(logits[None], position, seen_mask(sampler, prompt, logits))
+        now = passes.draw(logits[None], position, seen_in(sampler, prompt, logits))
         watch, steady = _Watch(self._clock), False
         while left > 0:
             # 1. Nothing to draft: ask for the next pass before this one's id is known here.
             blind = now.drafts is None and not self._count(left - 2)
             ahead = passes.feed(now.steps[0], None, position + 1) if blind and left > 1 else None
             # 2. Read what this pass drew, up to the first guess that was wrong.
+            first = now.steps[0]
             ids = passes.read(now, position)
-            if ahead and ids[0] != now.steps[0].id.item():  # rare: it was settled by sorting; feed it anew
+            if ahead and now.steps[0] is not first:  # rare: it was settled by sorting, and is fed anew
                 trim_all(caches, 1)
                 ahead = passes.feed(now.steps[0], ids[0], position + 1)
             trim_all(caches, len(now.steps) - len(ids))
@@ -84,18 +89,21 @@ class Speculation:
                 ahead = passes.feed(last, ids[-1], position + len(ids), drafts)
             # 4. Hand them out, unless the caller would rather have something else said.
             for at, token in enumerate(ids):
+                drawing.note(token, now.steps[at])
                 with watch.held():
-                    forced = yield token
+                    guide = yield token
+                assert guide is None or guide.allowed is None
+                said = [*guide.said] if guide else []
                 position += 1
-                left -= 1 + len(forced or ())
+                left -= 1 + len(said)
                 if left <= 0:
                     return
-                if forced:
+                if said:
                     drafter.rewind(len(ids) - at - 1)
-                    drafter.extend(forced)
+                    drafter.extend(said)
                     trim_all(caches, caches[0].offset - position)
-                    position += len(forced)
-                    ahead = passes.say(now.steps[at], token, forced, position)
+                    position += len(said)
+                    ahead = passes.say(now.steps[at], token, said, position)
                     steady = False
                     break
             assert ahead
@@ -115,10 +123,10 @@ class Speculation:
 class _Passes:
     """Forward passes with a draw at each place. Positions are those of the first draw."""
 
-    def __init__(self, model: Transformer, caches: Sequence[KVCache], sampler: Sampler) -> None:
+    def __init__(self, model: Transformer, caches: Sequence[KVCache], drawing: Drawing) -> None:
         self._model = model
         self._caches = caches
-        self._sampler = sampler
+        self._drawing = drawing
 
     def draw(
         self, logits: mx.array, position: int, seen: mx.array | None, drafts: mx.array | None = None
@@ -127,9 +135,9 @@ class _Passes:
         steps = list[Step]()
         for at in range(logits.shape[0]):
             if at and drafts is not None:
-                seen = mark(seen, drafts[at - 1])
-            steps.append(Step(logits[at], seen, self._sampler.draw(logits[at], position + at, seen)))
-        mx.async_eval([step.id for step in steps])
+                seen = marked(seen, drafts[at - 1])
+            steps.append(self._drawing.draw(logits[at], position + at, seen))
+        mx.async_eval([(step.id, step.scores) for step in steps])
         return _Pass(steps, drafts)
 
     def feed(self, step: Step, id_: int | None, position: int, drafts: mx.array | None = None) -> _Pass:
@@ -137,22 +145,24 @@ class _Passes:
         token = step.id if id_ is None else mx.array(id_)
         ids = token.reshape(1) if drafts is None else mx.concatenate([token.reshape(1), drafts])
         hidden = self._model(ids[None], self._caches)
-        return self.draw(self._model.logits(hidden)[0], position, mark(step.seen, token), drafts)
+        return self.draw(self._model.logits(hidden)[0], position, marked(step.seen, token), drafts)
 
-    def say(self, step: Step, id_: int, forced: Sequence[int], position: int) -> _Pass:
+    def say(self, step: Step, id_: int, ids: Sequence[int], position: int) -> _Pass:
         """Feed what was sent in behind a step's id, which the caches hold."""
-        said = mx.array([*forced])
+        said = mx.array([*ids])
         hidden = self._model(said[None], self._caches, last=True)
-        return self.draw(self._model.logits(hidden)[0], position, mark(mark(step.seen, mx.array(id_)), said))
+        return self.draw(
+            self._model.logits(hidden)[0], position, marked(marked(step.seen, mx.array(id_)), said)
+        )
 
     def read(self, now: _Pass, position: int) -> list[int]:
-        """Wait for the draws; those that follow only right guesses, so one at least."""
+        """Wait for the draws; those that follow only right guesses, so one at least. Settles them first."""
         drawn = _ids(mx.stack([step.id for step in now.steps]))
         drafts = [] if now.drafts is None else _ids(now.drafts)
         for at, step in enumerate(now.steps):
             if drawn[at] == UNSETTLED:
-                check_finite(step.logits)
-                drawn[at] = cast("int", self._sampler.settle(step.logits, position + at, step.seen).item())
+                now.steps[at] = self._drawing.settle(step, position + at)
+                drawn[at] = cast("int", now.steps[at].id.item())
             if at == len(drafts) or drawn[at] != drafts[at]:
                 return drawn[: at + 1]
         raise AssertionError("unreachable: there is one draw more than guesses")

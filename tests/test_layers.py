@@ -16,7 +16,7 @@ from magistral_mlx import errors
 PACKAGE = Path(magistral_mlx.__file__).parent
 
 FLOORS = (
-    {"errors", "events", "checks", "figures"},
+    {"errors", "events", "checks", "figures", "wire"},
     {
         "config",
         "configfile",
@@ -32,10 +32,14 @@ FLOORS = (
         "machine",
         "loops",
         "pace",
+        "tools",
+        "toolcalls",
     },
-    {"model", "prefix", "recipe", "transcript", "sidecars", "manifest"},
+    {"model", "prefix", "recipe", "transcript", "sidecars", "manifest", "logprobs", "drawing", "grammar"},
     {
         "options",
+        "constraint",
+        "shape",
         "checkpoint",
         "engine",
         "drafts",
@@ -68,6 +72,8 @@ ARRAYS |= {
     "drafts",
     "speculation",
     "generation",
+    "logprobs",
+    "drawing",
 }
 WORDS = {
     "events",
@@ -80,15 +86,22 @@ WORDS = {
     "display",
     "notebook",
     "closing",
+    "grammar",
+    "constraint",
+    "shape",
     "reply",
     "answers",
+    "tools",
+    "toolcalls",
 }
 
 PUBLIC = {
-    *("Magistral", "Conversation", "Sampling", "Stream", "Reply", "consensus"),
-    *("ThinkToken", "AnswerToken", "Finished", "Event", "Stats"),
+    *("ToolCall", "ToolCallToken"),
+    *("Magistral", "Conversation", "Sampling", "Stream", "Reply", "Regex", "consensus"),
+    *("ThinkToken", "AnswerToken", "Finished", "Event", "Stats", "TokenLogprob"),
     *("MagistralError", "CheckpointError", "ConfigError", "TokenizerError", "PromptError", "ContextError"),
     *("ConversationError", "SamplingError", "ConversionError", "HubError", "MemoryLimitError", "ClosedError"),
+    *("SchemaError", "AnswerError"),
     *("MagistralWarning", "__version__"),
 }
 

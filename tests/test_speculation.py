@@ -27,6 +27,7 @@ from magistral_mlx.sampling import Sampler
 from magistral_mlx.sidecars import files
 from magistral_mlx.speculation import Speculation
 from magistral_mlx.tokenizer import Tokenizer
+from magistral_mlx.wire import Guide
 from tests import models
 from tests.scripted import scripted
 from tests.test_engine import NARROW, PROMPT, Remembering, V, remembered, start
@@ -84,17 +85,18 @@ def say(
 ) -> tuple[list[int], list[KVCache]]:
     """All ids of a reply in which, after so many of its own, those of `sent` were said in its place."""
     logits, caches = start(model, PROMPT)
-    ids, drawn, forced = list[int](), 0, None
+    ids, drawn, guide = list[int](), 0, None
     steps = decode(model, logits, caches, sampler=sampler, prompt=PROMPT, limit=limit)
     while True:
         try:
-            ids.append(steps.send(forced))
+            ids.append(steps.send(guide))
         except StopIteration:
             return ids, caches
         check(ids, caches)
         drawn += 1
-        forced = (sent or {}).get(drawn)
-        if forced and len(ids) < limit:
+        forced = (sent or {}).get(drawn, [])
+        guide = Guide(said=forced) if forced else None
+        if len(ids) < limit:
             ids += forced
 
 
