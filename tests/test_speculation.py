@@ -21,6 +21,7 @@ from magistral_mlx.checkpoint import load, open_checkpoint
 from magistral_mlx.convert import Job, convert
 from magistral_mlx.drafts import Drafter, PromptLookup
 from magistral_mlx.engine import decode
+from magistral_mlx.grammar import Regex
 from magistral_mlx.hub import DEMO
 from magistral_mlx.pace import MOST, Pace
 from magistral_mlx.sampling import Sampler
@@ -420,6 +421,23 @@ def test_a_reply_ends_where_it_did(demo: Magistral, prompt: list[int], options: 
     assert drafted.stats.forward_passes <= plain.stats.forward_passes
     if plain.stats.forward_passes > 10 and "sampling" not in options:
         assert drafted.stats.forward_passes < plain.stats.forward_passes
+
+
+@pytest.mark.usefixtures("always")
+def test_log_probabilities_of_what_was_drafted(demo: Magistral, prompt: list[int]):
+    plain, drafted = both(demo, prompt, seed=3, max_tokens=30, logprobs=2)
+    assert drafted.stats.tokens_per_pass > 1.5
+    assert [score.id for score in drafted.logprobs] == list(drafted.token_ids)
+    for ours, theirs in zip(drafted.logprobs, plain.logprobs, strict=True):
+        assert [id_ for id_, _ in ours.top] == [id_ for id_, _ in theirs.top]
+        assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-3)
+
+
+@pytest.mark.usefixtures("always")
+def test_an_answer_held_to_a_schema_is_written_without(demo: Magistral, prompt: list[int]):
+    plain, drafted = both(demo, prompt, seed=3, think_budget=10, max_tokens=80, schema=Regex("[0-9]{1,4}"))
+    assert drafted.token_ids == plain.token_ids
+    assert drafted.stats.tokens_per_pass == 1
 
 
 @pytest.mark.usefixtures("always")
