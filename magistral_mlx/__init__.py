@@ -27,6 +27,7 @@ from .errors import (
     MemoryLimitError,
     PromptError,
     SamplingError,
+    ServerError,
     TokenizerError,
 )
 from .events import AnswerToken, Event, Finished, Stats, ThinkToken, ToolCall, ToolCallToken
@@ -61,6 +62,7 @@ __all__ = [
     "Reply",
     "Sampling",
     "SamplingError",
+    "ServerError",
     "Stats",
     "Stream",
     "ThinkToken",
