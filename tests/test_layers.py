@@ -36,7 +36,18 @@ FLOORS = (
     {"options", "checkpoint", "engine", "generation", "memory", "plan", "quantize", "closing"},
     {"convert", "hub", "worker", "reply", "answers", "stream", "batch", "saving", "conversation", "chat"}
     | {"display", "notebook"},
-    {"repl", "cli_common", "cli_convert", "cli_plan", "bench", "cli_bench", "cli", "__init__", "__main__"},
+    {
+        "repl",
+        "cli_common",
+        "cli_convert",
+        "cli_plan",
+        "trial",
+        "bench",
+        "cli_bench",
+        "cli",
+        "__init__",
+        "__main__",
+    },
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
