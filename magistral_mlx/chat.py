@@ -94,6 +94,7 @@ class Magistral:
         weights: Future[Transformer] = worker.submit(lambda: load(checkpoint, number))
         try:
             tokenizer = Tokenizer.from_directory(found.words)  # a second or two, while the weights are read
+            tokenizer.detokenizer()  # looks all pieces up, so that the first stream need not
             return cls(checkpoint, tokenizer, worker, weights.result(), kv_bits=kv_bits)
         except BaseException:
             worker.close()

@@ -58,6 +58,7 @@ FLOORS = (
         "cli_common",
         "cli_convert",
         "cli_plan",
+        "trial",
         "bench",
         "cli_bench",
         "cli",
