@@ -33,6 +33,7 @@ from .model import Transformer
 from .options import MAX_TOKENS, Options, Plain, offered
 from .pace import Pace
 from .prefix import Prefix
+from .prefixes import Prefixes
 from .prompt import Messages
 from .reply import Reply, Telling
 from .sampling import Sampler, Sampling
@@ -108,6 +109,7 @@ class Magistral:
         guesser = worker.submit(lambda: drafts and (drafts, load(drafts, number)))
         try:
             tokenizer = Tokenizer.from_directory(found.words)  # a second or two, while the weights are read
+            tokenizer.detokenizer()  # looks all pieces up, so that the first stream need not
             model = weights.result()
             return cls(checkpoint, tokenizer, worker, model, kv_bits=kv_bits, draft=guesser.result())
         except BaseException:
@@ -257,6 +259,16 @@ class Magistral:
     def run(self, job: Callable[[], T]) -> T:
         """Run a job on the thread that owns the model's arrays, and wait for it."""
         return self._worker.run(job)
+
+    def submit(self, job: Callable[[], T]) -> Future[T]:
+        """`run`, without waiting."""
+        return self._worker.submit(job)
+
+    def new_prefixes(self, limit: int | None = None) -> Prefixes:
+        """A place to keep what prompts have read; bytes, by default an eighth of what the weights leave."""
+        return Prefixes(
+            lambda: self.new_prefix(self.kv_bits), self._guard.for_prefixes if limit is None else limit
+        )
 
     @property
     def dtype(self) -> mx.Dtype:

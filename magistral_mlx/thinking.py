@@ -155,8 +155,12 @@ class ThinkParser:
 
 def unfinished(text: str, tag: str) -> int:
     """How many characters at the end of `text` could be the beginning of `tag`: the longest such suffix."""
-    sizes = range(min(len(tag) - 1, len(text)), 0, -1)
-    return next((size for size in sizes if text.endswith(tag[:size])), 0)
+    start = max(len(text) - len(tag) + 1, 0)
+    while (start := text.find(tag[0], start)) >= 0:
+        if tag.startswith(text[start:]):
+            return len(text) - start
+        start += 1
+    return 0
 
 
 def _without_blank_lines(text: str) -> str:
