@@ -63,15 +63,14 @@ class Magistral:
         model: Transformer,
         *,
         kv_bits: KVBits | None = None,
+        guard: memory.Guard | None = None,
     ) -> None:
         self._checkpoint = checkpoint
         self.path = checkpoint.path
         self.config = checkpoint.config
         self.tokenizer = tokenizer
         self.kv_bits = kv_bits
-        self._guard = memory.Guard(
-            checkpoint.config, checkpoint.nbytes(model.dtype), itemsize=model.dtype.size
-        )
+        self._guard = guard or _guard(checkpoint, model.dtype)
         self._worker = worker
         self._model: Transformer | None = model
 
@@ -88,14 +87,14 @@ class Magistral:
         for difference in manifest.wrong_sizes(found.weights):
             warnings.warn(f"{found.weights}: {difference}; convert it again", MagistralWarning, stacklevel=2)
         number = getattr(mx, dtype) if dtype else memory.default_dtype()
-        guard = memory.Guard(checkpoint.config, checkpoint.nbytes(number), itemsize=number.size)
+        guard = _guard(checkpoint, number)
         guard.check_load(str(name), kv_bits=kv_bits)
         worker = Worker(f"magistral {found.weights.name}")
         weights: Future[Transformer] = worker.submit(lambda: load(checkpoint, number))
         try:
             tokenizer = Tokenizer.from_directory(found.words)  # a second or two, while the weights are read
             tokenizer.detokenizer()  # looks all pieces up, so that the first stream need not
-            return cls(checkpoint, tokenizer, worker, weights.result(), kv_bits=kv_bits)
+            return cls(checkpoint, tokenizer, worker, weights.result(), kv_bits=kv_bits, guard=guard)
         except BaseException:
             worker.close()
             raise
@@ -334,6 +333,10 @@ class Magistral:
                 "shorten the question or the conversation"
             )
         return min(max_tokens, room)
+
+
+def _guard(checkpoint: Checkpoint, dtype: mx.Dtype) -> memory.Guard:
+    return memory.Guard(checkpoint.config, checkpoint.nbytes(dtype), itemsize=dtype.size)
 
 
 def _repeated(messages: Messages, n: int) -> list[Messages]:

@@ -48,6 +48,7 @@ def test_json_is_one_object_and_nothing_else(run: Run):
     assert set(reply) == {"prompt_ids", "token_ids", "thinking", "answer", "finish_reason", "seed", "stats"}
     assert (reply["seed"], done.stderr) == (1, "")
     assert reply["stats"]["thinking_tokens"] + reply["stats"]["answer_tokens"] == len(reply["token_ids"])
+    assert reply["stats"]["peak_memory"] > 4_000_000
 
 
 @pytest.mark.parametrize("words", [(), ("-",)])
@@ -217,6 +218,22 @@ def test_chat_from_a_pipe(run: Run, tmp_path: Path):
     assert all(m["content"] in done.stdout for m in talk if m["role"] == "assistant")
 
 
+def test_what_goes_wrong_in_a_piped_chat_is_said(run: Run):
+    lines = ["/load none.talk", "/save", "/budget much", "/export /", "/dance", "/undo"]
+    done = run("chat", *ASK[1:], stdin="\n".join(lines))
+    assert (done.exit_code, done.stdout) == (0, "")
+    told = done.stderr.splitlines()
+    assert len(told) == 5
+    assert "error: " in told[0]
+    assert "none.talk" in told[0]
+    assert [line.split(":")[0] for line in told[1:3]] == [
+        "expected a file name",
+        "expected a number of tokens",
+    ]
+    assert "cannot be written" in told[3]
+    assert told[4] == "no such command; /help lists them"
+
+
 class Terminal:
     """A command in a real terminal: what is on its screen, and keys to press."""
 
@@ -267,6 +284,7 @@ def test_in_a_terminal_thinking_is_dim_and_the_answer_is_not(tmp_path: Path):
     assert "**" in plain
     assert "**" not in dim
     assert "tokens/s" in dim
+    assert "GB at most" in dim
 
 
 def test_a_budget_ends_the_thinking(run: Run):

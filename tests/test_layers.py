@@ -34,7 +34,18 @@ FLOORS = (
         "tools",
         "toolcalls",
     },
-    {"model", "prefix", "recipe", "transcript", "sidecars", "manifest", "logprobs", "drawing", "grammar"},
+    {
+        "model",
+        "prefix",
+        "recipe",
+        "transcript",
+        "sidecars",
+        "manifest",
+        "talkfile",
+        "logprobs",
+        "drawing",
+        "grammar",
+    },
     {
         "options",
         "constraint",
@@ -48,7 +59,19 @@ FLOORS = (
         "quantize",
         "closing",
     },
-    {"convert", "hub", "worker", "reply", "answers", "stream", "batch", "saving", "conversation", "chat"}
+    {
+        "convert",
+        "hub",
+        "worker",
+        "reply",
+        "step",
+        "answers",
+        "stream",
+        "batch",
+        "saving",
+        "conversation",
+        "chat",
+    }
     | {"display", "notebook"},
     {"server/__init__", "server/wire", "server/slots", "server/failures", "server/requests", "server/voices"}
     | {"server/replies", "server/metrics", "server/service", "server/safety", "server/app", "server/host"},
@@ -84,6 +107,7 @@ ARRAYS |= {
     "generation",
     "logprobs",
     "drawing",
+    "talkfile",
 }
 WORDS = {
     "events",

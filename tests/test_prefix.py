@@ -265,6 +265,41 @@ def test_forks_go_on_both_ways(tiny: Magistral, first: int):
     assert talk.messages != both[1].messages
 
 
+def test_a_fork_waits_for_the_step_that_a_closed_stream_left(
+    tiny: Magistral, monkeypatch: pytest.MonkeyPatch
+):
+    """In mid-step the layers have read unequal numbers of ids: no fork may be taken there."""
+    talk = begin(tiny, "one")
+    stream = talk.stream("two")
+    list(islice(stream, 2))
+    between, go_on = threading.Event(), threading.Event()
+    second, whole = tiny._model.blocks[1], Block.__call__  # type: ignore[union-attr]
+
+    def halting(block: Block, *args: Any, **how: Any) -> mx.array:
+        if block is second:
+            between.set()
+            go_on.wait()
+        return whole(block, *args, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Block, "__call__", halting)
+        stream._ask()
+        between.wait()
+        stream.close()
+        forks: list[Conversation] = []
+        forking = threading.Thread(target=lambda: forks.append(talk.fork()))
+        forking.start()
+        forking.join(0.2)  # it would be done by then, if it did not wait
+        go_on.set()
+        forking.join()
+    prefix = forks[0]._prefix
+    assert prefix is not None
+    assert len({cache.offset for cache in prefix.caches}) == 1
+    assert prefix.length == prefix.caches[0].offset
+    for one in (talk, forks[0]):
+        assert_as_fresh(tiny, one.ask("three"), **OPTIONS)
+
+
 def test_two_streams_of_one_conversation(tiny: Magistral):
     """The second has nothing to reuse while the first is open; each says what it would alone."""
     talk = begin(tiny, "one")
