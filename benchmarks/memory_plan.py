@@ -7,8 +7,8 @@ prompt is read and 20 ids are said, each in a process of its own. Prints a table
 `benchmarks/results/memory_plan.json`, or with --large `memory_plan_large.json`: an eighth, a quarter and a
 half of Magistral's width with its proportions and vocabulary, up to 16,384 tokens, pieces of prompt as long
 as the library's. They need 10 GB of memory, and too long with the BLAS that MLX brings on Linux: put OpenBLAS
-in front (LD_PRELOAD), which changes no array's size. On a CPU attention's scores are the greatest part, on
-Metal they are not there at all.
+in front (LD_PRELOAD), which changes no array's size. A run that was stopped goes on where it was; remove the
+file to begin anew. On a CPU attention's scores are the greatest part, on Metal they are not there at all.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
@@ -135,23 +136,37 @@ def main() -> None:
     if one := args.one:
         print(json.dumps(run(one[0], int(one[1]), int(one[2]) or None)))
         return
-    table = Table("model", "context", "KV", "weights MB", "planned MB", "measured MB", "planned / measured")
-    rows = []
-    for size, (_, contexts) in (LARGE if args.large else SMALL).items():
-        for context in contexts:
-            for bits in (0, 8):
-                command = [sys.executable, __file__, "--one", size, str(context), str(bits)]
-                row = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-                rows.append(row)
-                print(row, file=sys.stderr)
-                shown = [f"{row[key] / 1e6:.1f}" for key in ("weights", "total", "measured")]
-                table.add_row(size, f"{context:,}", str(bits or "full"), *shown, f"{row['ratio']:.3f}")
-    Console().print(table)
-    worst = max(abs(row["ratio"] - 1) for row in rows)
-    print(f"furthest from 1: {worst:.1%}")
-    RESULTS.mkdir(exist_ok=True)
     out = RESULTS / ("memory_plan_large.json" if args.large else "memory_plan.json")
+    rows = json.loads(out.read_text())["rows"] if args.large and out.exists() else []
+    done = {(row["size"], row["context"], row["kv_bits"]) for row in rows}
+    for bits in (None, 8):
+        for size, (_, contexts) in (LARGE if args.large else SMALL).items():
+            for context in contexts:
+                if (size, context, bits) not in done:
+                    command = [sys.executable, __file__, "--one", size, str(context), str(bits or 0)]
+                    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+                    rows.append(json.loads(told))
+                    print(told, file=sys.stderr, end="")
+                    write(out, rows)
+    show(rows)
+
+
+def write(out: Path, rows: list[dict]) -> None:
+    """After each run: with --large a run that was stopped goes on with those that are missing."""
+    out.parent.mkdir(exist_ok=True)
+    worst = max(abs(row["ratio"] - 1) for row in rows)
     out.write_text(json.dumps({"worst": worst, "rows": rows}, indent=1) + "\n")
+
+
+def show(rows: list[dict]) -> None:
+    columns = ("model", "context", "KV", "weights MB", "planned MB", "measured MB", "planned / measured")
+    table = Table(*columns, box=MARKDOWN)
+    for row in rows:
+        sizes = [f"{row[key] / 1e6:,.1f}" for key in ("weights", "total", "measured")]
+        kind = str(row["kv_bits"] or "full")
+        table.add_row(row["size"], f"{row['context']:,}", kind, *sizes, f"{row['ratio']:.3f}")
+    Console(width=160).print(table)
+    print(f"furthest from 1: {max(abs(row['ratio'] - 1) for row in rows):.1%}")
 
 
 if __name__ == "__main__":

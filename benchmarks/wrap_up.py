@@ -28,7 +28,7 @@ from think_budget import GREEDY, LONGEST, Problem, is_right, problems, write_4bi
 from magistral_mlx import Magistral, Reply
 
 OUT = Path(__file__).parent / "results" / "wrap_up.json"
-BUDGETS = (0, 1, 5, 20, 40, 100)
+BUDGETS = (20, 40, 60, 80, 100)
 GENERAL = {"en": "So the answer is", "fr": "Donc la réponse est", "ko": "따라서 답은", "ja": "よって答えは"}
 TAUGHT = {"en": "so", "fr": "donc", "ko": "따라서", "ja": "よって"}
 VARIANTS = {
@@ -72,6 +72,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--problems", type=int, default=200)
     parser.add_argument("--seed", type=int, default=2)
+    parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS)
     args = parser.parse_args()
     drawn = problems(args.problems, args.seed)
     rows = []
@@ -80,7 +81,7 @@ def main() -> None:
         FromIds.load(write_4bit(Path(directory) / "demo-4bit")) as model,
     ):
         prompts = [model.tokenizer.encode_chat(p.question, system=None) for p in drawn]
-        for budget in BUDGETS:
+        for budget in args.budgets:
             replies = go_on(model, prompts, max_tokens=LONGEST, think_budget=budget)
             closed = [n for n, reply in enumerate(replies) if reply.stats.forced_tokens]
             cut = [
@@ -95,7 +96,7 @@ def main() -> None:
                 rows.append({"budget": budget, "closed": len(closed), "variant": variant, "right": right})
                 print(rows[-1], file=sys.stderr)
     table = Table("budget", "closed", *VARIANTS, box=MARKDOWN)
-    for budget in BUDGETS:
+    for budget in args.budgets:
         of = [row for row in rows if row["budget"] == budget]
         table.add_row(str(budget), str(of[0]["closed"]), *(f"{r['right'] / r['closed']:.1%}" for r in of))
     Console(width=200).print(table)

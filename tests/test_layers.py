@@ -201,6 +201,17 @@ def test_words_know_no_arrays(name: str):
     assert not {other for other in imported(FILES[name]) if other.split(".")[0] == "mlx"}
 
 
+def test_no_limit_of_memory_is_set_where_a_model_runs():
+    """Not once and not per call: a wired limit that is set again and again has brought Macs down."""
+    reached, new = set[str](), {"chat"}
+    while new:
+        reached |= new
+        new = {other for name in new for other in IMPORTS[name] & FILES.keys()} - reached
+    assert {"engine", "worker", "memory"} <= reached
+    setters = ("set_wired_limit", "set_memory_limit", "set_cache_limit")
+    assert not [name for name in reached if any(word in FILES[name].read_text("utf-8") for word in setters)]
+
+
 def test_the_public_names():
     assert set(magistral_mlx.__all__) == PUBLIC
     assert all(getattr(magistral_mlx, name) is not None for name in PUBLIC)
