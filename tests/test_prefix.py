@@ -222,6 +222,25 @@ def test_ten_turns_with_reasoning(tiny_tokenizer: Open, keep: bool, version: str
         assert {reply.answer for reply in replies} == {"한 answer."}
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_logits_of_ten_turns_are_those_of_a_fresh_run(tiny: Magistral, keep: bool):
+    """To 1e-4 of their scale, at the end of every prompt."""
+    talk = tiny.conversation(keep_thinking=keep, sampling=GREEDY, max_tokens=12, think=False)
+    model, judged = tiny.transformer, 0
+
+    def judge(twin: Prefix, prompt: list[int]) -> None:
+        assert twin.fork().rewind(prompt) > 0
+        assert_fresh(model, read(model, twin, prompt), prompt)
+
+    for turn in range(10):
+        message = f"turn {turn} of ten"
+        if talk._prefix:
+            tiny.run(functools.partial(judge, talk._prefix.fork(), talk._prompt(message, talk.options)))
+            judged += 1
+        talk.ask(message)
+    assert judged == 9
+
+
 OPTIONS = {"sampling": GREEDY, "max_tokens": 20, "think": False}
 """Without the system prompt, which is long in ids of one byte."""
 
