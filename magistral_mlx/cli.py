@@ -230,5 +230,10 @@ def _as_json(reply: "Reply") -> dict[str, Any]:
         "answer": reply.answer,
         "finish_reason": reply.finish_reason,
         "seed": reply.seed,
-        "stats": dataclasses.asdict(reply.stats) | {"tokens_per_pass": reply.stats.tokens_per_pass},
+        "stats": dataclasses.asdict(reply.stats)
+        | {
+            "prefill_tokens_per_second": reply.stats.prefill_tokens_per_second,
+            "decode_tokens_per_second": reply.stats.decode_tokens_per_second,
+            "tokens_per_pass": reply.stats.tokens_per_pass,
+        },
     }

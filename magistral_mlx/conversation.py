@@ -104,8 +104,7 @@ class Conversation:
 
     def fork(self) -> "Conversation":
         """Another conversation with the same past, to go on otherwise; what was read is shared."""
-        prefix = self._prefix.fork() if self._prefix else None
-        return Conversation(self._model, {**self.options}, turns=self._turns, prefix=prefix)
+        return Conversation(self._model, {**self.options}, turns=self._turns, prefix=self._twin())
 
     def save(self, path: str | Path, *, with_cache: bool = True) -> None:
         """Write it to a file that `Magistral.load_conversation` goes on from, in any later process.
@@ -122,7 +121,7 @@ class Conversation:
             raise ConversationError(
                 "a stream of this conversation is open; read it to its end or close it, then save"
             )
-        prefix = self._prefix.fork() if with_cache and self._prefix else None  # a later stream goes its way
+        prefix = self._twin() if with_cache else None  # a later stream goes its way
         saved = saving.Saved(options=self.options, turns=tuple(self._turns), prefix=prefix)
         saving.save(Path(path), saved, self._model)
 
@@ -130,6 +129,10 @@ class Conversation:
         """Forget everything that was said, and what was read."""
         self._turns.clear()
         self._prefix = None
+
+    def _twin(self) -> Prefix | None:
+        """What was read, once more. On the model's thread, where a stream just closed may be in mid-step."""
+        return self._model.run(self._prefix.fork) if self._prefix else None
 
     def _prompt(self, said: saving.Said, options: Options) -> list[int]:
         """Kept reasoning goes on from the ids as they were sampled; encoding its text again could differ.
