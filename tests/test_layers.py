@@ -37,6 +37,7 @@ FLOORS = (
     {"model", "prefix", "recipe", "transcript", "sidecars", "manifest", "logprobs", "drawing", "grammar"},
     {
         "options",
+        "callgrammar",
         "constraint",
         "shape",
         "checkpoint",
@@ -103,6 +104,7 @@ WORDS = {
     "answers",
     "tools",
     "toolcalls",
+    "callgrammar",
 }
 
 PUBLIC = {
