@@ -1,7 +1,7 @@
 """Tool calls as a grammar, for answers that have to be calls, or may be one beside a schema.
 
-Writes the forms that `toolcalls` reads, in llguidance's Lark, with arguments by each function's own schema. Does
-not know phases (`constraint`) or who asks for a call (`tools`).
+Writes the forms that `toolcalls` reads, in llguidance's Lark, with arguments by each function's own schema.
+Does not know phases (`constraint`) or who asks for a call (`tools`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,21 +29,20 @@ def with_calls(
     told, forced: the tools that may be called, and those of which one has to be.
     """
     if forced:
-        most = MOST if len(forced) == len(told) else 1
-        return Grammar.from_lark(f"start: LEAD? calls\n{LEAD}\n{_calls(forced, tokenizer, most)}")
+        return Grammar.from_lark(f"start: LEAD? calls\n{LEAD}\n{_calls(forced, tokenizer)}")
     if grammar and told:
         either = grammar.lark.replace("start: LEAD? ", "start: LEAD? calls | LEAD? ", 1)
-        return Grammar.from_lark(f"{either}\n{_calls(told, tokenizer, MOST)}")
+        return Grammar.from_lark(f"{either}\n{_calls(told, tokenizer)}")
     return grammar
 
 
-def _calls(tools: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, most: int) -> str:
+def _calls(tools: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> str:
     marker = {name: f"<[{token}]>" for token, name in tokenizer.call_markers.items()}
     functions = [tool["function"] for tool in tools]
     call = f"call: {' | '.join(f'call_{at}' for at in range(len(functions)))}"
     arguments = [f"args_{at}: {json_rule(_closed(f['parameters']))}" for at, f in enumerate(functions)]
     if tokenizer.version == "v7":
-        calls = f'calls: {marker["[TOOL_CALLS]"]} "[" call (", " call){{0,{most - 1}}} "]"'
+        calls = f'calls: {marker["[TOOL_CALLS]"]} "[" call (", " call){{0,{MOST - 1}}} "]"'
         each = [
             f'call_{at}: "{{\\"name\\": \\"{f["name"]}\\", \\"arguments\\": " args_{at} "}}"'
             for at, f in enumerate(functions)
@@ -54,7 +53,7 @@ def _calls(tools: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, most: int) 
         f'call_{at}: {marker["[TOOL_CALLS]"]} "{f["name"]}" {own_id} {marker["[ARGS]"]} args_{at}'
         for at, f in enumerate(functions)
     ]
-    return "\n".join([f"calls: call{{1,{most}}}", call, *each, *arguments])
+    return "\n".join([f"calls: call{{1,{MOST}}}", call, *each, *arguments])
 
 
 def _closed(parameters: Mapping[str, Any]) -> dict[str, Any]:

@@ -40,8 +40,8 @@ def offered(tools: object, choice: object) -> list[dict[str, Any]]:
     names = [tool["function"]["name"] for tool in found]
     if choice not in ("auto", "none", *(["required", *names] if names else [])):
         raise PromptError(
-            f"Expected tool_choice to be auto, none, required or the name of a tool, found {choice!r} and the "
-            f"tools {names}."
+            f"Expected tool_choice to be auto, none, required or the name of a tool, found {choice!r} "
+            f"and the tools {names}."
         )
     return found if choice != "none" else []
 
