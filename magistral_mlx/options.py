@@ -40,8 +40,8 @@ class Plain(TypedDict, total=False):
     system: str | None
     keep_thinking: bool
     stop: str | Sequence[str]
-    tools: tools.Tools
-    tool_choice: str
+    tools: tools.Tools | None
+    tool_choice: str | None
     logprobs: int | None
 
 
@@ -58,9 +58,9 @@ class Options(Plain, total=False):
 
 def offered(options: Options) -> list[dict[str, Any]]:
     """The definitions of the tools that a reply may call."""
-    return tools.offered(options.get("tools", ()), options.get("tool_choice", "auto"))
+    return tools.offered(options.get("tools") or (), options.get("tool_choice") or "auto")
 
 
 def forced(options: Options) -> list[dict[str, Any]]:
     """The definitions of the tools of which it has to call one."""
-    return tools.forced(options.get("tools", ()), options.get("tool_choice", "auto"))
+    return tools.forced(options.get("tools") or (), options.get("tool_choice") or "auto")
