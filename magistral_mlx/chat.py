@@ -20,6 +20,7 @@ import mlx.core as mx
 
 from . import hub, manifest, memory, saving
 from .batch import Batch, BatchSource
+from .callgrammar import with_calls
 from .checkpoint import Checkpoint, load, open_checkpoint
 from .checks import whole_number
 from .constraint import Constraint
@@ -30,7 +31,7 @@ from .grammar import Regex, Vocabulary
 from .logprobs import Scorer
 from .loops import LoopGuard
 from .model import Transformer
-from .options import MAX_TOKENS, Options, Plain, offered
+from .options import MAX_TOKENS, Options, Plain, forced, offered
 from .pace import Pace
 from .prefix import Prefix
 from .prefixes import Prefixes
@@ -305,13 +306,15 @@ class Magistral:
         self._guard.check_reply(len(prompt), limit, kv_bits=self.kv_bits, held=max(others, 0))
         stop, schema, top = options.get("stop", ()), options.get("schema"), options.get("logprobs")
         shape = None if schema is None else shape_of(schema)
-        constraint = shape and Constraint(shape.grammar, self._vocabulary, think=options.get("think", True))
+        told = offered(options)
+        grammar = with_calls(shape and shape.grammar, self.tokenizer, told=told, forced=forced(options))
+        constraint = grammar and Constraint(grammar, self._vocabulary, think=options.get("think", True))
         scorer = None if top is None else Scorer(top)
         telling = Telling(
             Transcript(
                 self.tokenizer,
                 stop=(stop,) if isinstance(stop, str) else tuple(stop),
-                calls=CallParser(_key(prompt, seed)) if offered(options) else None,
+                calls=CallParser(_key(prompt, seed)) if told else None,
             ),
             self.tokenizer,
             prompt_ids=tuple(prompt),

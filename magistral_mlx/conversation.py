@@ -144,11 +144,10 @@ class Conversation:
         keeps = options.get("keep_thinking") or not isinstance(said, str)
         if keeps and last and last.token_ids:
             end = [] if last.token_ids[-1] == tokenizer.eos_id else [tokenizer.eos_id]
-            turn = tokenizer.encode_turn(
-                said, calls=last.tool_calls, tools=offered(options), behind=last.prompt_ids
-            )
+            behind = [*last.prompt_ids, *last.token_ids, *end]
+            turn = tokenizer.encode_turn(said, calls=last.tool_calls, tools=offered(options), behind=behind)
             if turn is not None:
-                return [*last.prompt_ids, *last.token_ids, *end, *turn]
+                return behind + turn
         return self._model.encode([*self.messages, *messages], **options)
 
 

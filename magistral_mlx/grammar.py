@@ -49,11 +49,7 @@ class Grammar:
     @classmethod
     def from_schema(cls, schema: Mapping[str, Any]) -> Self:
         """JSON as a JSON schema describes it (2020-12). Keys come in the order of `properties`."""
-        try:
-            text = json.dumps({**schema, "x-guidance": {"whitespace_pattern": _SPACE}}, allow_nan=False)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise SchemaError(f"Expected a JSON schema, found what is not JSON: {error}.") from error
-        return cls.from_lark(f"start: LEAD? json\n{LEAD}\njson: %json {text}")
+        return cls.from_lark(f"start: LEAD? json\n{LEAD}\njson: {json_rule(schema)}")
 
     @classmethod
     def from_regex(cls, pattern: str) -> Self:
@@ -65,6 +61,16 @@ class Grammar:
     def from_lark(cls, lark: str) -> Self:
         """A grammar as it stands, with no `LEAD` but its own; `<[9]>` is the control token with the id 9."""
         return cls(_short(lark))
+
+
+def json_rule(schema: Mapping[str, Any]) -> str:
+    """JSON by a schema, as what a rule of a grammar may hold."""
+    try:
+        return (
+            f"%json {json.dumps({**schema, 'x-guidance': {'whitespace_pattern': _SPACE}}, allow_nan=False)}"
+        )
+    except (TypeError, ValueError, RecursionError) as error:
+        raise SchemaError(f"Expected a JSON schema, found what is not JSON: {error}.") from error
 
 
 class Vocabulary:

@@ -116,8 +116,8 @@ def _described(saved: Saved, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
     options: dict[str, Any] = {**saved.options}
     if "sampling" in saved.options:
         options["sampling"] = asdict(saved.options["sampling"])
-    if "tools" in saved.options:
-        options["tools"] = read_tools(saved.options["tools"])  # plain JSON
+    if tools := saved.options.get("tools"):
+        options["tools"] = read_tools(tools)  # plain JSON
     return {
         "package": version("magistral_mlx"),
         "model": fingerprint,

@@ -49,6 +49,7 @@ FLOORS = (
     },
     {
         "options",
+        "callgrammar",
         "constraint",
         "shape",
         "checkpoint",
@@ -133,6 +134,7 @@ WORDS = {
     "answers",
     "tools",
     "toolcalls",
+    "callgrammar",
 }
 
 PUBLIC = {
