@@ -29,6 +29,7 @@ from .errors import (
     PromptError,
     SamplingError,
     SchemaError,
+    ServerError,
     TokenizerError,
 )
 from .events import AnswerToken, Event, Finished, Stats, ThinkToken, ToolCall, ToolCallToken
@@ -68,6 +69,7 @@ __all__ = [
     "Sampling",
     "SamplingError",
     "SchemaError",
+    "ServerError",
     "Stats",
     "Stream",
     "ThinkToken",

@@ -32,6 +32,7 @@ from .loops import LoopGuard
 from .model import Transformer
 from .options import MAX_TOKENS, Options, Plain, offered
 from .prefix import Prefix
+from .prefixes import Prefixes
 from .prompt import Messages
 from .reply import Reply, Telling
 from .sampling import Sampler, Sampling
@@ -233,6 +234,16 @@ class Magistral:
     def run(self, job: Callable[[], T]) -> T:
         """Run a job on the thread that owns the model's arrays, and wait for it."""
         return self._worker.run(job)
+
+    def submit(self, job: Callable[[], T]) -> Future[T]:
+        """`run`, without waiting."""
+        return self._worker.submit(job)
+
+    def new_prefixes(self, limit: int | None = None) -> Prefixes:
+        """A place to keep what prompts have read; bytes, by default an eighth of what the weights leave."""
+        return Prefixes(
+            lambda: self.new_prefix(self.kv_bits), self._guard.for_prefixes if limit is None else limit
+        )
 
     @property
     def dtype(self) -> mx.Dtype:

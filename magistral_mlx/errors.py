@@ -16,6 +16,7 @@ without a traceback. A bug of ours is never dressed as one of these.
     ├── ConversionError      converting: the target exists, no room, an unusable recipe
     ├── HubError             a Hub name that cannot be found or reached
     ├── MemoryLimitError     what would not fit into this machine's memory
+    ├── ServerError          a server that cannot start as asked
     └── ClosedError          a model or stream that has been closed
 """
 
@@ -77,6 +78,10 @@ class HubError(MagistralError):
 
 class MemoryLimitError(MagistralError):
     """Something that would not fit into this machine's memory."""
+
+
+class ServerError(MagistralError):
+    """A server that cannot start as it was asked to."""
 
 
 class ClosedError(MagistralError):

@@ -194,9 +194,12 @@ class Tokenizer:
         except (MistralCommonException, ValueError, AssertionError, RecursionError) as error:
             raise PromptError(f"mistral_common refuses these messages: {error}") from error
 
+    def has_think_template(self, text: str) -> bool:
+        """Whether a system prompt shows how to think, without which the model does not."""
+        return (_THINK_TEMPLATE if self.think_ids else _TEXT_TEMPLATE).fullmatch(text) is not None
+
     def _warn_if_thoughtless(self, system: list[str]) -> None:
-        template = _THINK_TEMPLATE if self.think_ids else _TEXT_TEMPLATE
-        if not any(map(template.fullmatch, system)):
+        if not any(map(self.has_think_template, system)):
             tags = "[THINK]…[/THINK]" if self.think_ids else f"{OPEN}…{CLOSE}"
             warnings.warn(
                 f"The system message has no {tags} template, without which the model does not think. Use "

@@ -36,7 +36,7 @@ class Transcript:
         self._detokenizer = tokenizer.detokenizer()
         self._think_ids = tokenizer.think_ids
         self._parser = ThinkParser(tags="control" if self._think_ids else "text")
-        self._stop = _StopStrings(stop)
+        self._stop = StopStrings(stop)
         self._calls = calls or CallParser("")
         self._markers = tokenizer.call_markers if calls else {}
         self._pending: list[int] = []
@@ -155,7 +155,7 @@ class Transcript:
         return [kind(text=text, token_ids=token_ids)]
 
 
-class _StopStrings:
+class StopStrings:
     """Text up to the stop string that is complete first, however the text was cut."""
 
     def __init__(self, stops: tuple[str, ...]) -> None:

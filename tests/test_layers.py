@@ -41,6 +41,7 @@ FLOORS = (
         "shape",
         "checkpoint",
         "engine",
+        "prefixes",
         "generation",
         "memory",
         "plan",
@@ -49,7 +50,9 @@ FLOORS = (
     },
     {"convert", "hub", "worker", "reply", "answers", "stream", "batch", "saving", "conversation", "chat"}
     | {"display", "notebook"},
-    {"repl", "cli_common", "cli_convert", "cli_plan", "bench", "cli_bench", "cli", "__init__", "__main__"},
+    {"server/__init__", "server/wire", "server/slots", "server/failures", "server/requests", "server/voices"}
+    | {"server/replies", "server/metrics", "server/service", "server/safety", "server/app", "server/host"},
+    {"cli_serve", "repl", "cli_common", "cli_convert", "cli_plan", "bench", "cli_bench", "cli", "__init__", "__main__"},
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
@@ -65,6 +68,7 @@ ARRAYS |= {
     "journal",
     "convert",
     "prefix",
+    "prefixes",
     "generation",
     "logprobs",
     "drawing",
@@ -96,7 +100,7 @@ PUBLIC = {
     *("MagistralError", "CheckpointError", "ConfigError", "TokenizerError", "PromptError", "ContextError"),
     *("ConversationError", "SamplingError", "ConversionError", "HubError", "MemoryLimitError", "ClosedError"),
     *("SchemaError", "AnswerError"),
-    *("MagistralWarning", "__version__"),
+    *("MagistralWarning", "ServerError", "__version__"),
 }
 
 
@@ -107,17 +111,24 @@ def imported(module: Path) -> Iterator[str]:
             case ast.Import(names=names):
                 yield from (_ours(name.name) for name in names)
             case ast.ImportFrom(
-                module=None | "magistral_mlx", names=names
+                module=None | "magistral_mlx", names=names, level=level
             ):  # a module, or a name in __init__
-                yield from (f".{name.name}" if name.name in FLOOR else ".__init__" for name in names)
+                found = (_relative(module, name.name, level) for name in names)
+                yield from (name if name[1:] in FLOOR else ".__init__" for name in found)
             case ast.ImportFrom(module=str(name), level=level):
-                yield f".{name}" if level else _ours(name)
+                yield _relative(module, name, level) if level else _ours(name)
             case _:
                 pass
 
 
 def _ours(name: str) -> str:
     return ".__init__" if name == "magistral_mlx" else name.replace("magistral_mlx.", ".", 1)
+
+
+def _relative(module: Path, name: str, level: int) -> str:
+    """`.slots` in server/app.py → `.server/slots`; `..errors` → `.errors`."""
+    folder = module.relative_to(PACKAGE).parents[max(level, 1) - 1]
+    return "." + (folder / name.replace(".", "/")).as_posix()
 
 
 def siblings(module: Path) -> set[str]:
