@@ -15,19 +15,17 @@ from .errors import ServerError
 _NEEDED = ("fastapi", "uvicorn", "sse_starlette", "prometheus_client")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _ANY = ("0.0.0.0", "::")  # noqa: S104 -- compared with, not bound to
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
-class _Size(click.ParamType):
-    """`1GB`, `500 MB`, or bytes."""
-
-    name = "size"
-
-    def convert(self, value: str | int, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMG]?B?)", str(value).upper())
-        if not found or found.group(2) not in _UNITS:
-            self.fail(f"{value!r} is no size such as 1GB or 500MB", param, ctx)
-        return int(float(found.group(1)) * _UNITS[found.group(2)])
+def _bytes(_ctx: click.Context, _param: click.Parameter, value: str | None) -> int | None:
+    """`1GB`, `500 MB`, or bytes: decimal units, as everywhere here."""
+    if value is None:
+        return None
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,3})?)\s*([kmg]b)?", value.strip(), re.IGNORECASE | re.ASCII)
+    if not found:
+        raise click.BadParameter(f"expected a size such as 1GB or 500MB, found {value!r}")
+    return int(float(found[1]) * _UNITS[(found[2] or "").lower()])
 
 
 class _Serving(TypedDict):
@@ -54,12 +52,16 @@ class _Serving(TypedDict):
 )
 @click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any.")
 @click.option(
-    "--api-key", envvar="MAGISTRAL_API_KEY", help="What clients must send. Or MAGISTRAL_API_KEY, unseen by `ps`."
+    "--api-key",
+    envvar="MAGISTRAL_API_KEY",
+    help="What clients must send. Or MAGISTRAL_API_KEY, unseen by `ps`.",
 )
 @click.option("--max-running", default=4, show_default=True, type=click.IntRange(1), help="Requests at once.")
 @click.option("--queue", default=32, show_default=True, type=click.IntRange(0), help="Requests that wait.")
 @click.option(
-    "--prefix-cache", type=_Size(), help="Kept of what prompts have read, such as 1GB. Default: by the memory."
+    "--prefix-cache",
+    callback=_bytes,
+    help="Kept of what prompts have read, such as 1GB. Default: by the memory.",
 )
 @click.option("--kv-bits", type=click.Choice(["16", "8"]), default="16", help="8: half the KV cache.")
 @click.option("--allow-host", multiple=True, help="A name by which it is called, besides its address.")

@@ -84,7 +84,7 @@ def source(name: str) -> str | None:
 
 
 def known_as(name: str) -> list[str]:
-    """The names a model answers to, its source's first: clients that fetch its prompt ask the Hub for that."""
+    """The names a model answers to, its source's first: clients ask the Hub for its prompt by that."""
     directory = _directory(name)
     own = directory.resolve().name if directory and name != "demo" else name
     return list(dict.fromkeys(filter(None, (source(name), own))))

@@ -52,7 +52,18 @@ FLOORS = (
     | {"display", "notebook"},
     {"server/__init__", "server/wire", "server/slots", "server/failures", "server/requests", "server/voices"}
     | {"server/replies", "server/metrics", "server/service", "server/safety", "server/app", "server/host"},
-    {"cli_serve", "repl", "cli_common", "cli_convert", "cli_plan", "bench", "cli_bench", "cli", "__init__", "__main__"},
+    {
+        "cli_serve",
+        "repl",
+        "cli_common",
+        "cli_convert",
+        "cli_plan",
+        "bench",
+        "cli_bench",
+        "cli",
+        "__init__",
+        "__main__",
+    },
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 

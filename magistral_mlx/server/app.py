@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from functools import partial
+from importlib.metadata import version
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -13,8 +14,8 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from .. import __version__
-from ..errors import MagistralError
+from magistral_mlx.errors import MagistralError
+
 from . import failures, requests
 from .failures import GONE, RefusedError
 from .metrics import CONTENT_TYPE
@@ -33,12 +34,19 @@ SEND_SECONDS = 60
 
 def create_app(service: Service, rules: Rules) -> ASGIApp:
     """All of it: the routes behind the rules."""
-    app = FastAPI(title="magistral_mlx", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="magistral_mlx", version=version("magistral_mlx"), docs_url=None, redoc_url=None)
     app.state.service = service
     for base, raw in (("/v1", False), ("/raw/v1", True)):
         app.include_router(_interface(service, raw=raw), prefix=base)
     app.include_router(_about(service))
-    for kind in (RefusedError, MagistralError, FullError, ClosingError, HTTPException, RequestValidationError):
+    for kind in (
+        RefusedError,
+        MagistralError,
+        FullError,
+        ClosingError,
+        HTTPException,
+        RequestValidationError,
+    ):
         app.add_exception_handler(kind, _failed)
     counted = _Counted(app, service)
     if rules.origins:
@@ -61,7 +69,9 @@ def _interface(service: Service, *, raw: bool) -> APIRouter:
     @router.get("/models/{id_:path}")
     async def model(id_: str) -> dict[str, Any]:
         if id_ not in service.ids:
-            raise RefusedError(404, "there is no such model here; /v1/models lists them", code="model_not_found")
+            raise RefusedError(
+                404, "there is no such model here; /v1/models lists them", code="model_not_found"
+            )
         return _model(service, id_)
 
     @router.post("/chat/completions")

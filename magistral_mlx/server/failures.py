@@ -10,7 +10,8 @@ from typing import Any, cast
 
 from starlette.responses import Response
 
-from ..errors import ClosedError, ContextError, MagistralError, MemoryLimitError
+from magistral_mlx.errors import ClosedError, ContextError, MagistralError, MemoryLimitError
+
 from .slots import ClosingError, FullError
 
 
@@ -41,7 +42,12 @@ class RefusedError(Exception):
         return Response(self.body, self.status, self.headers, media_type="application/json")
 
 
-_KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
 
 GONE = 499
 """What a request whose client has left ends with; nobody reads it, a log may show it."""
@@ -56,20 +62,21 @@ def of(error: Exception) -> RefusedError:
     """What a client is told about any error."""
     match error:
         case RefusedError():
-            return error
+            told = error
         case FullError():
             wait = {"Retry-After": str(error.retry_after)}
-            return RefusedError(429, str(error), code="queue_full", headers=wait)
+            told = RefusedError(429, str(error), code="queue_full", headers=wait)
         case ClosingError() | ClosedError():
-            return RefusedError(503, "the server is shutting down", code="shutting_down")
+            told = RefusedError(503, "the server is shutting down", code="shutting_down")
         case ContextError():
-            return RefusedError(400, str(error), param="messages", code="context_length_exceeded")
+            told = RefusedError(400, str(error), param="messages", code="context_length_exceeded")
         case MemoryLimitError():
-            return RefusedError(413, str(error), code="memory_limit")
+            told = RefusedError(413, str(error), code="memory_limit")
         case MagistralError():
-            return RefusedError(400, str(error), code="invalid_value")
+            told = RefusedError(400, str(error), code="invalid_value")
         case _:
-            return RefusedError(500, "internal error; the server's log says where", code="internal_error")
+            told = RefusedError(500, "internal error; the server's log says where", code="internal_error")
+    return told
 
 
 def of_validation(errors: Sequence[Any]) -> RefusedError:

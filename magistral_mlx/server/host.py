@@ -11,7 +11,7 @@ import uvicorn
 from sse_starlette.sse import AppStatus
 from starlette.types import ASGIApp
 
-from ..errors import ServerError
+from magistral_mlx.errors import ServerError
 
 GRACE_SECONDS = 5
 """For connections to end by themselves, once everything that ran was stopped."""
@@ -36,7 +36,7 @@ class Host(uvicorn.Server):
         )
         self._close = close
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 -- uvicorn's signature
         self.force_exit = self.should_exit
         self.should_exit = True
 

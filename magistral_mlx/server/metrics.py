@@ -4,10 +4,11 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from ..reply import Reply
+from magistral_mlx.reply import Reply
 
 if TYPE_CHECKING:
-    from ..prefixes import Prefixes
+    from magistral_mlx.prefixes import Prefixes
+
     from .slots import Slots
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -22,7 +23,9 @@ class Metrics:
         self._requests = Counter(
             "magistral_requests", "Answers by path and status", ["path", "status"], registry=registry
         )
-        self._replies = Counter("magistral_replies", "Replies by how they ended", ["reason"], registry=registry)
+        self._replies = Counter(
+            "magistral_replies", "Replies by how they ended", ["reason"], registry=registry
+        )
         self._tokens = Counter("magistral_tokens", "Tokens by what they were", ["kind"], registry=registry)
         self._first = Histogram(
             "magistral_first_token_seconds",

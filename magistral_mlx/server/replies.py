@@ -10,7 +10,8 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from ..events import FinishReason, Stats
+from magistral_mlx.events import FinishReason, Stats
+
 from .voices import Heard
 
 DONE = b"data: [DONE]\n\n"
@@ -65,7 +66,11 @@ class Shape:
     kind = piece_kind = prefix = ""
 
     def __init__(self, model: str) -> None:
-        self._about = {"id": f"{self.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+        self._about = {
+            "id": f"{self.prefix}-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": model,
+        }
         about = json.dumps({**self._about, "object": self.piece_kind})
         self._head = f'data: {about[:-1]}, "choices": '
 

@@ -6,10 +6,11 @@ Knows the wire and the library's options. Does not know HTTP, or how replies are
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-from ..chat import Magistral
-from ..options import MAX_TOKENS, Options
-from ..sampling import Sampling
-from ..tokenizer import Tokenizer
+from magistral_mlx.chat import Magistral
+from magistral_mlx.options import MAX_TOKENS, Options
+from magistral_mlx.sampling import Sampling
+from magistral_mlx.tokenizer import Tokenizer
+
 from .failures import RefusedError, unsupported
 from .wire import ChatRequest, CompletionRequest, Effort, Message, Part, Sampled, TokenizeRequest
 
@@ -145,5 +146,7 @@ def _ids(prompt: str | list[int], tokenizer: Tokenizer) -> list[int]:
     if isinstance(prompt, str):
         return [tokenizer.bos_id, *tokenizer.encode(prompt)]
     if not prompt or not all(0 <= id_ < tokenizer.vocab_size for id_ in prompt):
-        raise RefusedError(400, f"ids are from 0 to {tokenizer.vocab_size - 1}, and one at least", param="prompt")
+        raise RefusedError(
+            400, f"ids are from 0 to {tokenizer.vocab_size - 1}, and one at least", param="prompt"
+        )
     return prompt

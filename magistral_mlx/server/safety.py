@@ -1,8 +1,8 @@
 """Who may ask at all, and with how much: stands before everything else.
 
-A page on the web can make a browser send requests to this machine. It cannot choose their `Host` (but can have
-its own name point here: DNS rebinding) nor their `Origin`; so both must be ours. A key keeps other people out,
-sizes and times keep any one request small. Knows ASGI and headers; not what is asked.
+A page on the web can make a browser send requests to this machine. It cannot choose their `Host` (but can
+have its own name point here: DNS rebinding) nor their `Origin`; so both must be ours. A key keeps other
+people out, sizes and times keep any one request small. Knows ASGI and headers; not what is asked.
 """
 
 import asyncio
@@ -27,9 +27,13 @@ OPEN_PATHS = frozenset({"/", "/health"})
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """hosts: names, beside those of loopback, by which requests may call this server. any_address: by any
-    number, too (a name can be made to point here, a number is what it is). origins: other sites whose pages
-    may ask. body_bytes, body_seconds: how large a request may be, and how slow."""
+    """What is let through.
+
+    hosts: names by which this server may be called. any_address: by any number, too (a name can be made to
+        point here, a number is what it is).
+    origins: other sites whose pages may ask.
+    body_bytes, body_seconds: how large a request may be, and how slow.
+    """
 
     key: str | None = None
     hosts: frozenset[str] = LOOPBACK

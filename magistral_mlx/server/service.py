@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from typing import TypeAlias
 from weakref import WeakSet
 
-from ..chat import Magistral
-from ..errors import ClosedError, MagistralError, MemoryLimitError
-from ..events import Finished, FinishReason
-from ..options import Options
-from ..prefix import Prefix
-from ..reply import Reply
-from ..stream import Stream
+from magistral_mlx.chat import Magistral
+from magistral_mlx.errors import ClosedError, MagistralError, MemoryLimitError
+from magistral_mlx.events import Finished, FinishReason
+from magistral_mlx.options import Options
+from magistral_mlx.prefix import Prefix
+from magistral_mlx.reply import Reply
+from magistral_mlx.stream import Stream
+
 from .metrics import Metrics
 from .replies import Choice, Ended
 from .slots import ClosingError, Slots
@@ -39,7 +40,13 @@ class Service:
     """A model, who may use it, what it has read, and what happened."""
 
     def __init__(
-        self, model: Magistral, *, ids: Sequence[str], running: int, waiting: int, prefix_bytes: int | None = None
+        self,
+        model: Magistral,
+        *,
+        ids: Sequence[str],
+        running: int,
+        waiting: int,
+        prefix_bytes: int | None = None,
     ) -> None:
         self.model = model
         self.ids = list(ids)
@@ -116,5 +123,3 @@ def _seeded(options: Options, index: int) -> Options:
     """Each choice has its own seed, told by the first one's."""
     seed = options.get("seed")
     return options if seed is None else {**options, "seed": seed + index}
-
-

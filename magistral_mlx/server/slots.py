@@ -1,4 +1,4 @@
-"""Who may run now: so many at once, so many waiting behind them, and everybody else is told when to come back.
+"""Who may run now: so many at once, so many waiting behind them; all others are told when to come back.
 
 Knows asyncio, and nothing of what a slot is used for. All of it happens on one event loop.
 """

@@ -5,10 +5,10 @@ Pure: events in, two texts out. A voice hears the events of one reply, in order.
 
 from typing import NamedTuple, Protocol
 
-from ..events import AnswerToken, Event, Finished, ThinkToken
-from ..thinking import CLOSE, OPEN
-from ..tokenizer import Tokenizer
-from ..transcript import StopStrings
+from magistral_mlx.events import AnswerToken, Event, Finished, ThinkToken
+from magistral_mlx.thinking import CLOSE, OPEN
+from magistral_mlx.tokenizer import Tokenizer
+from magistral_mlx.transcript import StopStrings
 
 
 class Heard(NamedTuple):
