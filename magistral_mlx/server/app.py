@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from functools import partial
 from importlib.metadata import version
 from typing import Any, TypeVar
@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from sse_starlette import EventSourceResponse
+from sse_starlette.sse import SendTimeoutError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -39,14 +40,9 @@ def create_app(service: Service, rules: Rules) -> ASGIApp:
     for base, raw in (("/v1", False), ("/raw/v1", True)):
         app.include_router(_interface(service, raw=raw), prefix=base)
     app.include_router(_about(service))
-    for kind in (
-        RefusedError,
-        MagistralError,
-        FullError,
-        ClosingError,
-        HTTPException,
-        RequestValidationError,
-    ):
+    for kind in (Exception, MagistralError, RefusedError, FullError, ClosingError):
+        app.add_exception_handler(kind, _failed)
+    for kind in (HTTPException, RequestValidationError):  # in place of the framework's own
         app.add_exception_handler(kind, _failed)
     counted = _Counted(app, service)
     if rules.origins:
@@ -145,7 +141,8 @@ async def _pieces(service: Service, job: Job, shape: Shape, *, counted: bool) ->
                     yield shape.opening(index + 1)
         if counted:
             yield shape.counted(usage(ends, job.n))
-    except (MagistralError, ClosingError) as error:
+    except Exception as error:  # noqa: BLE001 -- the status was sent long ago: this is how it can still be told
+        failures.log(error)
         yield b"data: " + failures.of(error).body + b"\n\n"
         return
     yield DONE
@@ -159,7 +156,7 @@ class _Events(EventSourceResponse):
         self._slot = slot
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._slot:
+        with self._slot, suppress(SendTimeoutError):
             await super().__call__(scope, receive, send)
 
 
@@ -172,8 +169,8 @@ class _Counted:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def sending(message: Any) -> None:
             if message["type"] == "http.response.start":
-                route = scope.get("route")
-                self._metrics.answered(getattr(route, "path", "other"), message["status"])
+                own = "route" in scope and not scope.get("path_params")  # never a path that a client made up
+                self._metrics.answered(scope["path"] if own else "other", message["status"])
             await send(message)
 
         await self._app(scope, receive, sending)

@@ -5,6 +5,8 @@ may be long, private, or no Unicode.
 """
 
 import json
+import logging
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -13,6 +15,8 @@ from starlette.responses import Response
 from magistral_mlx.errors import ClosedError, ContextError, MagistralError, MemoryLimitError
 
 from .slots import ClosingError, FullError
+
+logger = logging.getLogger(__name__)
 
 
 class RefusedError(Exception):
@@ -87,3 +91,10 @@ def of_validation(errors: Sequence[Any]) -> RefusedError:
         return RefusedError(400, "the body is no JSON", code="invalid_json")
     where = ".".join(place) or "the body"
     return RefusedError(400, f"{where}: {first['msg']}", param=".".join(place) or None, code="invalid_value")
+
+
+def log(error: Exception) -> None:
+    """Of an error that is nobody's but ours: where it happened, and nothing that it may quote."""
+    if of(error).code == "internal_error":
+        places = "".join(traceback.format_tb(error.__traceback__))
+        logger.error("internal error, %s:\n%s", type(error).__name__, places)

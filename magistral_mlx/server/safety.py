@@ -8,8 +8,6 @@ people out, sizes and times keep any one request small. Knows ASGI and headers; 
 import asyncio
 import hmac
 import ipaddress
-import logging
-import traceback
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -17,8 +15,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import failures
 from .failures import RefusedError
-
-log = logging.getLogger(__name__)
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 OPEN_PATHS = frozenset({"/", "/health"})
@@ -68,11 +64,9 @@ class Safety:
             body = await self._body(scope, receive)
             await self._app(scope, _again(body, receive), sending)
         except Exception as error:  # noqa: BLE001 -- the last door: nobody outside is shown a traceback
-            refused = failures.of(error)
-            if refused.status >= 500 and refused.code == "internal_error":
-                _report(error)
+            failures.log(error)
             if not began:
-                await refused.response(scope, receive, send)
+                await failures.of(error).response(scope, receive, send)
 
     def _check(self, scope: Scope) -> None:
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
@@ -152,9 +146,3 @@ def _is_address(name: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _report(error: Exception) -> None:
-    """Where it happened, without what was asked: an error's message may quote it."""
-    places = "".join(traceback.format_tb(error.__traceback__))
-    log.error("internal error, %s:\n%s", type(error).__name__, places)
