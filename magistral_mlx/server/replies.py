@@ -10,13 +10,18 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from magistral_mlx.events import FinishReason, Stats
+from magistral_mlx.events import FinishReason, Stats, ToolCall, ToolCallToken
 
 from .voices import Heard
 
 DONE = b"data: [DONE]\n\n"
 
-_REASONS: dict[FinishReason, str] = {"stop": "stop", "length": "length", "loop": "length"}
+_REASONS: dict[FinishReason, str] = {
+    "stop": "stop",
+    "tool_calls": "tool_calls",
+    "length": "length",
+    "loop": "length",
+}
 
 
 class Ended(NamedTuple):
@@ -24,6 +29,7 @@ class Ended(NamedTuple):
 
     reason: FinishReason
     stats: Stats
+    calls: tuple[ToolCall, ...] = ()
 
 
 class Choice(NamedTuple):
@@ -107,6 +113,9 @@ class Chat(Shape):
         if heard.thinking:
             text = json.dumps(heard.thinking, ensure_ascii=False)
             return self._piece(index, f'{{"reasoning_content": {text}, "reasoning": {text}}}')
+        if heard.call:
+            delta = {"content": heard.text} if heard.text else {}
+            return self._piece(index, json.dumps(delta | {"tool_calls": [_call(heard.call)]}))
         return self._piece(index, f'{{"content": {json.dumps(heard.text, ensure_ascii=False)}}}')
 
     def ending(self, index: int, ended: Ended) -> bytes:
@@ -114,8 +123,10 @@ class Chat(Shape):
 
     def choice(self, index: int, choice: Choice) -> dict[str, Any]:
         thinking = choice.thinking or None
-        message = {"role": "assistant", "content": choice.text, "refusal": None}
+        calls = [call.message for call in choice.ended.calls]
+        message = {"role": "assistant", "content": choice.text or (None if calls else ""), "refusal": None}
         message |= {"reasoning_content": thinking, "reasoning": thinking}
+        message |= {"tool_calls": calls} if calls else {}
         return {"index": index, "message": message, "logprobs": None, "finish_reason": choice.reason}
 
     def _piece(self, index: int, delta: str, reason: str = "null") -> bytes:
@@ -142,3 +153,11 @@ class Completion(Shape):
         said = json.dumps(text, ensure_ascii=False)
         told = f'[{{"index": {index}, "text": {said}, "logprobs": null, "finish_reason": {reason}}}]'
         return f"{self._head}{told}}}\n\n".encode()
+
+
+def _call(piece: ToolCallToken) -> dict[str, Any]:
+    """A piece of a tool call; only the first one says which function it calls."""
+    if piece.name is None:
+        return {"index": piece.index, "function": {"arguments": piece.text}}
+    function = {"name": piece.name, "arguments": piece.text}
+    return {"index": piece.index, "id": piece.id, "type": "function", "function": function}

@@ -4,7 +4,7 @@ Knows the wire and the library's options. Does not know HTTP, or how replies are
 """
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from magistral_mlx.chat import Magistral
 from magistral_mlx.options import MAX_TOKENS, Options
@@ -14,7 +14,7 @@ from magistral_mlx.tokenizer import Tokenizer
 from .failures import RefusedError, unsupported
 from .wire import ChatRequest, CompletionRequest, Effort, Message, Part, Sampled, TokenizeRequest
 
-Dialogue: TypeAlias = list[dict[str, str]]
+Dialogue: TypeAlias = list[dict[str, Any]]
 
 EFFORTS: dict[Effort, int | None] = {"minimal": 256, "low": 1024, "medium": 8192, "high": None, "xhigh": None}
 """Tokens of reasoning that each effort may take; "none" does not think at all."""
@@ -24,7 +24,6 @@ COMPLETION_TOKENS = 16
 
 def chat(request: ChatRequest, tokenizer: Tokenizer) -> tuple[Dialogue, Options]:
     """What to say to the model, and how it is to reply."""
-    _refuse_tools(request)
     _refuse_format(request)
     if request.logprobs or request.top_logprobs:
         raise unsupported("logprobs", "logprobs are not given by this server; leave them out")
@@ -32,7 +31,7 @@ def chat(request: ChatRequest, tokenizer: Tokenizer) -> tuple[Dialogue, Options]
     options = _sampled(request)
     limit = request.max_completion_tokens or request.max_tokens or MAX_TOKENS
     budget = EFFORTS.get(request.reasoning_effort or "high")
-    return messages, options | Options(
+    return messages, options | _tools(request) | Options(
         max_tokens=limit,
         think=request.reasoning_effort != "none",
         think_budget=budget if request.think_budget is None else request.think_budget,
@@ -85,15 +84,19 @@ def dialogue(messages: Sequence[Message], tokenizer: Tokenizer) -> tuple[str | N
     return (None if own else before or None), [message for message in said if message]
 
 
-def _message(message: Message, at: int) -> dict[str, str]:
+def _message(message: Message, at: int) -> dict[str, Any]:
     """One message; empty if it says nothing, as a reply that was cut off before its answer."""
-    if message.role == "tool" or message.tool_calls:
-        raise unsupported(f"messages.{at}", "tools are not done by this server yet; leave them out")
     text = _text(message, at)
-    if message.role != "assistant":
-        return {"role": "user" if message.role == "user" else "system", "content": text}
-    thinking = message.reasoning_content or message.reasoning or ""
-    return {"role": "assistant", "content": text, "thinking": thinking} if text or thinking else {}
+    match message.role:
+        case "assistant":
+            said: dict[str, Any] = {"thinking": message.reasoning_content or message.reasoning}
+            said |= {"content": text, "tool_calls": message.tool_calls}
+            said = {name: value for name, value in said.items() if value}
+            return said and {"role": "assistant", **said}
+        case "tool":
+            return {"role": "tool", "content": text, "tool_call_id": message.tool_call_id}
+        case role:
+            return {"role": "user" if role == "user" else "system", "content": text}
 
 
 def _text(message: Message, at: int) -> str:
@@ -121,9 +124,20 @@ def _sampled(request: Sampled) -> Options:
     return options
 
 
-def _refuse_tools(request: ChatRequest) -> None:
-    if request.tools or request.tool_choice not in (None, "none", "auto"):
-        raise unsupported("tools", "tools are not done by this server yet; leave them out")
+def _tools(request: ChatRequest) -> Options:
+    """The functions that may be called; what is wrong with them, the library says."""
+    choice: Any = request.tool_choice
+    if isinstance(choice, dict):
+        match cast("dict[str, Any]", choice):
+            case {"type": "function", "function": {"name": str(name)}}:
+                choice = name
+            case _:
+                raise unsupported("tool_choice", "expected auto, none, required, or a function by its name")
+    if not request.tools:
+        if choice not in (None, "auto", "none"):
+            raise RefusedError(400, "a tool_choice needs tools", param="tool_choice", code="invalid_value")
+        return {}
+    return {"tools": request.tools, "tool_choice": choice or "auto"}
 
 
 def _refuse_format(request: ChatRequest) -> None:

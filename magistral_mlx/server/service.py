@@ -62,7 +62,7 @@ class Service:
             reason: FinishReason | None = None
             async with self._open(prompt, _seeded(job.options, index)) as stream:
                 async for event in stream:
-                    if (heard := voice.hear(event)) != ("", ""):
+                    if any(heard := voice.hear(event)):
                         yield index, heard
                     if isinstance(event, Finished):
                         reason = event.reason
@@ -71,7 +71,7 @@ class Service:
                         break
             if reason is None:  # closed by `close`
                 raise ClosingError
-            yield index, Ended(reason, stream.reply.stats)
+            yield index, Ended(reason, stream.reply.stats, stream.reply.tool_calls)
 
     async def choices(self, job: Job) -> list[Choice]:
         """The same, waited for."""

@@ -1,11 +1,11 @@
 """Events → what a client reads of them: reasoning apart, or in the text, or the text as it was written.
 
-Pure: events in, two texts out. A voice hears the events of one reply, in order.
+Pure: events in, texts and pieces of tool calls out. A voice hears the events of one reply, in order.
 """
 
 from typing import NamedTuple, Protocol
 
-from magistral_mlx.events import AnswerToken, Event, Finished, ThinkToken
+from magistral_mlx.events import AnswerToken, Event, Finished, ThinkToken, ToolCallToken
 from magistral_mlx.thinking import CLOSE, OPEN
 from magistral_mlx.tokenizer import Tokenizer
 from magistral_mlx.transcript import StopStrings
@@ -16,6 +16,7 @@ class Heard(NamedTuple):
 
     thinking: str = ""
     text: str = ""
+    call: ToolCallToken | None = None
 
 
 class Voice(Protocol):
@@ -38,6 +39,8 @@ class Apart:
                 return Heard(thinking=text)
             case AnswerToken(text=text):
                 return Heard(text=text)
+            case ToolCallToken():
+                return Heard(call=event)
             case Finished():
                 return Heard()
 
@@ -59,6 +62,8 @@ class Tagged:
                 return Heard(text=text)
             case AnswerToken(text=text):
                 return Heard(text=self._closed() + text)
+            case ToolCallToken():
+                return Heard(text=self._closed(), call=event)
             case Finished(stats=stats):
                 return Heard(text=self._closed() if stats.answer_tokens else "")
 
