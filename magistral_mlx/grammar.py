@@ -7,6 +7,7 @@ llguidance is imported when it is first needed: it is the extra `structured`.
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -29,6 +30,9 @@ LEAD = r"LEAD: /\n{1,2}/"
 _SPACE = r"\x20|\n\x20{0,32}"
 """White space between the parts of JSON: none, one space, or a new line and its indentation. A model that may
 say any amount of it need not come to an end."""
+
+_PLACE = re.compile(r"^at \d+\(\d+\): ")
+"""A line of the Lark text that we wrote: of no use to a reader."""
 
 _OPEN, _CLOSE = OPEN.encode(), CLOSE.encode()
 
@@ -134,14 +138,14 @@ class Matcher:
             limits=llguidance.LLParserLimits(verbose_errors=False),
             log_level=0,
         )
-        self._check("it cannot be used")
+        self._check("it cannot use")
         if not (self.mask() & ~vocabulary.blank or self._matcher.is_accepting()):
             raise SchemaError("Expected a schema that something matches; nothing does. Loosen it.")
 
     def mask(self) -> int:
         """Bits of the ids that may come next; the end of text is one of them where the text may end."""
         allowed = int.from_bytes(self._matcher.compute_bitmask(), "little")
-        self._check("it became too much to follow")
+        self._check("became too much for it")
         if not allowed:
             raise SchemaError(
                 "Expected a schema that can be gone on with; nothing matches any more. Loosen it."
@@ -174,8 +178,12 @@ class Matcher:
 
     def _check(self, what: str) -> None:
         if self._matcher.is_error():
-            reason = self._matcher.get_error().partition("\n")[0]
-            raise SchemaError(f"Expected a schema that the grammar engine can follow; {what}: {reason}")
+            first, *more = self._matcher.get_error().splitlines()
+            reasons = [_PLACE.sub("", first), *(line for line in more if line.startswith("error:"))]
+            raise SchemaError(
+                f"Expected a schema that the grammar engine can follow, found one that {what}: "
+                f"{' '.join(reasons)[:500]}"
+            )
 
 
 class _Pieces:

@@ -51,6 +51,7 @@ from .journal import flush, flush_directory
 from .options import Options
 from .prefix import Prefix
 from .sampling import Sampling
+from .shape import from_json, to_json
 from .stream import Reply
 from .tensorfile import NAMES, Entry, plan_file, read_whole_header, to_bytes
 from .tools import read_tools
@@ -150,6 +151,8 @@ def _described(saved: Saved, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
         options["sampling"] = asdict(saved.options["sampling"])
     if "tools" in saved.options:
         options["tools"] = read_tools(saved.options["tools"])  # plain JSON
+    if schema := saved.options.get("schema"):
+        options["schema"] = to_json(schema)
     return {
         "package": version("magistral_mlx"),
         "model": fingerprint,
@@ -288,6 +291,8 @@ def _options(found: dict[str, Any]) -> Options:
     options = {**found}
     if "sampling" in options:
         options["sampling"] = Sampling(**options["sampling"])
+    if options.get("schema"):
+        options["schema"] = from_json(options["schema"])
     for name, value in options.items():
         _expect(name in hints and _fits(value, hints[name]), f"the option {name}")
     return cast("Options", options)
