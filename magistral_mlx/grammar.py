@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from .errors import SchemaError
 from .thinking import CLOSE, OPEN
@@ -21,11 +21,17 @@ from .tokenizer import Tokenizer
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
-LARGEST = 100_000
-"""Characters of a schema, a pattern or a grammar: a hundred pages."""
+LARGEST = 50_000
+"""Characters of a schema, a pattern or a grammar: fifty pages."""
+
+_FUEL = 100_000
+"""Of llguidance, for reading a grammar; a tenth of its default, which may burn for seconds."""
 
 LEAD = r"LEAD: /\n{1,2}/"
 """What may stand between the closing tag and the answer. The transcript takes it off again."""
+
+_JOINED = 10
+_ELSEWHERE = {"$ref", "anyOf", "oneOf"}
 
 _SPACE = r"\x20|\n\x20{0,32}"
 """White space between the parts of JSON: none, one space, or a new line and its indentation. A model that may
@@ -57,6 +63,7 @@ class Grammar:
             text = json.dumps({**schema, "x-guidance": {"whitespace_pattern": _SPACE}}, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
             raise SchemaError(f"Expected a JSON schema, found what is not JSON: {error}.") from error
+        _check_joins(schema)
         return cls.from_lark(f"start: LEAD? json\n{LEAD}\njson: %json {text}")
 
     @classmethod
@@ -135,7 +142,7 @@ class Matcher:
         self._matcher = llguidance.LLMatcher(
             vocabulary.engine,
             llguidance.LLMatcher.grammar_from_lark(grammar.lark),
-            limits=llguidance.LLParserLimits(verbose_errors=False),
+            limits=llguidance.LLParserLimits(initial_lexer_fuel=_FUEL, verbose_errors=False),
             log_level=0,
         )
         self._check("it cannot use")
@@ -210,6 +217,27 @@ def bits(ids: Iterable[int]) -> int:
     for i in ids:
         allowed |= 1 << i
     return allowed
+
+
+def _check_joins(schema: Mapping[str, Any]) -> None:
+    """Refuse many patterns that may have to hold at once: what that costs doubles with each."""
+    nodes: list[Any] = [schema]
+    patterns, joined = 0, False
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, Mapping):
+            keys = cast("Mapping[str, Any]", node)
+            patterns += ("pattern" in keys) + len(keys.get("patternProperties") or ())
+            joined = joined or len(keys.get("allOf") or ()) > 1
+            joined = joined or (bool(keys.keys() & _ELSEWHERE) and bool(keys.keys() & {"pattern", "allOf"}))
+            nodes += keys.values()
+        elif isinstance(node, list):
+            nodes += cast("list[Any]", node)
+    if joined and patterns > _JOINED:
+        raise SchemaError(
+            f"Expected at most {_JOINED} patterns in a schema that joins some (allOf), found {patterns}. "
+            "Make one of several."
+        )
 
 
 def _short(text: str) -> str:
