@@ -8,7 +8,7 @@ llguidance is imported when it is first needed: it is the extra `structured`.
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from types import ModuleType
@@ -96,37 +96,38 @@ class Vocabulary:
     @cached_property
     def byte_ids(self) -> dict[int, int]:
         """Byte → the id that says it alone; a tekken vocabulary has all 256."""
-        return {piece[0]: i for i, piece in self._spoken() if len(piece) == 1}
-
-    @cached_property
-    def blank(self) -> int:
-        """Bits of what brings no text of an answer: new lines, and the end."""
-        return bits([*(i for i, piece in self._spoken() if not piece.strip(b"\n")), self.eos_id])
+        return {piece[0]: i for i, piece in enumerate(self.pieces) if piece and len(piece) == 1}
 
     @cached_property
     def space(self) -> int:
         """Bits of white space."""
-        return bits(i for i, piece in self._spoken() if piece.isspace())
+        return bits(i for i, piece in enumerate(self.pieces) if piece and piece.isspace())
 
     def _opening(self, said: bytes) -> int:
         """Bits of the ids that lead from `said`, the beginning of an opening tag, on towards all of it."""
         allowed = 0 if said else self.space
-        for i, piece in self._spoken():
+        for i, piece in self._of_tags:
             body = said + piece if said else piece.lstrip()
-            if body and (_OPEN.startswith(body) or (body.startswith(_OPEN) and _CLOSE not in body)):
+            if _OPEN.startswith(body) or (body.startswith(_OPEN) and _CLOSE not in body):
                 allowed |= 1 << i
         return allowed
 
     def _closing(self, half: int) -> list[tuple[int, bytes]]:
         """The ids that end the closing tag, `half` of which was said, and what each says behind it."""
         rest = _CLOSE[half:]
-        whole = [(i, piece.partition(_CLOSE)[2]) for i, piece in self._spoken() if _CLOSE in piece]
+        whole = [(i, piece.partition(_CLOSE)[2]) for i, piece in self._of_tags if _CLOSE in piece]
         return whole + [
-            (i, piece[len(rest) :]) for i, piece in self._spoken() if half and piece.startswith(rest)
+            (i, piece[len(rest) :]) for i, piece in self._of_tags if half and piece.startswith(rest)
         ]
 
-    def _spoken(self) -> Iterator[tuple[int, bytes]]:
-        return ((i, piece) for i, piece in enumerate(self.pieces) if piece)
+    @cached_property
+    def _of_tags(self) -> list[tuple[int, bytes]]:
+        """Every id that could say a part of a tag, and few others: looking through all of them takes time."""
+        return [
+            (i, piece)
+            for i, piece in enumerate(self.pieces)
+            if piece and (b"<" in piece or b">" in piece or piece in _OPEN)
+        ]
 
     def to_bytes(self, allowed: int) -> bytes:
         """Bits as a `Guide` carries them."""
@@ -146,7 +147,7 @@ class Matcher:
             log_level=0,
         )
         self._check("it cannot use")
-        if not (self.mask() & ~vocabulary.blank or self._matcher.is_accepting()):
+        if not (self.mask() & ~vocabulary.space or self._matcher.is_accepting()):
             raise SchemaError("Expected a schema that something matches; nothing does. Loosen it.")
 
     def mask(self) -> int:
