@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
+from typing import IO, TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack, cast
 
 import click
 
@@ -20,8 +20,10 @@ from .errors import MagistralError, MagistralWarning
 
 if TYPE_CHECKING:  # mlx, mistral_common and rich load when a command needs them, not for --help
     from .chat import Magistral
+    from .display import Terminal
     from .options import Options
     from .reply import Reply
+    from .stream import Stream
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -118,33 +120,46 @@ for _command in (
 @cli.command()
 @click.argument("question", required=False)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: ids, thinking, answer, statistics.")
+@click.option(
+    "--schema", type=click.File(encoding="utf-8"), help="A JSON schema that the answer is held to: a file."
+)
 @_reply_options
-def ask(question: str | None, as_json: bool, **options: Unpack[_Reply]) -> None:
+def ask(question: str | None, as_json: bool, schema: IO[str] | None, **options: Unpack[_Reply]) -> None:
     """Ask one QUESTION ("-" or nothing: from standard input) and print the answer.
 
     Ctrl-C while it thinks ends the thinking and asks for the answer; once more stops it.
     """
-    from .display import Terminal, summary
+    from .display import Terminal
 
     if question is None and sys.stdin.isatty():
         raise click.UsageError('expected a question: magistral-mlx ask "What is 48 + 37?"')
     text = sys.stdin.read() if question is None or question == "-" else question
     settings = _settings(options)
+    if schema is not None:
+        settings["schema"] = _read_schema(schema)
     terminal = Terminal(show_thinking=not options["hide_thinking"])
     with _load(options) as model, model.stream(text, **settings) as stream:
         if as_json:
             for _ in stream:
                 pass
             click.echo(json.dumps(_as_json(stream.reply), ensure_ascii=False))
-            return
-        try:
-            with first_interrupt_stops_thinking(stream):
-                finished = terminal.show(stream)
-        except KeyboardInterrupt:
-            click.echo("\ninterrupted", err=True)
-            sys.exit(130)
-        if finished:
-            terminal.note(summary(finished))
+        else:
+            _show(stream, terminal)
+        if schema is not None:
+            _ = stream.reply.parsed  # an answer that was cut off is an error
+
+
+def _show(stream: "Stream", terminal: "Terminal") -> None:
+    from .display import summary
+
+    try:
+        with first_interrupt_stops_thinking(stream):
+            finished = terminal.show(stream)
+    except KeyboardInterrupt:
+        click.echo("\ninterrupted", err=True)
+        sys.exit(130)
+    if finished:
+        terminal.note(summary(finished))
 
 
 @cli.command()
@@ -161,6 +176,16 @@ def chat(**options: Unpack[_Reply]) -> None:
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
     if issubclass(category, MagistralWarning):
         click.echo(f"note: {message}", err=True)
+
+
+def _read_schema(file: IO[str]) -> dict[str, Any]:
+    try:
+        found: object = json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise click.BadParameter(f"{file.name} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise click.BadParameter(f"{file.name} holds a {type(found).__name__}, not a JSON schema")
+    return cast("dict[str, Any]", found)
 
 
 def _settings(options: _Reply) -> "Options":

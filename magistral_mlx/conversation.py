@@ -4,19 +4,22 @@ Knows turns, and that prompts of one conversation begin alike. Encoding is the t
 read the `prefix`'s, replies the `stream`'s.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, Unpack
+from typing import Any, Protocol, TypeVar, Unpack, overload
 from weakref import WeakSet
 
 from . import saving
 from .errors import ConversationError, PromptError
-from .options import Options, offered
+from .grammar import Regex
+from .options import Options, Plain, offered
 from .prefix import Prefix
 from .prompt import Messages
 from .reply import Reply
 from .stream import Stream
 from .tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 
 class Speaker(saving.Home, Protocol):
@@ -86,17 +89,37 @@ class Conversation:
         self._streams.add(stream)
         return stream
 
-    def ask(self, message: saving.Said, **options: Unpack[Options]) -> Reply:
-        """The same, waited for."""
-        return self.stream(message, **options).drain()
+    @overload
+    def ask(self, message: saving.Said, *, schema: type[T], **options: Unpack[Plain]) -> T: ...
+    @overload
+    def ask(self, message: saving.Said, *, schema: Mapping[str, Any], **options: Unpack[Plain]) -> Any: ...
+    @overload
+    def ask(self, message: saving.Said, *, schema: Regex, **options: Unpack[Plain]) -> str: ...
+    @overload
+    def ask(self, message: saving.Said, **options: Unpack[Plain]) -> Reply: ...
+    def ask(self, message: saving.Said, **options: Unpack[Options]) -> Any:
+        """The same, waited for; with a `schema`, the value itself (see `Magistral.ask`)."""
+        reply = self.stream(message, **options).drain()
+        return reply if options.get("schema") is None else reply.parsed
 
     def astream(self, message: saving.Said, **options: Unpack[Options]) -> Stream:
         """`stream`, for `async for`."""
         return self.stream(message, **options)
 
-    async def aask(self, message: saving.Said, **options: Unpack[Options]) -> Reply:
+    @overload
+    async def aask(self, message: saving.Said, *, schema: type[T], **options: Unpack[Plain]) -> T: ...
+    @overload
+    async def aask(
+        self, message: saving.Said, *, schema: Mapping[str, Any], **options: Unpack[Plain]
+    ) -> Any: ...
+    @overload
+    async def aask(self, message: saving.Said, *, schema: Regex, **options: Unpack[Plain]) -> str: ...
+    @overload
+    async def aask(self, message: saving.Said, **options: Unpack[Plain]) -> Reply: ...
+    async def aask(self, message: saving.Said, **options: Unpack[Options]) -> Any:
         """`ask`, for `await`."""
-        return await self.stream(message, **options).adrain()
+        reply = await self.stream(message, **options).adrain()
+        return reply if options.get("schema") is None else reply.parsed
 
     def undo(self) -> saving.Said | None:
         """Forget the last exchange; returns what was said in it, to be said again or otherwise."""

@@ -42,6 +42,7 @@ from .options import Options
 from .prefix import Prefix
 from .reply import Reply
 from .sampling import Sampling
+from .shape import from_json, to_json
 from .talkfile import damage, expect
 from .tensorfile import NAMES, Entry
 from .tools import read_tools
@@ -118,6 +119,8 @@ def _described(saved: Saved, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
         options["sampling"] = asdict(saved.options["sampling"])
     if tools := saved.options.get("tools"):
         options["tools"] = read_tools(tools)  # plain JSON
+    if schema := saved.options.get("schema"):
+        options["schema"] = to_json(schema)
     return {
         "package": version("magistral_mlx"),
         "model": fingerprint,
@@ -182,6 +185,8 @@ def _options(found: dict[str, Any]) -> Options:
     options = {**found}
     if "sampling" in options:
         options["sampling"] = Sampling(**options["sampling"])
+    if options.get("schema"):
+        options["schema"] = from_json(options["schema"])
     for name, value in options.items():
         expect(name in hints and _fits(value, hints[name]), f"the option {name}")
     return cast("Options", options)
