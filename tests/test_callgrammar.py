@@ -53,7 +53,7 @@ def test_any_logits_make_calls(tiny_tokenizer: Open, version: str, choice: str):
     tag = "[THINK]" if tokenizer.think_ids else "<think>"
     for begins, think in ((f"{tag}Hm", True), ("", False)):
         with noisy(tokenizer, begins) as model:
-            for seed in range(2):
+            for seed in range(1, 2):
                 reply = model.ask(
                     "a",
                     tools=BOUND,

@@ -374,7 +374,7 @@ def test_tool_choice(model: Magistral):
 def test_cut_off_calls(model: Magistral):
     """At any length: nothing is lost, and a call is whole or text."""
     whole = model.ask("a", tools=TOOLS, seed=1)
-    lengths = range(1, len(whole.token_ids), 7)
+    lengths = range(1, len(whole.token_ids), 17)
     for before, reply in pairwise(model.ask("a", tools=TOOLS, seed=1, max_tokens=n) for n in lengths):
         assert reply.finish_reason == "length"
         assert reply.tool_calls[: len(before.tool_calls)] == before.tool_calls
