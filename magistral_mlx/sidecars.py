@@ -127,16 +127,23 @@ def chat_template(tokenizer: Tokenizer) -> str:
 
 
 def _made(words: Path, tekken: Path, context: int) -> dict[str, bytes]:
-    tokenizer = Tokenizer.from_directory(words)  # first: it finds what is wrong with the file, and says it
+    spoken = _spoken(words)  # first: it finds what is wrong with the file, and says it
     raw = tekken.read_bytes()
     vocabulary = Vocabulary.from_tekken(json.loads(raw))
-    prompt = find_words(words, "SYSTEM_PROMPT.txt")
-    return {
+    return spoken | {
         "tokenizer.json": _json(tokenizer_json(vocabulary)),
         "tokenizer_config.json": _json(_tokenizer_config(vocabulary.specials, context), indent=2),
         "generation_config.json": _json(_generation_config(vocabulary.specials), indent=2),
-        "chat_template.jinja": chat_template(tokenizer).encode(),
         "mistral/tekken.json": raw,
+    }
+
+
+def _spoken(words: Path) -> dict[str, bytes]:
+    """The template and the prompt; the tokenizer that they come from is large, and let go here."""
+    tokenizer = Tokenizer.from_directory(words)
+    prompt = find_words(words, "SYSTEM_PROMPT.txt")
+    return {
+        "chat_template.jinja": chat_template(tokenizer).encode(),
         "mistral/SYSTEM_PROMPT.txt": prompt.read_bytes() if prompt else tokenizer.system_prompt.encode(),
     }
 
