@@ -5,6 +5,7 @@ weights (`sidecars`), the target; and tells what became of it.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,11 +68,12 @@ def convert(
     from . import hub, manifest, sidecars
     from .checkpoint import open_checkpoint
     from .display import progress_bar
+    from .job import Job
 
     recipe = _recipe(name, bits, group_size, mode, overrides)
-    found = resolve(source, download=download)
-    job = converter.Job(
-        checkpoint=(checkpoint := open_checkpoint(found.weights)),
+    planned = partial(_planned, source, recipe, dtype, dequantize=dequantize)
+    job_of = partial(
+        Job,
         out=out,
         recipe=recipe,
         dtype=getattr(mx, dtype) if dtype else None,
@@ -81,7 +83,18 @@ def convert(
         verify=not no_verify,
     )
     if dry_run:
-        return _tell(job.plan(), recipe)
+        directory, missing = hub.look(source)
+        plan = (
+            planned(directory)
+            if missing is not None
+            else job_of(checkpoint=open_checkpoint(directory)).plan()
+        )
+        return _tell(plan, recipe, missing)
+    if upload:
+        hub.check_upload(upload)
+    found = resolve(source, download=download, then=lambda directory: {out: planned(directory).total_bytes})
+    job = job_of(checkpoint=(checkpoint := open_checkpoint(found.weights)))
+    job.plan()  # refuses what cannot be, before the second that the tokenizer takes
     beside = sidecars.files(
         found.words, name=source, recipe=str(recipe), context=checkpoint.config.max_context
     )
@@ -161,10 +174,28 @@ def _recipe(
     return chosen.but((pattern, to) for pattern, to in pairs)
 
 
-def _tell(plan: "Plan", recipe: "Recipe") -> None:
+def _planned(
+    source: str, recipe: "Recipe", dtype: str | None, directory: Path, *, dequantize: bool
+) -> "Plan":
+    """What `source` would become, from its config alone."""
+    import mlx.core as mx
+
+    from .configfile import read_directory
+    from .job import refuse_quantized
+    from .plan import plan
+
+    config, stored = read_directory(directory)
+    if not dequantize:
+        refuse_quantized(config, source)
+    return plan(config, recipe, getattr(mx, dtype or stored))
+
+
+def _tell(plan: "Plan", recipe: "Recipe", missing: int | None) -> None:
     """The dry run: sizes, and which Mac it fits."""
     config = plan.config
     click.echo(f"recipe            {recipe}")
+    if missing:
+        click.echo(f"to download       {size(missing)}")
     click.echo(f"on disk           {size(plan.total_bytes)} in {len(plan.heads)} files")
     click.echo(f"bits per weight   {plan.bits_per_weight:.2f}")
     click.echo(f"read per token    {size(plan.bytes_per_token)}, and the KV cache")

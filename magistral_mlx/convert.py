@@ -24,7 +24,7 @@ from .job import Job, versions
 from .journal import Journal, fault, flush, flush_directory, work_directory
 from .plan import Plan, to_json
 from .quantize import Loss, blocks
-from .room import check_room
+from .room import shortage
 from .tensorfile import to_bytes
 
 
@@ -80,7 +80,8 @@ def _check_target(job: Job, needed: int) -> None:
     if source.resolve() in [out.resolve(), *out.resolve().parents]:
         raise ConversionError(f"{out} lies inside the source {source}; choose an --out beside it")
     written = work_directory(out).rglob("*.safetensors")
-    check_room({out: needed - sum(file.stat().st_blocks * 512 for file in written)})
+    if short := shortage({out: needed - sum(file.stat().st_blocks * 512 for file in written)}):
+        raise ConversionError(short)
 
 
 def _check_allowed(job: Job, journal: Journal) -> None:

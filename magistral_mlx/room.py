@@ -7,11 +7,9 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from .errors import ConversionError
 
-
-def check_room(needed: Mapping[Path, int]) -> None:
-    """Refuse what a disk has no room for, with all figures.
+def shortage(needed: Mapping[Path, int]) -> str | None:
+    """What a disk has no room for, with all figures; None: there is room.
 
     needed: path → bytes still to be written there; what lies on one disk is summed.
     """
@@ -19,12 +17,11 @@ def check_room(needed: Mapping[Path, int]) -> None:
     for path in needed:
         disks.setdefault(_place(path).stat().st_dev, []).append(path)
     for paths in disks.values():
-        total, place = sum(needed[path] for path in paths), _place(paths[0])
-        if (free := shutil.disk_usage(place).free) < total:
+        place = _place(paths[0])
+        if (free := shutil.disk_usage(place).free) < sum(needed[path] for path in paths):
             wanted = " and ".join(f"{path} needs {needed[path] / 1e9:.1f} GB more" for path in paths)
-            raise ConversionError(
-                f"{wanted} on disk and {place} has {free / 1e9:.1f} GB free; make room or choose another disk"
-            )
+            return f"{wanted} on disk and {place} has {free / 1e9:.1f} GB free; make room or use another disk"
+    return None
 
 
 def _place(path: Path) -> Path:

@@ -32,10 +32,23 @@ FLOORS = (
         "machine",
         "loops",
         "room",
+        "download",
     },
     {"model", "prefix", "recipe", "transcript", "sidecars", "manifest"},
     {"options", "checkpoint", "engine", "generation", "memory", "plan", "quantize", "job", "closing"},
-    {"convert", "hub", "worker", "reply", "answers", "stream", "batch", "saving", "conversation", "chat"}
+    {
+        "convert",
+        "hub",
+        "last_model",
+        "worker",
+        "reply",
+        "answers",
+        "stream",
+        "batch",
+        "saving",
+        "conversation",
+        "chat",
+    }
     | {"display", "notebook"},
     {"repl", "cli_common", "cli_convert", "cli_plan", "bench", "cli_bench", "cli", "__init__", "__main__"},
 )
