@@ -94,9 +94,13 @@ def convert(
         hub.check_upload(upload)
     found = resolve(source, download=download, then=lambda directory: {out: planned(directory).total_bytes})
     job = job_of(checkpoint=(checkpoint := open_checkpoint(found.weights)))
-    job.plan()  # refuses what cannot be, before the second that the tokenizer takes
+    plan = job.plan()
     beside = sidecars.files(
-        found.words, name=source, recipe=str(recipe), context=checkpoint.config.max_context
+        found.words,
+        name=source,
+        recipe=str(recipe),
+        context=checkpoint.config.max_context,
+        size=f"{size(plan.total_bytes)}, {plan.bits_per_weight:.2f} bits per weight",
     )
     with progress_bar("converting") as advance:
         made = converter.convert(job.with_sidecars(beside), lambda p: advance(p.done, p.total))

@@ -186,7 +186,8 @@ def _hashing(job: Job) -> Generator[dict[Path, "Future[str]"]]:
 def _manifest(job: Job, planned: Plan, journal: Journal, hashes: "Mapping[Path, Future[str]]") -> bytes:
     """The proof, from what is on the disk now."""
     source = {file.name: (file, hashes[file].result() if hashes else None) for file in job.checkpoint.files}
-    names = [*planned.heads, *planned.documents(), *job.sidecars]
+    beside = job.sidecars.keys() - {"README.md"}  # people edit it, on the Hub too, and downloads leave it out
+    names = [*planned.heads, *planned.documents(), *beside]
     outputs = {name: journal.out / name for name in names}
     return to_json(
         {
