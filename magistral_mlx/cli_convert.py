@@ -15,6 +15,7 @@ from .cli_common import resolve, size
 
 if TYPE_CHECKING:  # mlx loads when a command runs, not for --help
     from .config import ModelConfig
+    from .convert import Converted
     from .plan import Plan
     from .recipe import Recipe
 
@@ -65,10 +66,11 @@ def convert(
     import mlx.core as mx
 
     from . import convert as converter
-    from . import hub, manifest, sidecars
+    from . import hub, sidecars
     from .checkpoint import open_checkpoint
     from .display import progress_bar
     from .job import Job
+    from .journal import work_directory
 
     recipe = _recipe(name, bits, group_size, mode, overrides)
     planned = partial(_planned, source, recipe, dtype, dequantize=dequantize)
@@ -90,6 +92,8 @@ def convert(
             else job_of(checkpoint=open_checkpoint(directory)).plan()
         )
         return _tell(plan, recipe, missing)
+    if not work_directory(out).exists():  # what was begun may be there already, but for its end
+        converter.refuse_existing(out)  # before hours of download
     if upload:
         hub.check_upload(upload)
     found = resolve(source, download=download, then=lambda directory: {out: planned(directory).total_bytes})
@@ -104,12 +108,7 @@ def convert(
     )
     with progress_bar("converting") as advance:
         made = converter.convert(job.with_sidecars(beside), lambda p: advance(p.done, p.total))
-    click.echo(
-        f"{out}: {size(made.plan.total_bytes)}, {made.plan.bits_per_weight:.2f} bits per weight ({recipe})"
-    )
-    if worst := manifest.worst(made.errors):
-        listed = ", ".join(f"{path} {error:.2%}" for path, error in worst)
-        click.echo(f"quantization error (relative RMS), the worst: {listed}")
+    _report(out, made, recipe)
     if upload:
         click.echo(f"published: {hub.upload(out, upload)}")
     return None
@@ -176,6 +175,18 @@ def _recipe(
     if numbers:
         chosen = uniform(Scheme.of_mode(mode or "affine", bits=bits, group_size=group_size))
     return chosen.but((pattern, to) for pattern, to in pairs)
+
+
+def _report(out: Path, made: "Converted", recipe: "Recipe") -> None:
+    """What was written, and what it lost."""
+    from . import manifest
+
+    click.echo(
+        f"{out}: {size(made.plan.total_bytes)}, {made.plan.bits_per_weight:.2f} bits per weight ({recipe})"
+    )
+    if worst := manifest.worst(made.errors):
+        listed = ", ".join(f"{path} {error:.2%}" for path, error in worst)
+        click.echo(f"quantization error (relative RMS), the worst: {listed}")
 
 
 def _planned(

@@ -73,10 +73,14 @@ def convert(job: Job, progress: Callable[[Progress], None] = lambda _: None) -> 
     return Converted(plan=planned, errors=_errors(journal))
 
 
-def _check_target(job: Job, needed: int) -> None:
-    out, source = job.out, job.checkpoint.path
+def refuse_existing(out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConversionError(f"{out} exists and nothing is overwritten; choose another --out or remove it")
+
+
+def _check_target(job: Job, needed: int) -> None:
+    out, source = job.out, job.checkpoint.path
+    refuse_existing(out)
     if source.resolve() in [out.resolve(), *out.resolve().parents]:
         raise ConversionError(f"{out} lies inside the source {source}; choose an --out beside it")
     written = work_directory(out).rglob("*.safetensors")

@@ -76,8 +76,10 @@ class Repository:
 
     def fetch_large(self) -> None:
         """Bring the large files into the cache; what breaks off is there for the next run."""
-        for file in self.files:
-            if file.size >= LARGE_BYTES and not file.blob.exists():
+        from huggingface_hub import constants
+
+        for file in self.files:  # those that the Hub gives by Xet alone are not for us
+            if LARGE_BYTES <= file.size <= constants.MAX_HTTP_DOWNLOAD_SIZE and not file.blob.exists():
                 self._fetch(file)
 
     def _fetch(self, file: RemoteFile) -> None:

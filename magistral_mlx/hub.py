@@ -225,7 +225,7 @@ def _reason(error: BaseException) -> str:
         (errors.GatedRepoError, "it is gated. Accept the conditions on its page, then `hf auth login`."),
         (errors.RepositoryNotFoundError, "the Hub has none, or a private one. Check it, or `hf auth login`."),
         (errors.RevisionNotFoundError, "the Hub has it in no such revision. Check what follows the @."),
-        (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set, and it is not here. Unset it to download."),
+        (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set. Unset it to ask the Hub."),
         (errors.HFValidationError, f"it cannot be a Hub name ({what})."),
     )
     for kind, words in known:

@@ -122,3 +122,11 @@ def test_not_downloaded_unasked(fake):
     done = run("convert", "someone/demo", "--out", "out")
     assert (done.exit_code, "--download" in done.stderr) == (1, True)
     assert not fake.served
+
+
+def test_what_is_in_the_way_is_seen_before_the_download(fake):
+    Path("out").mkdir()
+    Path("out/precious").touch()
+    done = run("convert", "someone/demo", "--out", "out", "--download")
+    assert (done.exit_code, "nothing is overwritten" in done.stderr) == (1, True)
+    assert not fake.sent

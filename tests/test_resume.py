@@ -320,6 +320,17 @@ def test_a_written_file_is_lost(source, whole, tmp_path, harm):
     assert_goes_on(source, out, whole)
 
 
+def test_something_else_takes_the_place(source, tmp_path):
+    """Between a kill and the next run: seen at once, and not at the rename."""
+    out, seen = tmp_path / "out", []
+    killed_at(source, out, "journal", 5)
+    out.mkdir()
+    (out / "precious").touch()
+    with pytest.raises(ConversionError, match="exists and nothing is overwritten"):
+        run(source, out, progress=seen.append)
+    assert not seen
+
+
 def test_published_and_removed(source, whole, tmp_path):
     """What the journal calls finished is not there any more: that is no success."""
     out = tmp_path / "out"
