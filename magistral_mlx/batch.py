@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from .reply import Reply, Telling
+from .wire import Guide
 from .worker import Worker
 
 _Drawn: TypeAlias = dict[int, int]
-_Told: TypeAlias = Mapping[int, Sequence[int] | None]
+_Told: TypeAlias = Mapping[int, Guide | None]
 _Step: TypeAlias = tuple[_Drawn | None, float]
 """Ids by the number of their reply (None: a piece of a prompt was read), and the seconds they took."""
 
@@ -36,7 +37,7 @@ class Batch:
     def __init__(self, source: BatchSource, tellings: Sequence[Telling]) -> None:
         self._source: BatchSource | None = source
         self._tellings = tellings
-        self._told: dict[int, list[int] | None] = {}
+        self._told: dict[int, Guide | None] = {}
         self._reading = 0.0  # seconds, of all prompts: each reply waits for them
         self._waited = [0.0] * len(tellings)  # seconds since a reply's last own id
 
@@ -73,11 +74,11 @@ class Batch:
         for number, telling in enumerate(self._tellings):
             self._waited[number] += seconds
             if number in drawn:
-                forced = telling.say(drawn[number], self._waited[number])
+                guide = telling.say(drawn[number], self._waited[number])
                 self._waited[number] = 0.0
                 telling.events.clear()  # nobody follows them one by one
-                if telling.reason or forced:
-                    self._told[number] = None if telling.reason else forced
+                if telling.reason or guide:
+                    self._told[number] = None if telling.reason else guide
 
     def _read(self) -> None:
         """All prompts are read."""

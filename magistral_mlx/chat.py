@@ -8,8 +8,11 @@ how anything is shown, and leaves every rule to the module that owns it: prompts
 
 import secrets
 import warnings
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias, TypeVar, Unpack, overload
 
@@ -19,19 +22,25 @@ from . import hub, manifest, memory, saving
 from .batch import Batch, BatchSource
 from .checkpoint import Checkpoint, load, open_checkpoint
 from .checks import whole_number
+from .constraint import Constraint
 from .conversation import Conversation
 from .errors import ClosedError, ContextError, MagistralWarning, PromptError
 from .generation import BatchGeneration, Generation, Request
+from .grammar import Regex, Vocabulary
+from .logprobs import Scorer
 from .loops import LoopGuard
 from .model import Transformer
-from .options import MAX_TOKENS, Options
+from .options import MAX_TOKENS, Options, Plain, offered
 from .prefix import Prefix
+from .prefixes import Prefixes
 from .prompt import Messages
 from .reply import Reply, Telling
 from .sampling import Sampler, Sampling
+from .shape import shape_of
 from .stream import Source, Stream
 from .tensorfile import NAMES
 from .tokenizer import Tokenizer
+from .toolcalls import CallParser
 from .transcript import Transcript
 from .worker import Worker
 
@@ -85,6 +94,7 @@ class Magistral:
         weights: Future[Transformer] = worker.submit(lambda: load(checkpoint, number))
         try:
             tokenizer = Tokenizer.from_directory(found.words)  # a second or two, while the weights are read
+            tokenizer.detokenizer()  # looks all pieces up, so that the first stream need not
             return cls(checkpoint, tokenizer, worker, weights.result(), kv_bits=kv_bits)
         except BaseException:
             worker.close()
@@ -95,16 +105,28 @@ class Magistral:
         return self.stream_ids(self.encode(messages, **options), **options)
 
     @overload
-    def ask(self, messages: Messages, *, n: None = None, **options: Unpack[Options]) -> Reply: ...
+    def ask(self, messages: Messages, *, schema: type[T], **options: Unpack[Plain]) -> T: ...
+    @overload
+    def ask(self, messages: Messages, *, schema: Mapping[str, Any], **options: Unpack[Plain]) -> Any: ...
+    @overload
+    def ask(self, messages: Messages, *, schema: Regex, **options: Unpack[Plain]) -> str: ...
     @overload
     def ask(self, messages: Messages, *, n: int, **options: Unpack[Options]) -> list[Reply]: ...
-    def ask(
-        self, messages: Messages, *, n: int | None = None, **options: Unpack[Options]
-    ) -> Reply | list[Reply]:
-        """The same, waited for; with `n`, so many replies, decoded as one batch (see `ask_many`)."""
+    @overload
+    def ask(self, messages: Messages, **options: Unpack[Plain]) -> Reply: ...
+    def ask(self, messages: Messages, *, n: int | None = None, **options: Unpack[Options]) -> Any:
+        """The same, waited for; with `n`, so many replies, decoded as one batch (see `ask_many`).
+
+        With a `schema` the value itself: of that type, what its JSON says, or text that a `Regex` matches.
+        With `n` too there are replies, whose `parsed` is the value: one of them may have been cut off.
+
+        Raises:
+            AnswerError: with `schema`, an answer that was cut off, or that its type refuses.
+        """
         if n is not None:
             return self.ask_many(_repeated(messages, n), **options)
-        return self.stream(messages, **options).drain()
+        reply = self.stream(messages, **options).drain()
+        return reply if options.get("schema") is None else reply.parsed
 
     def ask_many(
         self, questions: Sequence[Messages], *, at_once: int = AT_ONCE, **options: Unpack[Options]
@@ -124,16 +146,23 @@ class Magistral:
         return self.stream(messages, **options)
 
     @overload
-    async def aask(self, messages: Messages, *, n: None = None, **options: Unpack[Options]) -> Reply: ...
+    async def aask(self, messages: Messages, *, schema: type[T], **options: Unpack[Plain]) -> T: ...
+    @overload
+    async def aask(
+        self, messages: Messages, *, schema: Mapping[str, Any], **options: Unpack[Plain]
+    ) -> Any: ...
+    @overload
+    async def aask(self, messages: Messages, *, schema: Regex, **options: Unpack[Plain]) -> str: ...
     @overload
     async def aask(self, messages: Messages, *, n: int, **options: Unpack[Options]) -> list[Reply]: ...
-    async def aask(
-        self, messages: Messages, *, n: int | None = None, **options: Unpack[Options]
-    ) -> Reply | list[Reply]:
+    @overload
+    async def aask(self, messages: Messages, **options: Unpack[Plain]) -> Reply: ...
+    async def aask(self, messages: Messages, *, n: int | None = None, **options: Unpack[Options]) -> Any:
         """`ask`, for `await`."""
         if n is not None:
             return await self.aask_many(_repeated(messages, n), **options)
-        return await self.stream(messages, **options).adrain()
+        reply = await self.stream(messages, **options).adrain()
+        return reply if options.get("schema") is None else reply.parsed
 
     async def aask_many(
         self, questions: Sequence[Messages], *, at_once: int = AT_ONCE, **options: Unpack[Options]
@@ -166,6 +195,7 @@ class Magistral:
             system=options.get("system"),
             think=options.get("think", True),
             keep_thinking=options.get("keep_thinking", False),
+            tools=offered(options),
         )
 
     def stream_ids(
@@ -183,7 +213,7 @@ class Magistral:
         """
         prefix = prefix or self.new_prefix(self.kv_bits)
         telling, request = self._begin(prompt, _seed(options), options, held=prefix.nbytes)
-        generation = Generation(self.transformer, request.prompt, prefix, request.sampler, request.limit)
+        generation = Generation(self.transformer, request, prefix)
         source = Source(worker=self._worker, steps=generation.run(), reused=lambda: generation.reused)
         return Stream(source, telling, on_end=on_end)
 
@@ -205,6 +235,16 @@ class Magistral:
     def run(self, job: Callable[[], T]) -> T:
         """Run a job on the thread that owns the model's arrays, and wait for it."""
         return self._worker.run(job)
+
+    def submit(self, job: Callable[[], T]) -> Future[T]:
+        """`run`, without waiting."""
+        return self._worker.submit(job)
+
+    def new_prefixes(self, limit: int | None = None) -> Prefixes:
+        """A place to keep what prompts have read; bytes, by default an eighth of what the weights leave."""
+        return Prefixes(
+            lambda: self.new_prefix(self.kv_bits), self._guard.for_prefixes if limit is None else limit
+        )
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -233,19 +273,39 @@ class Magistral:
         limit = self._limit(prompt, options.get("max_tokens", MAX_TOKENS))
         others = mx.get_active_memory() - self._guard.weights - held
         self._guard.check_reply(len(prompt), limit, kv_bits=self.kv_bits, held=max(others, 0))
-        stop = options.get("stop", ())
+        stop, schema, top = options.get("stop", ()), options.get("schema"), options.get("logprobs")
+        shape = None if schema is None else shape_of(schema)
+        constraint = shape and Constraint(shape.grammar, self._vocabulary, think=options.get("think", True))
+        scorer = None if top is None else Scorer(top)
         telling = Telling(
-            Transcript(self.tokenizer, stop=(stop,) if isinstance(stop, str) else tuple(stop)),
+            Transcript(
+                self.tokenizer,
+                stop=(stop,) if isinstance(stop, str) else tuple(stop),
+                calls=CallParser(_key(prompt, seed)) if offered(options) else None,
+            ),
             self.tokenizer,
             prompt_ids=tuple(prompt),
             seed=seed,
             max_tokens=limit,
             think_budget=options.get("think_budget"),
             loops=LoopGuard() if options.get("loop_guard", False) else None,
+            shape=shape,
+            constraint=constraint,
+            logprob=scorer and (lambda: scorer.last),
             watch=self._guard.check_context,
         )
-        sampler = Sampler(options.get("sampling", Sampling()), seed)
-        return telling, Request(prompt=list(prompt), sampler=sampler, limit=limit)
+        request = Request(
+            prompt=list(prompt),
+            sampler=Sampler(options.get("sampling", Sampling()), seed),
+            limit=limit,
+            allowed=constraint and constraint.mask(),
+            scorer=scorer,
+        )
+        return telling, request
+
+    @cached_property
+    def _vocabulary(self) -> Vocabulary:
+        return Vocabulary(self.tokenizer)
 
     def _batches(self, questions: Sequence[Messages], at_once: int, options: Options) -> list[Batch]:
         """Nothing is computed yet, and every mistake is told."""
@@ -278,6 +338,11 @@ class Magistral:
 
 def _repeated(messages: Messages, n: int) -> list[Messages]:
     return [messages] * whole_number("n", n, least=1)
+
+
+def _key(prompt: Sequence[int], seed: int) -> str:
+    """Another one for each reply, the same for the same reply."""
+    return f"{sha256(array('I', prompt).tobytes()).hexdigest()}/{seed}"
 
 
 def _seed(options: Options) -> int:

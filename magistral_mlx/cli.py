@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
 
 import click
 
-from . import cli_bench, cli_convert, cli_plan
+from . import cli_bench, cli_convert, cli_plan, cli_serve
 from .cli_common import first_interrupt_stops_thinking, resolve
 from .errors import MagistralError, MagistralWarning
 
@@ -100,7 +100,10 @@ def cli() -> None:
     warnings.showwarning = _show_warning
 
 
-for _command in (cli_convert.convert, cli_convert.verify, cli_convert.info, cli_plan.plan, cli_bench.bench):
+for _command in (
+    *(cli_convert.convert, cli_convert.verify, cli_convert.info),
+    *(cli_plan.plan, cli_bench.bench, cli_serve.serve),
+):
     cli.add_command(_command)
 
 

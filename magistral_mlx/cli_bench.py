@@ -37,6 +37,7 @@ _QUICK: "Json" = {"lengths": (512,), "tokens": 32, "trials": 2, "reply_tokens": 
     help="At most, of the one whole reply. 0: none. Default: 2048.",
 )
 @click.option("--quick", is_flag=True, help="One length, few tokens, two trials: a first impression.")
+@click.option("--greedy", is_flag=True, help="Decode the likeliest ids, not at temperature 0.7.")
 @click.option("--against", type=click.Choice(["mlx-lm"]), help="Measure this too, in turn, and compare.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="What to compute in.")
 @click.option(
@@ -55,6 +56,7 @@ def bench(
     trials: int | None,
     reply_tokens: int | None,
     quick: bool,
+    greedy: bool,
     against: str | None,
     dtype: str | None,
     file: Path | None,
@@ -74,6 +76,8 @@ def bench(
     wanted: Json = (_QUICK if quick else {}) | {
         key: value for key, value in given.items() if value not in (None, ())
     }
+    if greedy:
+        wanted["temperature"] = 0.0
     settings = Settings(**wanted, dtype=dtype, against_peer=against is not None)
     file = file or Path(f"{this_computer().name}.json")
     resolve(model, download=download)
@@ -122,12 +126,13 @@ def shown(report: "Json") -> "list[RenderableType]":
 
 def _heading(report: "Json") -> str:
     model, settings, bandwidth = report["model"], report["settings"], report["bandwidth"]
+    sampling = f"temperature {settings['temperature']}, top_p 0.95" if settings["temperature"] else "greedy"
     return (
         f"{_machine(report)}\n"
         f"memory bandwidth {bandwidth['bytes_per_second'] / 1e9:.3g} GB/s ({bandwidth['source']})\n"
         f"{model['name']}: {model['parameters'] / 1e9:.3g} billion parameters, "
         f"{model['bits_per_weight']:.2f} bits each, {size(model['read_bytes_per_token'])} read per token\n"
-        f"{settings['dtype']} on the {settings['device']}, temperature 0.7, top_p 0.95, "
+        f"{settings['dtype']} on the {settings['device']}, {sampling}, "
         f"{settings['tokens']} tokens decoded, medians of {settings['trials']} trials"
     )
 

@@ -6,12 +6,12 @@ read the `prefix`'s, replies the `stream`'s.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol, Unpack
+from typing import Any, Protocol, Unpack
 from weakref import WeakSet
 
 from . import saving
-from .errors import ConversationError
-from .options import Options
+from .errors import ConversationError, PromptError
+from .options import Options, offered
 from .prefix import Prefix
 from .prompt import Messages
 from .reply import Reply
@@ -51,7 +51,7 @@ class Conversation:
         model: Speaker,
         options: Options,
         *,
-        turns: Sequence[tuple[str, Reply]] = (),
+        turns: Sequence[tuple[saving.Said, Reply]] = (),
         prefix: Prefix | None = None,
     ) -> None:
         self.options = options
@@ -61,13 +61,16 @@ class Conversation:
         self._streams: WeakSet[Stream] = WeakSet()
 
     @property
-    def messages(self) -> list[dict[str, str]]:
+    def messages(self) -> list[dict[str, Any]]:
         """What was said so far, as `Magistral.stream` takes it."""
-        pairs = ([{"role": "user", "content": said}, reply.message] for said, reply in self._turns)
+        pairs = ([*_messages(said), reply.message] for said, reply in self._turns)
         return [message for pair in pairs for message in pair]
 
-    def stream(self, message: str, **options: Unpack[Options]) -> Stream:
-        """Say something; `options` are for this reply only."""
+    def stream(self, message: saving.Said, **options: Unpack[Options]) -> Stream:
+        """Say something; `options` are for this reply only.
+
+        message: text, or, after a reply with `tool_calls`, the result of each: `[call.result(…), …]`.
+        """
         merged: Options = {**self.options, **options}
 
         prompt = self._prompt(message, merged)
@@ -75,28 +78,28 @@ class Conversation:
 
         def remember(reply: Reply) -> None:
             self._prefix = prefix
-            if reply.answer or reply.thinking:
-                self._turns.append((message, reply))
+            if reply.answer or reply.thinking or reply.tool_calls:
+                self._turns.append((message if isinstance(message, str) else _messages(message), reply))
 
         stream = self._model.stream_ids(prompt, prefix=prefix, on_end=remember, **merged)
         self._prefix = None
         self._streams.add(stream)
         return stream
 
-    def ask(self, message: str, **options: Unpack[Options]) -> Reply:
+    def ask(self, message: saving.Said, **options: Unpack[Options]) -> Reply:
         """The same, waited for."""
         return self.stream(message, **options).drain()
 
-    def astream(self, message: str, **options: Unpack[Options]) -> Stream:
+    def astream(self, message: saving.Said, **options: Unpack[Options]) -> Stream:
         """`stream`, for `async for`."""
         return self.stream(message, **options)
 
-    async def aask(self, message: str, **options: Unpack[Options]) -> Reply:
+    async def aask(self, message: saving.Said, **options: Unpack[Options]) -> Reply:
         """`ask`, for `await`."""
         return await self.stream(message, **options).adrain()
 
-    def undo(self) -> str | None:
-        """Forget the last exchange; returns what was asked in it, to be asked again or otherwise."""
+    def undo(self) -> saving.Said | None:
+        """Forget the last exchange; returns what was said in it, to be said again or otherwise."""
         return self._turns.pop()[0] if self._turns else None
 
     def fork(self) -> "Conversation":
@@ -128,10 +131,28 @@ class Conversation:
         self._turns.clear()
         self._prefix = None
 
-    def _prompt(self, message: str, options: Options) -> list[int]:
-        """Kept reasoning goes on from the ids as they were sampled; encoding its text again could differ."""
+    def _prompt(self, said: saving.Said, options: Options) -> list[int]:
+        """Kept reasoning goes on from the ids as they were sampled; encoding its text again could differ.
+
+        Reasoning that led to tool calls is kept until they are answered and the next question comes.
+        """
         tokenizer, last = self._model.tokenizer, self._turns[-1][1] if self._turns else None
-        if options.get("keep_thinking") and last and last.token_ids:
+        messages = _messages(said)
+        keeps = options.get("keep_thinking") or not isinstance(said, str)
+        if keeps and last and last.token_ids:
             end = [] if last.token_ids[-1] == tokenizer.eos_id else [tokenizer.eos_id]
-            return [*last.prompt_ids, *last.token_ids, *end, *tokenizer.encode_turn(message)]
-        return self._model.encode([*self.messages, {"role": "user", "content": message}], **options)
+            turn = tokenizer.encode_turn(
+                said, calls=last.tool_calls, tools=offered(options), behind=last.prompt_ids
+            )
+            if turn is not None:
+                return [*last.prompt_ids, *last.token_ids, *end, *turn]
+        return self._model.encode([*self.messages, *messages], **options)
+
+
+def _messages(said: saving.Said) -> list[dict[str, Any]]:
+    if isinstance(said, str):
+        return [{"role": "user", "content": said}]
+    results = [{**result} for result in said]
+    if not results or any(result.get("role") != "tool" for result in results):
+        raise PromptError("Expected a question, or results of tool calls, found other messages.")
+    return results

@@ -19,7 +19,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from .events import AnswerToken, Event, Finished, Stats, ThinkToken
+from .events import AnswerToken, Event, Finished, Stats, ThinkToken, ToolCallToken
 
 _CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
 """Characters by which a model's text could steer a terminal (move, recolour, write its clipboard)."""
@@ -49,6 +49,9 @@ class Terminal:
                             _write("\n\n", thinking=True)
                         answered = True
                         _write(text)
+                    case ToolCallToken(text=text, name=name):
+                        status.stop()
+                        _write(f"\n{name} {text}" if name else text, thinking=True)
                     case Finished():
                         finished = event
         _write("\n", thinking=not answered)

@@ -1,18 +1,20 @@
-"""What a stream yields: frozen values, no behaviour, no arrays.
+"""What a stream yields, and the tool calls it amounts to: frozen values, no arrays.
 
-`ThinkToken` and `AnswerToken` carry text as it becomes visible and the ids that brought it. Ids without
-visible text of their own (a tag, half a character, the end of text) ride on the next event, so the ids of
-all events, joined, are exactly the ids the model sampled. `Finished` comes last, once.
+`ThinkToken`, `AnswerToken` and `ToolCallToken` carry text as it becomes visible and the ids that brought it.
+Ids without visible text of their own (a tag, half a character, the end of text) ride on the next event, so
+the ids of all events, joined, are exactly the ids the model sampled. `Finished` comes last, once.
 
 Does not know: how text is split into phases (`thinking`), how ids become text (`tokenizer`, `transcript`).
 """
 
+import json
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
-FinishReason: TypeAlias = Literal["stop", "length", "loop", "cancelled"]
-"""`stop`: end of text or a stop string; `length`: max_tokens or the context is spent; `loop`: the answer went
-round in circles; `cancelled`: closed early (on a `Reply` only: a closed stream yields nothing more)."""
+FinishReason: TypeAlias = Literal["stop", "tool_calls", "length", "loop", "cancelled"]
+"""`stop`: end of text or a stop string; `tool_calls`: the same, and there are calls to answer; `length`:
+max_tokens or the context is spent; `loop`: the answer went round in circles; `cancelled`: closed early (on a
+`Reply` only: a closed stream yields nothing more)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +36,51 @@ class AnswerToken:
 
     text: str
     token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCallToken:
+    """A piece of a tool call. The first one has the call's `id` and `name`; `text` is of its arguments.
+
+    Pieces are a preview: a call that breaks off, or whose arguments are no JSON object, is said again as text
+    of the answer and is not among `Reply.tool_calls`.
+
+    index: of the call, counted as calls begin.
+    """
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    index: int
+    id: str | None = None
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCall:
+    """A whole call: answer it with a message that `result` makes.
+
+    id: 9 letters and digits, another for each call of a reply.
+    name: as the model wrote it; maybe of no tool that it was offered.
+    arguments: a JSON object, as text.
+    """
+
+    id: str
+    name: str
+    arguments: str
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """This call as one of the `tool_calls` of an assistant's message."""
+        return {
+            "id": self.id,
+            "type": "function",
+            "function": {"name": self.name, "arguments": self.arguments},
+        }
+
+    def result(self, content: object) -> dict[str, Any]:
+        """The message that answers this call. What is not text becomes JSON."""
+        text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+        return {"role": "tool", "tool_call_id": self.id, "content": text}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,4 +132,4 @@ class Finished:
     token_ids: tuple[int, ...] = ()
 
 
-Event: TypeAlias = ThinkToken | AnswerToken | Finished
+Event: TypeAlias = ThinkToken | AnswerToken | ToolCallToken | Finished

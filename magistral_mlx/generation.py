@@ -10,57 +10,66 @@ import mlx.core as mx
 
 from . import engine
 from .cache import KVCache, stacked
+from .logprobs import Scorer
 from .model import Transformer
 from .prefix import Prefix
 from .sampling import Sampler
+from .wire import Guide
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One reply to be made."""
+
+    prompt: list[int]
+    sampler: Sampler
+    limit: int
+    allowed: bytes | None = None
+    """The ids that it may begin with (`Guide.allowed`)."""
+    scorer: Scorer | None = None
 
 
 class Generation:
     """One reply on the model's thread, and how much of its prompt an earlier turn had read."""
 
-    def __init__(
-        self, model: Transformer, prompt: list[int], prefix: Prefix, sampler: Sampler, limit: int
-    ) -> None:
+    def __init__(self, model: Transformer, request: Request, prefix: Prefix) -> None:
         self._model = model
-        self._prompt = prompt
+        self._request = request
         self._prefix = prefix
-        self._sampler = sampler
-        self._limit = limit
         self.reused = 0
 
-    def run(self) -> Generator[int | None, list[int] | None, None]:
-        """None for each piece of prompt that is read, then ids; ids sent in are said in their place."""
+    def run(self) -> Generator[int | None, Guide | None, None]:
+        """None for each piece of prompt that is read, then ids; a guide sent in says how it goes on."""
         try:
             yield from self._run()
         except Exception:  # arrays whose evaluation failed would fail again: the next turn reads anew
             self._prefix.restart()
             raise
 
-    def _run(self) -> Generator[int | None, list[int] | None, None]:
-        model, prefix, prompt = self._model, self._prefix, self._prompt
+    def _run(self) -> Generator[int | None, Guide | None, None]:
+        model, prefix, request = self._model, self._prefix, self._request
+        prompt = request.prompt
         self.reused = prefix.rewind(prompt)
         logits = yield from _read(model, prompt[self.reused :], prefix.caches)
         said = engine.decode(
-            model, logits, prefix.caches, sampler=self._sampler, prompt=prompt, limit=self._limit
+            model,
+            logits,
+            prefix.caches,
+            sampler=request.sampler,
+            prompt=prompt,
+            limit=request.limit,
+            allowed=request.allowed,
+            scorer=request.scorer,
         )
-        forced: list[int] | None = None
+        guide: Guide | None = None
         while True:
             try:
-                token = said.send(forced)
+                token = said.send(guide)
             except StopIteration:
                 return
             prefix.ids.append(token)
-            forced = yield token
-            prefix.ids += forced or ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """One reply of several."""
-
-    prompt: list[int]
-    sampler: Sampler
-    limit: int
+            guide = yield token
+            prefix.ids += guide.said if guide else ()
 
 
 class BatchGeneration:
@@ -97,7 +106,12 @@ class BatchGeneration:
             rows.append(prefix.caches)
             lines.append(
                 engine.Line(
-                    prompt=request.prompt, logits=logits, sampler=request.sampler, limit=request.limit
+                    prompt=request.prompt,
+                    logits=logits,
+                    sampler=request.sampler,
+                    limit=request.limit,
+                    allowed=request.allowed,
+                    scorer=request.scorer,
                 )
             )
         layers = [list(layer) for layer in zip(*rows, strict=True)]

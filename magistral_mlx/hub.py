@@ -36,6 +36,7 @@ _HF = (
 )
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@.+)?", re.ASCII)
 _FAMILY = re.compile(r"Magistral-Small-\d{4}")
+_BASE = re.compile(r"---\n(?:.*\n)*?base_model: *([\w.-]+/[\w.-]+) *\n(?:.*\n)*?---\n")
 _CONFIGS: dict[tuple[str, ...], str] = {_NATIVE: "params.json", _HF: "config.json"}
 
 Needs: TypeAlias = Callable[[Path], Mapping[Path, int]]
@@ -113,6 +114,24 @@ def check_upload(repo: str) -> None:
         HfApi().whoami()
     except _failures() as error:
         raise HubError(f"nothing can be published as {repo!r}: {_reason(error)}") from error
+
+
+def source(name: str) -> str | None:
+    """The Hub's name of what the model called `name` was made from, or is; None where nothing tells."""
+    place = directory(name)
+    if name == "demo" or place:
+        card = (place or DEMO) / "README.md"
+        found = _BASE.match(card.read_text(encoding="utf-8")) if card.is_file() else None
+        return found.group(1) if found else None
+    family = _FAMILY.search(name)
+    return f"mistralai/{family.group()}" if family else name.partition("@")[0]
+
+
+def known_as(name: str) -> list[str]:
+    """The names a model answers to, its source's first: clients ask the Hub for its prompt by that."""
+    place = directory(name)
+    own = place.resolve().name if place and name != "demo" else name
+    return list(dict.fromkeys(filter(None, (source(name), own))))
 
 
 def upload(directory: Path, repo: str) -> str:

@@ -33,18 +33,29 @@ class Attention:
 
     def __call__(self, x: mx.array, cache: KVCache, *, last: bool = False) -> mx.array:
         """`(B, L, D)` → `(B, L, D)`; with `last` only the last position looks, `(B, 1, D)`."""
-        B, L, _ = x.shape
         H, K = self.config.n_heads, self.config.n_kv_heads
-        heads = self.qkv(x).reshape(B, L, H + 2 * K, -1).transpose(0, 2, 1, 3)  # (B, H + 2K, L, d)
-        turned = self._rope(heads[:, : H + K], cache.position)
-        queries, keys, values = turned[:, :H, -1 if last else 0 :], turned[:, H:], heads[:, H + K :]
-        out = cache.attend(queries, keys, values, self.config.head_dim**-0.5)  # (B, H, L, d)
-        return self.out(out.transpose(0, 2, 1, 3).reshape(B, queries.shape[2], -1))
+        heads = _apart(self.qkv(x), H + 2 * K)
+        turning, values = mx.split(heads, [H + K], axis=1)
+        queries, keys = mx.split(self._rope(turning, cache.position), [H], axis=1)
+        queries = queries[:, :, -1:] if last else queries
+        return self.out(_together(cache.attend(queries, keys, values, self.config.head_dim**-0.5)))
 
     def _rope(self, x: mx.array, offset: int | mx.array) -> mx.array:
         return mx.fast.rope(
             x, self.config.head_dim, traditional=False, base=self.config.rope_theta, scale=1.0, offset=offset
         )
+
+
+def _apart(x: mx.array, heads: int) -> mx.array:
+    """`(B, L, heads * d)` → `(B, heads, L, d)`. Of one position the numbers lie in that order already."""
+    B, L, _ = x.shape
+    return x.reshape(B, heads, 1, -1) if L == 1 else x.reshape(B, L, heads, -1).transpose(0, 2, 1, 3)
+
+
+def _together(x: mx.array) -> mx.array:
+    """`(B, H, L, d)` → `(B, L, H * d)`."""
+    B, _, L, _ = x.shape
+    return (x if L == 1 else x.transpose(0, 2, 1, 3)).reshape(B, L, -1)
 
 
 class FeedForward:
@@ -53,10 +64,17 @@ class FeedForward:
     def __init__(self, weights: Weights, path: str) -> None:
         self.gate_up = Stack(weights.matrix(f"{path}.gate_proj"), weights.matrix(f"{path}.up_proj"))
         self.down = weights.matrix(f"{path}.down_proj")
+        # One kernel on a GPU. On a CPU it would wait for a C++ compiler, and run slower where there is none.
+        on_gpu = mx.default_device().type == mx.DeviceType.gpu
+        self._gated = mx.compile(_gated, shapeless=True) if on_gpu else _gated
 
     def __call__(self, x: mx.array) -> mx.array:
         gate, up = mx.split(self.gate_up(x), 2, axis=-1)  # (B, L, hidden_dim) each
-        return self.down(gate * mx.sigmoid(gate) * up)
+        return self.down(self._gated(gate, up))
+
+
+def _gated(gate: mx.array, up: mx.array) -> mx.array:
+    return gate * mx.sigmoid(gate) * up
 
 
 class Block:

@@ -1,15 +1,17 @@
 """What can be set for one reply: the keywords of `stream`, `ask` and their kin, said once."""
 
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
+from . import tools
 from .sampling import Sampling
+from .shape import Schema
 
 MAX_TOKENS = 40960
 """The model card's limit for one reply."""
 
 
-class Options(TypedDict, total=False):
+class Plain(TypedDict, total=False):
     """What can be set for one reply; whatever is left out is the model card's or the checkpoint's.
 
     sampling: how ids are drawn (`Sampling()`: temperature 0.7, top_p 0.95).
@@ -22,6 +24,10 @@ class Options(TypedDict, total=False):
     system: placed before the checkpoint's system prompt.
     keep_thinking: earlier reasoning ("thinking" of an assistant's message) is read again, not only answers.
     stop: a string, or several, that ends the answer and is not part of it; reasoning may contain it.
+    tools: functions that the model may call: `{"type": "function", "function": {"name", "description",
+        "parameters"}}`, as OpenAI has them. Calls are in `Reply.tool_calls`.
+    tool_choice: "auto": the model calls or answers, as it likes; "none": it is not told of the tools.
+    logprobs: keep the log-probability of each id in `Reply.logprobs`, and of so many likeliest ones, 0 to 20.
     """
 
     sampling: Sampling
@@ -33,3 +39,22 @@ class Options(TypedDict, total=False):
     system: str | None
     keep_thinking: bool
     stop: str | Sequence[str]
+    tools: tools.Tools
+    tool_choice: str
+    logprobs: int | None
+
+
+class Options(Plain, total=False):
+    """`Plain`, and what the answer is to be.
+
+    schema: a Pydantic model or another type, a JSON schema, or a `Regex`. The answer is held to it, the
+        reasoning is free; `Reply.parsed` is the value. The model is not told: say in the question what is
+        wanted.
+    """
+
+    schema: Schema | None
+
+
+def offered(options: Options) -> list[dict[str, Any]]:
+    """The definitions of the tools that a reply may call."""
+    return tools.offered(options.get("tools", ()), options.get("tool_choice", "auto"))

@@ -26,12 +26,19 @@ class Prefix:
 
         Always shorter than the prompt: its last id is fed anew, since its logits are what comes next.
         """
-        most = min(self.length, len(prompt) - 1)
-        common = next((at for at in range(most) if self.ids[at] != prompt[at]), most)
+        ids = list(prompt)
+        shared = common(self.ids[: self.length], ids[:-1])
         for cache in self.caches:
-            cache.trim(cache.offset - common)
-        self.ids = list(prompt)
-        return common
+            cache.trim(cache.offset - shared)
+        self.ids = ids
+        return shared
+
+    def cut(self, length: int) -> None:
+        """Forget all but the first `length` ids, and give back the room that they took."""
+        self.ids = self.ids[: min(length, self.length)]
+        for cache in self.caches:
+            cache.trim(cache.offset - len(self.ids))
+            cache.shrink()
 
     def fork(self) -> "Prefix":
         """The same past, independent from here on; the arrays are shared until one side writes."""
@@ -47,3 +54,15 @@ class Prefix:
     @property
     def nbytes(self) -> int:
         return sum(cache.nbytes for cache in self.caches)
+
+
+def common(one: list[int], other: list[int]) -> int:
+    """Length of the longest common beginning."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -16,6 +16,7 @@ from .errors import MagistralError
 if TYPE_CHECKING:  # the model comes in ready made
     from .chat import Magistral
     from .options import Options
+    from .saving import Said
 
 _HELP = """\
 /think [on|off]   reason before answering, or answer at once
@@ -69,7 +70,7 @@ class Repl:
             except MagistralError as error:
                 self._say(f"error: {error}")
 
-    def _reply(self, message: str) -> None:
+    def _reply(self, message: "Said") -> None:
         with self._talk.stream(message) as stream:
             try:
                 with first_interrupt_stops_thinking(stream):

@@ -19,7 +19,7 @@ touch arrays; not how a conversation goes on.
 
 import hashlib
 import json
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -27,25 +27,41 @@ from importlib.metadata import version
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from types import UnionType
-from typing import IO, Any, Literal, Protocol, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import (
+    IO,
+    Any,
+    Literal,
+    Protocol,
+    TypeAlias,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import mlx.core as mx
 
 from .cache import QuantizedKVCache, state_layout
 from .config import ModelConfig
 from .errors import CheckpointError, ClosedError, ConversationError, MagistralError
-from .events import FinishReason, Stats
+from .events import FinishReason, Stats, ToolCall
 from .journal import flush, flush_directory
 from .options import Options
 from .prefix import Prefix
 from .sampling import Sampling
 from .stream import Reply
 from .tensorfile import NAMES, Entry, plan_file, read_whole_header, to_bytes
+from .tools import read_tools
 
-VERSION = 1
+VERSION = 2
+_READS = ("1", "2")  # 1 had no tool calls
 _MARK = "magistral_mlx"
 T = TypeVar("T")
-_Turn = tuple[str, Reply]
+Said: TypeAlias = str | Sequence[Mapping[str, Any]]
+"""A question, or the results of tool calls: messages of the role tool."""
+_Turn: TypeAlias = tuple[Said, Reply]
 
 
 class Home(Protocol):
@@ -103,7 +119,7 @@ def load(path: Path, model: Home, *, any_model: bool = False) -> Saved:
         was: dict[str, Any] = {**found["model"]}
         options, cache = _options(found["options"]), found["cache"]
         turns = tuple((turn["said"], _reply(turn)) for turn in found["turns"])
-        _expect(all(isinstance(said, str) for said, _ in turns), "turns")
+        _expect(all(map(_is_said, (said for said, _ in turns))), "turns")
     differences = _differences(was, model.fingerprint())
     if differences and not any_model:
         raise ConversationError(
@@ -132,6 +148,8 @@ def _described(saved: Saved, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
     options: dict[str, Any] = {**saved.options}
     if "sampling" in saved.options:
         options["sampling"] = asdict(saved.options["sampling"])
+    if "tools" in saved.options:
+        options["tools"] = read_tools(saved.options["tools"])  # plain JSON
     return {
         "package": version("magistral_mlx"),
         "model": fingerprint,
@@ -143,6 +161,7 @@ def _described(saved: Saved, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
                 "answer": reply.answer,
                 "finish_reason": reply.finish_reason,
                 "seed": reply.seed,
+                "tool_calls": [asdict(call) for call in reply.tool_calls],
                 "stats": asdict(reply.stats),
             }
             for said, reply in saved.turns
@@ -247,7 +266,7 @@ def _check_version(path: Path, metadata: Mapping[str, str]) -> None:
             f"{path} is no saved conversation, but a safetensors file of another kind; "
             "expected one that Conversation.save wrote"
         )
-    if found != str(VERSION):
+    if found not in _READS:
         raise ConversationError(
             f"{path} was saved by a newer magistral_mlx: it is of format {found[:20]}, this one reads "
             f"{VERSION}; update magistral_mlx"
@@ -283,6 +302,12 @@ def _fits(value: object, hint: Any) -> bool:
     return isinstance(value, origin or hint)
 
 
+def _is_said(said: object) -> bool:
+    if isinstance(said, str):
+        return True
+    return isinstance(said, list) and all(isinstance(result, dict) for result in cast("list[object]", said))
+
+
 def _reply(turn: dict[str, Any]) -> Reply:
     """A reply as the JSON tells it; its ids are tensors."""
     stats = Stats(**turn["stats"])
@@ -290,6 +315,8 @@ def _reply(turn: dict[str, Any]) -> Reply:
     _expect(turn["finish_reason"] in get_args(FinishReason), "a finish reason")
     _expect(type(turn["seed"]) is int, "a seed")
     _expect(isinstance(turn["thinking"], str) and isinstance(turn["answer"], str), "a reply")
+    calls = tuple(ToolCall(**call) for call in turn.get("tool_calls", ()))
+    _expect(all(isinstance(text, str) for call in calls for text in asdict(call).values()), "tool calls")
     return Reply(
         thinking=turn["thinking"],
         answer=turn["answer"],
@@ -298,6 +325,7 @@ def _reply(turn: dict[str, Any]) -> Reply:
         finish_reason=turn["finish_reason"],
         seed=turn["seed"],
         stats=stats,
+        tool_calls=calls,
     )
 
 

@@ -1,13 +1,13 @@
 """One reply as it is written: `Stream` yields its events, to `for` or to `async for`.
 
-Takes steps from a generator that lives on the model's thread: an id, or None while the prompt is read; ids
-sent into it are said in the model's place. What ids say, and when a reply has ended, is `Telling`'s to know.
+Takes steps from a generator that lives on the model's thread: an id, or None while the prompt is read; what
+is sent into it says how the reply goes on. What ids say, and when a reply has ended, is `Telling`'s to know.
 """
 
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Self, TypeAlias
@@ -15,6 +15,7 @@ from typing import Self, TypeAlias
 from .events import Event
 from .reply import Reply, Telling
 from .thinking import Phase
+from .wire import Guide, TokenLogprob
 from .worker import Worker
 
 _Step: TypeAlias = tuple[int | None, float]
@@ -26,7 +27,7 @@ class Source:
     """Where a stream's ids come from."""
 
     worker: Worker
-    steps: Generator[int | None, list[int] | None, None]
+    steps: Generator[int | None, Guide | None, None]
     reused: Callable[[], int]
     """How many ids of the prompt were read before; known when the first step is done."""
 
@@ -47,7 +48,7 @@ class Stream:
         self._events = telling.events
         self._on_end = on_end
         self._pending: Future[_Step] | None = None
-        self._forced: list[int] | None = None  # to be said in the model's place at the next step
+        self._guide: Guide | None = None  # how it goes on at the next step
         self._lock = threading.RLock()
 
     def __iter__(self) -> Self:
@@ -134,12 +135,17 @@ class Stream:
         """What has been said so far; the whole reply once the stream has ended."""
         return self._telling.reply
 
+    @property
+    def logprobs(self) -> Sequence[TokenLogprob | None]:
+        """Where they are asked for, of each id so far: in step with the ids of the events, joined."""
+        return self._telling.logprobs
+
     def _ask(self) -> "Future[_Step] | None":
         """The step under way: a wait for it that was interrupted is taken up again, so no id is lost."""
         with self._lock:
             if self._source is not None and self._pending is None:
-                steps, forced, self._forced = self._source.steps, self._forced, None
-                self._pending = self._source.worker.submit(lambda: _timed(steps, forced))
+                steps, guide, self._guide = self._source.steps, self._guide, None
+                self._pending = self._source.worker.submit(lambda: _timed(steps, guide))
             return self._pending
 
     def _take(self, result: Callable[[], _Step]) -> None:
@@ -157,7 +163,7 @@ class Stream:
             if token is None:
                 self._telling.read(source.reused(), seconds)
                 return
-            self._forced = self._telling.say(token, seconds)
+            self._guide = self._telling.say(token, seconds)
             if self._telling.reason is not None:
                 self._end()
 
@@ -167,7 +173,7 @@ class Stream:
         self._on_end(self.reply)
 
 
-def _timed(steps: Generator[int | None, list[int] | None, None], forced: list[int] | None) -> _Step:
+def _timed(steps: Generator[int | None, Guide | None, None], guide: Guide | None) -> _Step:
     start = time.perf_counter()
-    token = steps.send(forced)
+    token = steps.send(guide)
     return token, time.perf_counter() - start

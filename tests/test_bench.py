@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks import tokens_per_second
-from magistral_mlx import MagistralError, bench, cli_bench, figures, machine
+from magistral_mlx import MagistralError, bench, cli_bench, figures, machine, trial
 from magistral_mlx.bench import Settings
 from magistral_mlx.config import ModelConfig
 from magistral_mlx.hub import DEMO
@@ -37,7 +37,7 @@ def test_the_lower_bound_is_that_of_a_table_of_the_sign_test(n: int, kth: int | 
     assert figures.lower_bound(values) == kth
 
 
-def trial(context: int, first: float, decode: float, load: float = 1.0) -> dict:
+def timed(context: int, first: float, decode: float, load: float = 1.0) -> dict:
     point = {
         "context": context,
         "first_token_seconds": first,
@@ -48,8 +48,8 @@ def trial(context: int, first: float, decode: float, load: float = 1.0) -> dict:
 
 
 def test_ratios_are_of_neighbours_and_above_one_where_we_are_faster():
-    ours = [trial(512, 1.0, 20.0), trial(512, 2.0, 30.0, load=0.5)]
-    theirs = [trial(512, 3.0, 10.0, load=4.0), trial(512, 2.0, 60.0, load=0.5)]
+    ours = [timed(512, 1.0, 20.0), timed(512, 2.0, 30.0, load=0.5)]
+    theirs = [timed(512, 3.0, 10.0, load=4.0), timed(512, 2.0, 60.0, load=0.5)]
     load, prefill, decode = figures.ratios(ours, theirs)
     assert (load["what"], load["context"], load["pairs"]) == ("import and load", None, [3.0, 1.0])
     assert (prefill["what"], prefill["context"], prefill["pairs"]) == ("prefill", 512, [3.0, 1.0])
@@ -58,7 +58,7 @@ def test_ratios_are_of_neighbours_and_above_one_where_we_are_faster():
 
 
 def test_a_summary_takes_medians_and_the_largest_peak():
-    trials = [trial(100, 2.0, 10.0), trial(100, 4.0, 30.0), trial(100, 5.0, 20.0)]
+    trials = [timed(100, 2.0, 10.0), timed(100, 4.0, 30.0), timed(100, 5.0, 20.0)]
     trials[1]["points"][0]["peak_bytes"] = 9
     summary = figures.summary(trials, lambda context: context * 1.0)
     (row,) = summary["contexts"]
@@ -176,8 +176,8 @@ def test_a_point_is_timed_between_ids_and_not_to_the_last(monkeypatch: pytest.Mo
             yield n
             now += 0.5
 
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: now)
-    point = bench._point(generate, [7] * 100, 10)
+    monkeypatch.setattr(trial.time, "perf_counter", lambda: now)
+    point = trial._point(generate, [7] * 100, 10)
     assert (point["context"], point["first_token_seconds"]) == (100, 4.0)
     assert point["decode_tokens_per_second"] == 2.0
     assert (limits, fed) == ([12], [[7] * 100])
@@ -189,10 +189,10 @@ def test_trials_take_turns_with_the_same_ids(monkeypatch: pytest.MonkeyPatch):
     def spawn(job: dict, begin: Callable[[str], None]) -> dict:
         jobs.append(job)
         begin("load")
-        points = [trial(len(ids), 1.0, 10.0)["points"][0] for ids in job["prompts"]]
+        points = [timed(len(ids), 1.0, 10.0)["points"][0] for ids in job["prompts"]]
         return {"import_seconds": 1.0, "load_seconds": 1.0, "reply": None, "points": points}
 
-    monkeypatch.setattr(bench, "_spawn", spawn)
+    monkeypatch.setattr(bench, "spawn", spawn)
     monkeypatch.setattr(machine, "measured_bandwidth", lambda: 1e9)
     settings = Settings(lengths=(512, 64, 100_000, 200_000), tokens=10, trials=3, against_peer=True)
     report = bench.run("demo", settings, lambda *step: said.append(step))
@@ -319,6 +319,6 @@ def test_a_prompt_that_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch)
 def test_a_trial_that_fails_says_why():
     job = {"engine": bench.OURS, "model": "./nowhere", "dtype": None, "prompts": [], "reply_tokens": 0}
     with pytest.raises(MagistralError, match=r"found no directory '\./nowhere'"):
-        bench._spawn(job, print)
+        trial.spawn(job, print)
     with pytest.raises(MagistralError, match=r"a trial of magistral_mlx failed: KeyError: 'model'"):
-        bench._spawn({"engine": bench.OURS}, print)
+        trial.spawn({"engine": bench.OURS}, print)

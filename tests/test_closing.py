@@ -24,6 +24,7 @@ from magistral_mlx.stream import Source
 from magistral_mlx.thinking import CLOSE, OPEN, ThinkParser, parse
 from magistral_mlx.tokenizer import Tokenizer
 from magistral_mlx.transcript import TextEvent, Transcript
+from magistral_mlx.wire import Guide
 from tests.scripted import END_OF_PROMPT, Script, scripted
 from tests.tokenizers import CONTROLS, LANGUAGES
 
@@ -254,15 +255,15 @@ class Model:
         self.own = answer if own is None else own
         self.sent: list[list[int]] = []
 
-    def steps(self) -> Generator[int | None, list[int] | None, None]:
+    def steps(self) -> Generator[int | None, Guide | None, None]:
         yield None
         for token in self.thought:
             if sent := (yield token):
-                self.sent.append(sent)
+                self.sent.append(list(sent.said))
                 break
         for token in (*(self.answer if self.sent else self.own), EOS):
             if sent := (yield token):
-                self.sent.append(sent)
+                self.sent.append(list(sent.said))
 
 
 def open_stream(
@@ -341,7 +342,7 @@ def place(tokenizer: Tokenizer, ids: Sequence[int], budget: int) -> int | None:
     Told from the whole text each time, and not piece by piece.
     """
     for waited, size in enumerate(range(max(budget, 1), len(ids) + 1), start=1):
-        raw = b"".join(tokenizer._pieces[i] or b"" for i in ids[:size])
+        raw = b"".join(tokenizer.pieces[i] or b"" for i in ids[:size])
         text = raw.decode(errors="replace")
         half = len(codecs.getincrementaldecoder("utf-8")("replace").decode(raw)) < len(text)
         if tokenizer.think_ids:

@@ -16,7 +16,7 @@ from magistral_mlx import errors
 PACKAGE = Path(magistral_mlx.__file__).parent
 
 FLOORS = (
-    {"errors", "events", "checks", "figures"},
+    {"errors", "events", "checks", "figures", "wire"},
     {
         "config",
         "configfile",
@@ -33,9 +33,24 @@ FLOORS = (
         "loops",
         "room",
         "download",
+        "tools",
+        "toolcalls",
     },
-    {"model", "prefix", "recipe", "transcript", "sidecars", "manifest"},
-    {"options", "checkpoint", "engine", "generation", "memory", "plan", "quantize", "job", "closing"},
+    {"model", "prefix", "recipe", "transcript", "sidecars", "manifest", "logprobs", "drawing", "grammar"},
+    {
+        "options",
+        "constraint",
+        "shape",
+        "checkpoint",
+        "engine",
+        "prefixes",
+        "generation",
+        "memory",
+        "plan",
+        "quantize",
+        "job",
+        "closing",
+    },
     {
         "convert",
         "hub",
@@ -50,7 +65,21 @@ FLOORS = (
         "chat",
     }
     | {"display", "notebook"},
-    {"repl", "cli_common", "cli_convert", "cli_plan", "bench", "cli_bench", "cli", "__init__", "__main__"},
+    {"server/__init__", "server/wire", "server/slots", "server/failures", "server/requests", "server/voices"}
+    | {"server/replies", "server/metrics", "server/service", "server/safety", "server/app", "server/host"},
+    {
+        "cli_serve",
+        "repl",
+        "cli_common",
+        "cli_convert",
+        "cli_plan",
+        "trial",
+        "bench",
+        "cli_bench",
+        "cli",
+        "__init__",
+        "__main__",
+    },
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
@@ -67,7 +96,10 @@ ARRAYS |= {
     "journal",
     "convert",
     "prefix",
+    "prefixes",
     "generation",
+    "logprobs",
+    "drawing",
 }
 WORDS = {
     "events",
@@ -80,16 +112,23 @@ WORDS = {
     "display",
     "notebook",
     "closing",
+    "grammar",
+    "constraint",
+    "shape",
     "reply",
     "answers",
+    "tools",
+    "toolcalls",
 }
 
 PUBLIC = {
-    *("Magistral", "Conversation", "Sampling", "Stream", "Reply", "consensus"),
-    *("ThinkToken", "AnswerToken", "Finished", "Event", "Stats"),
+    *("ToolCall", "ToolCallToken"),
+    *("Magistral", "Conversation", "Sampling", "Stream", "Reply", "Regex", "consensus"),
+    *("ThinkToken", "AnswerToken", "Finished", "Event", "Stats", "TokenLogprob"),
     *("MagistralError", "CheckpointError", "ConfigError", "TokenizerError", "PromptError", "ContextError"),
     *("ConversationError", "SamplingError", "ConversionError", "HubError", "MemoryLimitError", "ClosedError"),
-    *("MagistralWarning", "__version__"),
+    *("SchemaError", "AnswerError"),
+    *("MagistralWarning", "ServerError", "__version__"),
 }
 
 
@@ -100,17 +139,24 @@ def imported(module: Path) -> Iterator[str]:
             case ast.Import(names=names):
                 yield from (_ours(name.name) for name in names)
             case ast.ImportFrom(
-                module=None | "magistral_mlx", names=names
+                module=None | "magistral_mlx", names=names, level=level
             ):  # a module, or a name in __init__
-                yield from (f".{name.name}" if name.name in FLOOR else ".__init__" for name in names)
+                found = (_relative(module, name.name, level) for name in names)
+                yield from (name if name[1:] in FLOOR else ".__init__" for name in found)
             case ast.ImportFrom(module=str(name), level=level):
-                yield f".{name}" if level else _ours(name)
+                yield _relative(module, name, level) if level else _ours(name)
             case _:
                 pass
 
 
 def _ours(name: str) -> str:
     return ".__init__" if name == "magistral_mlx" else name.replace("magistral_mlx.", ".", 1)
+
+
+def _relative(module: Path, name: str, level: int) -> str:
+    """`.slots` in server/app.py → `.server/slots`; `..errors` → `.errors`."""
+    folder = module.relative_to(PACKAGE).parents[max(level, 1) - 1]
+    return "." + (folder / name.replace(".", "/")).as_posix()
 
 
 def siblings(module: Path) -> set[str]:

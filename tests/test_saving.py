@@ -342,8 +342,8 @@ def ids(*numbers: int) -> tuple[str, tuple[int], bytes]:
     ("change", "why"),
     [
         (
-            lambda told, _: told.update(version="2"),
-            "newer magistral_mlx: it is of format 2, this one reads 1",
+            lambda told, _: told.update(version="3"),
+            "newer magistral_mlx: it is of format 3, this one reads 2",
         ),
         (lambda told, _: told.clear(), "damaged or changed"),
         (lambda told, _: told.update(turns=3), "damaged or changed"),
