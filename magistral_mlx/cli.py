@@ -221,17 +221,17 @@ def _settings(options: _Reply) -> "Options":
 
 def _load(options: _Reply) -> "Magistral":
     """The model that was asked for, else the last one, else the one that is chosen now."""
-    from . import hub
+    from . import last_model
     from .chat import Magistral
 
-    name = options["model"] or hub.last_used() or _choose()
+    name = options["model"] or last_model.last_used() or _choose()
     resolve(name, download=options["download"])
     kv_bits = 8 if options["kv_bits"] == "8" else None
     draft_model = options["draft_model"]
     if draft_model is not None:
         resolve(draft_model, download=options["download"])
     model = Magistral.load(name, dtype=options["dtype"], kv_bits=kv_bits, draft_model=draft_model)  # type: ignore[arg-type]
-    hub.remember(name)
+    last_model.remember(name)
     return model
 
 
