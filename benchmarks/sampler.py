@@ -18,9 +18,9 @@ from mlx_lm.sample_utils import make_sampler
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-from benchmarks.pairs import TRIALS, in_turn, ratio, seconds, told, write  # noqa: E402 -- a script beside this one
-from magistral_mlx.figures import spread  # noqa: E402
-from magistral_mlx.sampling import Sampler, Sampling  # noqa: E402
+from benchmarks.pairs import TRIALS, in_turn, ratio, seconds, told, write
+from magistral_mlx.figures import spread
+from magistral_mlx.sampling import Sampler, Sampling
 
 VOCABULARY = 131072
 DRAWS = 20
