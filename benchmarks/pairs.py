@@ -27,7 +27,7 @@ def seconds(run: Callable[[], Any]) -> float:
 
 
 def in_turn(engines: Mapping[str, Callable[[], float]], trials: int) -> dict[str, list[float]]:
-    """A figure of each engine, then of each again: neighbours in time see the same machine. The first warms up."""
+    """A figure of each engine, then of each again: neighbours see the same machine. The first warms up."""
     found: dict[str, list[float]] = {name: [] for name in engines}
     for trial in range(trials + 1):
         for name, measure in engines.items():

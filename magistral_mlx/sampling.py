@@ -8,8 +8,8 @@ Does not know text, caches, or what the ids before were (only which of them a re
 How a nucleus is drawn without sorting 131072 logits: add Gumbel noise; the ids in falling order of noisy
 logit are draws without replacement from the full softmax, and the first of them inside the nucleus is
 exactly a draw from the nucleus. Whether an id is inside needs no order either: it is when the mass strictly
-above it is less than top_p. A few candidates are tried, three with top_p 0.95; of 8000 draws at most one finds
-none then, and is made again over the whole vocabulary by sorting, from the same noise: it is the same draw.
+above it is less than top_p. A few candidates are tried, three with top_p 0.95; at most one draw in 8000 then
+finds none, and is made again over the whole vocabulary by sorting, from the same noise: it is the same draw.
 """
 
 import hashlib
@@ -99,6 +99,10 @@ class Sampler:
             keep &= weights >= self.sampling.min_p
         noisy = down + self._noise(position, scaled.shape)[order]
         return order[mx.argmax(mx.where(keep, noisy, -mx.inf))].astype(mx.int32)
+
+    def keeps(self, logits: mx.array, ids: mx.array) -> mx.array:
+        """Which of `ids`, `(n,)`, may be drawn from `(V,)` logits: `(n,)` bool."""
+        return self._inside(self._scaled(logits, None), ids)
 
     @property
     def _filters(self) -> bool:

@@ -33,7 +33,7 @@ FLOORS = (
         "loops",
     },
     {"model", "prefix", "recipe", "transcript", "sidecars", "manifest"},
-    {"options", "checkpoint", "engine", "generation", "memory", "plan", "quantize", "closing"},
+    {"options", "checkpoint", "engine", "generation", "memory", "plan", "quantize", "closing", "real_layer"},
     {"convert", "hub", "worker", "reply", "answers", "stream", "batch", "saving", "conversation", "chat"}
     | {"display", "notebook"},
     {
@@ -44,6 +44,8 @@ FLOORS = (
         "trial",
         "bench",
         "cli_bench",
+        "doctor",
+        "cli_doctor",
         "cli",
         "__init__",
         "__main__",
@@ -64,6 +66,7 @@ ARRAYS |= {
     "convert",
     "prefix",
     "generation",
+    "real_layer",
 }
 WORDS = {
     "events",
