@@ -2,8 +2,8 @@
 
     python benchmarks/text.py [--trials 8]
 
-The real vocabulary (131072 ids, from mistral_common's own file) and a text with reasoning, several scripts and
-an answer. `transcript` is what every id of a stream passes through: detokenizer, think parser, stop strings.
+The real vocabulary (131072 ids, from mistral_common's own file) and a text with reasoning, several scripts
+and an answer. `transcript` is what every id of a stream passes through: detokenizer, think parser, stop strings.
 `telling` is all that the host does for an id: that, statistics, limits, and the budget of thinking.
 """
 
@@ -23,7 +23,9 @@ from magistral_mlx.transcript import Transcript
 from tests.tokenizers import full_tekken
 
 TOKENS = 4000
-THOUGHT = "Let me see: 48 + 37. First 8 + 7 = 15, write 5, carry 1.\nÇa marche; 東京は夜の七時。 <b>85</b>?\n\n"
+THOUGHT = (
+    "Let me see: 48 + 37. First 8 + 7 = 15, write 5, carry 1.\nÇa marche; 東京は夜の七時。 <b>85</b>?\n\n"
+)
 ANSWER = "The answer is **85**: forty-eight and thirty-seven.\n"
 
 
@@ -35,7 +37,7 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         tokenizer = Tokenizer.from_file(full_tekken(Path(directory), "v11"))
-    ids = tokenizer.encode(f"<think>\n{60 * THOUGHT}</think>\n{300 * ANSWER}")[:TOKENS]
+    ids = tokenizer.encode(f"<think>\n{70 * THOUGHT}</think>\n{300 * ANSWER}")[:TOKENS]
     assert len(ids) == TOKENS
     found = in_turn({name: way(tokenizer, ids) for name, way in WAYS.items()}, args.trials)
     micros = {name: spread([1e6 * s / TOKENS for s in each]) for name, each in found.items()}
@@ -56,7 +58,12 @@ def transcript(tokenizer: Tokenizer, ids: list[int]) -> Callable[[], float]:
 def telling(tokenizer: Tokenizer, ids: list[int]) -> Callable[[], float]:
     def run() -> None:
         one = Telling(
-            Transcript(tokenizer), tokenizer, prompt_ids=(), seed=0, max_tokens=2 * TOKENS, think_budget=TOKENS
+            Transcript(tokenizer),
+            tokenizer,
+            prompt_ids=(),
+            seed=0,
+            max_tokens=2 * TOKENS,
+            think_budget=TOKENS,
         )
         for token in ids:
             one.say(token, 0.001)

@@ -177,8 +177,9 @@ def _expected_nucleus(logits: Any, sampling: Sampling) -> tuple[Any, Any, Any]:
 def _reply(place: Path) -> Check:
     """The demo model is asked what it knows."""
     with Magistral.load(place) as model:
-        replies = {asked: model.ask(asked, sampling=Sampling(temperature=0)) for asked in QUESTIONS}
-        spoken = model.ask(next(iter(QUESTIONS)), seed=0)
+        greedy = Sampling(temperature=0)  # and an end: a damaged model may never come to one
+        replies = {asked: model.ask(asked, sampling=greedy, max_tokens=256) for asked in QUESTIONS}
+        spoken = model.ask(next(iter(QUESTIONS)), seed=0, max_tokens=256)
     said = [f"{asked} {reply.answer.strip()!r}" for asked, reply in replies.items()]
     right = all(_is_right(reply, QUESTIONS[asked]) for asked, reply in replies.items())
     rate = spoken.stats.decode_tokens_per_second
