@@ -149,10 +149,10 @@ def load(checkpoint: Checkpoint, dtype: mx.Dtype) -> Transformer:
 
     Tensor by tensor: memory peaks at the model plus one tensor.
     """
-    return Transformer(checkpoint.config, _Reader(checkpoint, dtype))
+    return Transformer(checkpoint.config, Reader(checkpoint, dtype))
 
 
-class _Reader:
+class Reader:
     """Hands a checkpoint's weights to the model, each evaluated and out of the file's lazy arrays."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: mx.Dtype) -> None:

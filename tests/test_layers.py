@@ -63,6 +63,7 @@ FLOORS = (
         "memory",
         "plan",
         "quantize",
+        "real_layer",
         "job",
         "closing",
     },
@@ -92,6 +93,8 @@ FLOORS = (
         "trial",
         "bench",
         "cli_bench",
+        "doctor",
+        "cli_doctor",
         "cli",
         "__init__",
         "__main__",
@@ -120,6 +123,7 @@ ARRAYS |= {
     "logprobs",
     "drawing",
     "talkfile",
+    "real_layer",
 }
 WORDS = {
     "events",
