@@ -159,12 +159,20 @@ def write(out: Path, rows: list[dict]) -> None:
 
 
 def show(rows: list[dict]) -> None:
-    columns = ("model", "context", "KV", "weights MB", "planned MB", "measured MB", "planned / measured")
+    columns = (
+        "width",
+        "parameters",
+        "context",
+        "KV cache",
+        "planned, GB",
+        "measured, GB",
+        "planned / measured",
+    )
     table = Table(*columns, box=MARKDOWN)
     for row in rows:
-        sizes = [f"{row[key] / 1e6:,.1f}" for key in ("weights", "total", "measured")]
-        kind = str(row["kv_bits"] or "full")
-        table.add_row(row["size"], f"{row['context']:,}", kind, *sizes, f"{row['ratio']:.3f}")
+        sizes = [f"{row[key] / 1e9:.3f}" for key in ("total", "measured")]
+        kind, parameters = "8 bit" if row["kv_bits"] else "full", f"{row['parameters'] / 1e6:,.0f} M"
+        table.add_row(row["size"], parameters, f"{row['context']:,}", kind, *sizes, f"{row['ratio']:.3f}")
     Console(width=160).print(table)
     print(f"furthest from 1: {max(abs(row['ratio'] - 1) for row in rows):.1%}")
 

@@ -1,6 +1,6 @@
 """Does a word of conclusion before the forced close help the answer? The demo model in 4 bit, greedy.
 
-    python benchmarks/wrap_up.py [--problems 200] [--seed 2]
+    python benchmarks/wrap_up.py [--problems 100] [--seed 2]
 
 Each problem is thought about until its budget is spent, as the library does it. Then, from the same ids:
 
@@ -28,7 +28,7 @@ from think_budget import GREEDY, LONGEST, Problem, is_right, problems, write_4bi
 from magistral_mlx import Magistral, Reply
 
 OUT = Path(__file__).parent / "results" / "wrap_up.json"
-BUDGETS = (20, 40, 60, 80, 100)
+BUDGETS = (20, 40, 60)
 GENERAL = {"en": "So the answer is", "fr": "Donc la réponse est", "ko": "따라서 답은", "ja": "よって答えは"}
 TAUGHT = {"en": "so", "fr": "donc", "ko": "따라서", "ja": "よって"}
 VARIANTS = {
@@ -70,7 +70,7 @@ def conclude(model: FromIds, drawn: Sequence[Problem], cut: Sequence[list[int]],
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--problems", type=int, default=200)
+    parser.add_argument("--problems", type=int, default=100)
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--budgets", type=int, nargs="+", default=BUDGETS)
     args = parser.parse_args()
