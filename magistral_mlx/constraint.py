@@ -8,7 +8,7 @@ Three things would bring text into the answer that no grammar has seen, or leave
 - A reply that skips the reasoning: its first ids may open a tag or begin an answer; both are followed, until
   it is clear which.
 - An id that ends the reasoning and begins the answer (`>The`): allowed only where the grammar takes its end.
-- The end of text amid the reasoning: not allowed.
+- The end of text amid the reasoning, or another control token that would end it: not allowed.
 """
 
 import codecs
@@ -34,7 +34,7 @@ class Constraint:
         self._state: Literal["start", "thinking", "answer"] = "start"
         self._said = b""  # at the start all of it, while thinking what may be half a tag
         self._matches = True  # whether what was said at the start could be an answer's beginning
-        self._free = vocabulary.everything & ~bits([vocabulary.eos_id])
+        self._free = vocabulary.text | bits(self._think_ids or ())
         self._last: int | None = None
 
     def mask(self) -> bytes | None:

@@ -90,7 +90,6 @@ class Vocabulary:
         self.tokenizer = tokenizer
         self.pieces = tokenizer.pieces
         self.eos_id = tokenizer.eos_id
-        self.everything = (1 << len(self.pieces)) - 1
         self.opening = cache(self._opening)
         self.closing = cache(self._closing)
 
@@ -102,6 +101,11 @@ class Vocabulary:
     def byte_ids(self) -> dict[int, int]:
         """Byte → the id that says it alone; a tekken vocabulary has all 256."""
         return {piece[0]: i for i, piece in enumerate(self.pieces) if piece and len(piece) == 1}
+
+    @cached_property
+    def text(self) -> int:
+        """Bits of all but control tokens."""
+        return (1 << len(self.pieces)) - 1 & ~bits(i for i, piece in enumerate(self.pieces) if piece is None)
 
     @cached_property
     def space(self) -> int:

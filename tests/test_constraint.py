@@ -13,6 +13,7 @@ from magistral_mlx.thinking import CLOSE, OPEN
 from magistral_mlx.tokenizer import Tokenizer
 from magistral_mlx.transcript import Transcript
 from tests.test_grammar import ids_of
+from tests.tokenizers import CONTROLS
 
 Open = Callable[[str], Tokenizer]
 EOS = 2
@@ -103,7 +104,7 @@ def test_any_reply_ends_in_an_answer_of_its_kind(
     tokenizer = words.tokenizer
     tags = tokenizer.think_ids
     thought = 0
-    for seed in range(60):
+    for seed in range(25):
         draw = random.Random(seed)
         text = draw.choice(THOUGHTS)
         wish = cut(tokenizer, text, draw)
@@ -122,7 +123,7 @@ def test_any_reply_ends_in_an_answer_of_its_kind(
         telling.transcript.flush()
         thought += bool(telling.transcript.thinking)
         jsonschema.validate(json.loads(telling.transcript.answer), WANTED)
-    assert (thought > 20) == think
+    assert (thought > 8) == think
 
 
 def said(constraint: Constraint, ids: list[int]) -> set[int]:
@@ -144,7 +145,7 @@ def test_an_id_that_closes_and_begins_the_answer(full: Vocabulary):
     half = [*tokenizer.encode(f"{OPEN}\nso 85\n</"), *tokenizer.encode("think")]
     straddling = {piece: i for i, piece in enumerate(tokenizer.pieces) if piece and piece.startswith(b">")}
     assert {b">", b">\n", b">\n\n", b">The"} <= straddling.keys()
-    free = set(range(full.everything.bit_length())) - {EOS}
+    free = set(range(CONTROLS, 131072))
     as_json = said(Constraint(JSON, full), half)
     refused = free - as_json
     assert refused <= set(straddling.values())
@@ -161,12 +162,14 @@ def test_an_id_that_closes_and_begins_the_answer(full: Vocabulary):
 
 
 def test_reasoning_is_free_but_has_to_end(full: Vocabulary):
-    """Half a tag that turns out to be none forbids nothing; the end of text waits for the answer."""
+    """Half a tag that turns out to be none forbids nothing; the end of text waits for the answer, and so does
+    a call of tools.
+    """
     constraint, tokenizer = Constraint(JSON, full), full.tokenizer
-    everything = set(range(full.everything.bit_length()))
-    assert said(constraint, tokenizer.encode(f"{OPEN}\nCarry")) == everything - {EOS}
-    assert said(constraint, tokenizer.encode(" </")) == everything - {EOS}
-    assert said(constraint, tokenizer.encode("b> it")) == everything - {EOS}
+    free = set(range(CONTROLS, 131072))
+    assert said(constraint, tokenizer.encode(f"{OPEN}\nCarry")) == free
+    assert said(constraint, tokenizer.encode(" </")) == free
+    assert said(constraint, tokenizer.encode("b> it")) == free
     assert constraint.mask() is None
     assert not constraint.done
 
