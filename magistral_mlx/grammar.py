@@ -150,7 +150,9 @@ class Matcher:
 
     def accept(self, token: int) -> bool:
         """Say an id, if it may come next."""
-        return self._matcher.try_consume_tokens([token]) == 1
+        accepted = self._matcher.try_consume_tokens([token]) == 1
+        self._check("it became too much to follow")
+        return accepted
 
     def accept_bytes(self, text: bytes) -> None:
         """Say text that has no ids of its own: the end of an id whose beginning was something else."""
