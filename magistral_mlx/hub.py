@@ -35,7 +35,7 @@ _HF = (
 )
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@.+)?", re.ASCII)
 _FAMILY = re.compile(r"Magistral-Small-\d{4}")
-_BASE = re.compile(r"---\n(?:.*\n)*?base_model: *([\w.-]+/[\w.-]+) *\n(?:.*\n)*?---\n")
+_BASE = re.compile(r"---\n(?:(?!---\n).*\n)*?base_model: *([\w.-]+/[\w.-]+) *\n", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -62,7 +62,7 @@ def test_keys_that_are_none(key: str):
 
 
 def test_without_the_extra(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cli_serve, "find_spec", lambda name: None)
+    monkeypatch.setattr(cli_serve, "find_spec", lambda _: None)
     refused = serve()
     assert refused.exit_code == 1
     assert 'pip install "magistral_mlx[server]"' in refused.stderr
