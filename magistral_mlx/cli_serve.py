@@ -122,5 +122,5 @@ def _check(options: _Serving) -> None:
             f"{options['host']} can be reached by other machines: expected a key for them, found none. Give "
             "MAGISTRAL_API_KEY or --api-key, or keep to 127.0.0.1"
         )
-    if key is not None and (not key.isascii() or not key.isprintable() or key != key.strip()):
-        raise ServerError("a key is printable ASCII without spaces around it")
+    if key is not None and not (key and key.isascii() and key.isprintable() and key == key.strip()):
+        raise ServerError("a key is printable ASCII without spaces around it, and not empty")

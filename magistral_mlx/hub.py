@@ -36,7 +36,7 @@ _HF = (
 )
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@.+)?", re.ASCII)
 _FAMILY = re.compile(r"Magistral-Small-\d{4}")
-_BASE = re.compile(r"---\n(?:.*\n)*?base_model: *([\w.-]+/[\w.-]+) *\n(?:.*\n)*?---\n")
+_BASE = re.compile(r"---\n(?:(?!---\n).*\n)*?base_model: *([\w.-]+/[\w.-]+) *\n", re.ASCII)
 _CONFIGS: dict[tuple[str, ...], str] = {_NATIVE: "params.json", _HF: "config.json"}
 
 Needs: TypeAlias = Callable[[Path], Mapping[Path, int]]

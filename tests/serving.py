@@ -84,7 +84,7 @@ class Running:
         return self.call("POST", path, data, {"Content-Type": "application/json"} | headers)
 
     def call(self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]) -> Answer:
-        line = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        line = http.client.HTTPConnection("127.0.0.1", self.port, timeout=150)
         try:
             line.request(method, path, body, dict(headers))
             got = line.getresponse()

@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from magistral_mlx.cli import cli
+from tests.serving import Running
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -17,10 +18,11 @@ def blocks(language: str) -> list[str]:
 
 
 def test_python_examples_run(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, served: Running
 ):
     monkeypatch.chdir(tmp_path)
-    exec(compile("\n".join(blocks("python")), "README.md", "exec"), {})
+    code = "\n".join(blocks("python")).replace("http://127.0.0.1:8000", served.url)
+    exec(compile(code, "README.md", "exec"), {})
     printed = capsys.readouterr().out
     assert re.search(r"\[stop, \d+ \+ \d+ tokens\]", printed)
 

@@ -87,6 +87,7 @@ def test_a_crowd(loaded: Running):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_200_requests_from_20_clients(loaded: Running):
     serve(loaded, answers(loaded, think=(True, False)), clients=20, requests=200)
 

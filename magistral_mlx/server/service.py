@@ -5,6 +5,7 @@ Knows the library. Does not know HTTP, nor the shape of an answer.
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import Future
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,7 @@ from magistral_mlx.prefix import Prefix
 from magistral_mlx.reply import Reply
 from magistral_mlx.stream import Stream
 
+from . import failures
 from .metrics import Metrics
 from .replies import Choice, Ended
 from .slots import ClosingError, Slots
@@ -115,10 +117,9 @@ class Service:
     async def _behind(self, prefix: Prefix, prompt: list[int], options: Options) -> Stream:
         def ended(reply: Reply) -> None:
             self.metrics.replied(reply)
-            # The next prompt of this conversation will hold the answer, but not the reasoning before it.
-            said = 0 if reply.thinking else len(reply.token_ids)
-            with suppress(ClosedError):
-                self.model.submit(lambda: self.prefixes.put(prefix, len(prompt) + said))
+            # The next prompt of this conversation holds the answer, but no reasoning that led to no call.
+            said = 0 if reply.thinking and not reply.tool_calls else len(reply.token_ids)
+            self._keep(prefix, len(prompt) + said)
 
         try:
             begin = partial(self.model.stream_ids, prompt, prefix=prefix, on_end=ended, **options)
@@ -127,8 +128,18 @@ class Service:
         except MemoryLimitError:
             raise
         except MagistralError:  # a mistake in the request: what was taken is as it was
-            self.model.submit(lambda: self.prefixes.put(prefix, prefix.length))
+            self._keep(prefix, prefix.length)
             raise
+
+    def _keep(self, prefix: Prefix, length: int) -> None:
+        """For the prompts to come; on the model's thread, behind a step that may still be under way."""
+        with suppress(ClosedError):
+            self.model.submit(lambda: self.prefixes.put(prefix, length)).add_done_callback(_log)
+
+
+def _log(kept: Future[None]) -> None:
+    if isinstance(error := kept.exception(), Exception):
+        failures.log(error)
 
 
 def _seeded(options: Options, index: int) -> Options:
