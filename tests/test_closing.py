@@ -25,7 +25,7 @@ from magistral_mlx.thinking import CLOSE, OPEN, ThinkParser, parse
 from magistral_mlx.tokenizer import Tokenizer
 from magistral_mlx.transcript import TextEvent, Transcript
 from magistral_mlx.wire import Guide
-from tests.scripted import END_OF_PROMPT, Script, scripted
+from tests.scripted import ENDS_OF_PROMPT, Script, scripted
 from tests.tokenizers import CONTROLS, LANGUAGES
 
 Open = Callable[[str], Tokenizer]
@@ -492,7 +492,7 @@ class Listening(Script):
     def __call__(self, ids: mx.array, caches: Sequence[KVCache], *, last: bool = False) -> mx.array:
         hidden = super().__call__(ids, caches, last=last)
         fed = caches[0].fed  # type: ignore[attr-defined]
-        said = fed[len(fed) - fed[::-1].index(END_OF_PROMPT) :]
+        said = fed[len(fed) - fed[::-1].index(ENDS_OF_PROMPT[0]) :]
         for close in self.closes:
             for at in range(len(said) - len(close) + 1):
                 if said[at : at + len(close)] == close:
