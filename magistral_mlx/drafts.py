@@ -22,8 +22,9 @@ SIZES = (8, 5, 3)
 3 recur by chance too often."""
 LATELY = 0.95
 """What an outcome counts for when the next one is known: the last 20 or so decide."""
-BEHIND = 512
-"""Ids that a draft model may have missed while it did not pay; more would cost too much to read at once."""
+BEHIND = 64
+"""Ids that a draft model may have missed while it did not pay; behind more it is let go for this reply, since
+reading them costs as well."""
 
 
 class Rate:

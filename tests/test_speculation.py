@@ -328,6 +328,55 @@ def test_caches_side_by_side_trim_as_well(tmp_path: Path):
     np.testing.assert_allclose(np.array(found), np.array(expected[:, 2:]), atol=2e-4, rtol=1e-4)
 
 
+class Costing:
+    """Says a given text, and moves a clock by what its passes are made to cost."""
+
+    def __init__(self, prompt: Sequence[int], text: Sequence[int], each_row: float) -> None:
+        self.ids = mx.array([*prompt, *text, 0])
+        self.each_row = each_row
+        self.seconds = 0.0
+
+    def new_caches(self) -> list[KVCache]:
+        return [KVCache()]
+
+    def __call__(self, ids: mx.array, caches: Sequence[KVCache], *, last: bool = False) -> mx.array:
+        L, start = ids.shape[1], caches[0].offset
+        caches[0].offset += L
+        self.seconds += 1 + self.each_row * (L - 1)
+        follows = self.ids[start + 1 : start + L + 1].reshape(1, -1, 1)
+        return follows[:, -1:] if last else follows
+
+    def logits(self, h: mx.array) -> mx.array:
+        return mx.where(mx.arange(256) == h, 9.0, 0.0)
+
+
+SOURCE = [*Path(__file__).read_bytes()[:2000]]
+TEXTS = {
+    "unlike": (SOURCE[:200], SOURCE[1000:1600]),
+    "the prompt again": (SOURCE[:600], SOURCE[:600]),
+    "at random": ([1, 2, 3], np.random.default_rng(0).integers(0, 256, size=600).tolist()),
+    "round and round": ([1, 2, 3], SOURCE[700:740] * 15),
+}
+
+
+@pytest.mark.parametrize("each_row", [0.0, 0.3, 0.7, 1.0, 3.0])
+@pytest.mark.parametrize("text", TEXTS)
+def test_it_costs_next_to_nothing_where_it_does_not_pay(text: str, each_row: float):
+    """By a clock of the test's own: no reply takes a twentieth longer; copies are quick where rows are."""
+    prompt, said = TEXTS[text]
+    model = Costing(prompt, said, each_row)
+    caches = model.new_caches()
+    logits = model.logits(model(mx.array([prompt]), caches, last=True))[0, 0]
+    model.seconds = 0.0
+    speculation = Speculation(PromptLookup(prompt), Pace(), lambda: model.seconds)
+    found = speculation.decode(model, logits, caches, sampler=Sampler(GREEDY, 0), limit=len(said))
+    assert list(found) == said
+    assert (len(said) - 1) / model.seconds > 0.95
+    if each_row <= 0.3 and text in ("the prompt again", "round and round"):
+        assert len(said) / speculation.passes > 3
+        assert (len(said) - 1) / model.seconds > 1.5
+
+
 # ------------------------------------------------------------------ whole replies
 
 
