@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .errors import (
+    AnswerError,
     CheckpointError,
     ClosedError,
     ConfigError,
@@ -27,14 +28,18 @@ from .errors import (
     MemoryLimitError,
     PromptError,
     SamplingError,
+    SchemaError,
+    ServerError,
     TokenizerError,
 )
-from .events import AnswerToken, Event, Finished, Stats, ThinkToken
+from .events import AnswerToken, Event, Finished, Stats, ThinkToken, ToolCall, ToolCallToken
+from .wire import TokenLogprob
 
 if TYPE_CHECKING:
     from .answers import consensus
     from .chat import Magistral
     from .conversation import Conversation
+    from .grammar import Regex
     from .reply import Reply
     from .sampling import Sampling
     from .stream import Stream
@@ -42,6 +47,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AnswerError",
     "AnswerToken",
     "CheckpointError",
     "ClosedError",
@@ -58,13 +64,19 @@ __all__ = [
     "MagistralWarning",
     "MemoryLimitError",
     "PromptError",
+    "Regex",
     "Reply",
     "Sampling",
     "SamplingError",
+    "SchemaError",
+    "ServerError",
     "Stats",
     "Stream",
     "ThinkToken",
+    "TokenLogprob",
     "TokenizerError",
+    "ToolCall",
+    "ToolCallToken",
     "__version__",
     "consensus",
 ]
@@ -73,6 +85,7 @@ _LATE = {
     "Conversation": "conversation",
     "consensus": "answers",
     "Magistral": "chat",
+    "Regex": "grammar",
     "Sampling": "sampling",
     "Reply": "reply",
     "Stream": "stream",

@@ -86,6 +86,14 @@ class KVCache:
         assert 0 <= n <= self.offset
         self.offset -= n
 
+    def shrink(self) -> None:
+        """Give back the room that trimming left over."""
+        if self._arrays and self._arrays[0].shape[2] > _room(self.offset):
+            kept, self._arrays = self._arrays, [_room_for(array, self.offset) for array in self._arrays]
+            for array, old in zip(self._arrays, kept, strict=True):
+                array[:, :, : self.offset] = old[:, :, : self.offset]
+            self._shared = False
+
     def fork(self) -> Self:
         """An independent cache with the same past. Makes no array, so any thread may ask for it."""
         self._shared = True
@@ -251,4 +259,9 @@ def trim_all(caches: Sequence[KVCache], n: int) -> None:
 
 def _room_for(like: mx.array, positions: int) -> mx.array:
     B, K, _, D = like.shape
-    return mx.zeros((B, K, -(-positions // STEP) * STEP, D), like.dtype)
+    return mx.zeros((B, K, _room(positions), D), like.dtype)
+
+
+def _room(positions: int) -> int:
+    """Positions that room is taken for."""
+    return -(-positions // STEP) * STEP

@@ -8,8 +8,11 @@ how anything is shown, and leaves every rule to the module that owns it: prompts
 
 import secrets
 import warnings
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias, TypeVar, Unpack, overload
 
@@ -17,21 +20,29 @@ import mlx.core as mx
 
 from . import hub, manifest, memory, saving
 from .batch import Batch, BatchSource
+from .callgrammar import with_calls
 from .checkpoint import Checkpoint, load, open_checkpoint
 from .checks import whole_number
+from .constraint import Constraint
 from .conversation import Conversation
-from .errors import ClosedError, ContextError, MagistralWarning, PromptError
-from .generation import BatchGeneration, Generation, Request
+from .errors import CheckpointError, ClosedError, ContextError, MagistralWarning, PromptError
+from .generation import BatchGeneration, Drafting, Generation, Request
+from .grammar import Regex, Vocabulary
+from .logprobs import Scorer
 from .loops import LoopGuard
 from .model import Transformer
-from .options import MAX_TOKENS, Options
+from .options import MAX_TOKENS, Options, Plain, forced, offered
+from .pace import Pace
 from .prefix import Prefix
+from .prefixes import Prefixes
 from .prompt import Messages
 from .reply import Reply, Telling
 from .sampling import Sampler, Sampling
+from .shape import shape_of
 from .stream import Source, Stream
 from .tensorfile import NAMES
 from .tokenizer import Tokenizer
+from .toolcalls import CallParser
 from .transcript import Transcript
 from .worker import Worker
 
@@ -54,24 +65,35 @@ class Magistral:
         model: Transformer,
         *,
         kv_bits: KVBits | None = None,
+        guard: memory.Guard | None = None,
+        draft: Transformer | None = None,
     ) -> None:
         self._checkpoint = checkpoint
         self.path = checkpoint.path
         self.config = checkpoint.config
         self.tokenizer = tokenizer
         self.kv_bits = kv_bits
-        self._guard = memory.Guard(
-            checkpoint.config, checkpoint.nbytes(model.dtype), itemsize=model.dtype.size
-        )
+        self._guard = guard or _guard(checkpoint, None, model.dtype)
         self._worker = worker
         self._model: Transformer | None = model
+        self._draft = draft
+        self._pace = Pace()
 
     @classmethod
-    def load(cls, name: str | Path, *, dtype: DType | None = None, kv_bits: KVBits | None = None) -> Self:
+    def load(
+        cls,
+        name: str | Path,
+        *,
+        dtype: DType | None = None,
+        kv_bits: KVBits | None = None,
+        draft_model: str | Path | None = None,
+    ) -> Self:
         """Load a model: a directory, a name on the Hub that was downloaded before, or "demo".
 
         dtype: what activations are computed in; by default bfloat16 on a GPU and float32 on a CPU.
         kv_bits: 8 keeps what was read in half the memory; see `magistral-mlx plan`.
+        draft_model: a smaller model with the same vocabulary, which guesses what this one will say; replies
+            then speculate (see `Options`), and are what they are without it.
         Nothing is downloaded. Refuses before reading what would not fit into this machine's memory.
         """
         found = hub.resolve(str(name))
@@ -79,14 +101,24 @@ class Magistral:
         for difference in manifest.wrong_sizes(found.weights):
             warnings.warn(f"{found.weights}: {difference}; convert it again", MagistralWarning, stacklevel=2)
         number = getattr(mx, dtype) if dtype else memory.default_dtype()
-        guard = memory.Guard(checkpoint.config, checkpoint.nbytes(number), itemsize=number.size)
+        drafts = None if draft_model is None else _open_draft(str(draft_model), checkpoint)
+        guard = _guard(checkpoint, drafts, number)
         guard.check_load(str(name), kv_bits=kv_bits)
         worker = Worker(f"magistral {found.weights.name}")
         weights: Future[Transformer] = worker.submit(lambda: load(checkpoint, number))
+        guesser = worker.submit(lambda: drafts and load(drafts, number))
         try:
             tokenizer = Tokenizer.from_directory(found.words)  # a second or two, while the weights are read
             tokenizer.detokenizer()  # looks all pieces up, so that the first stream need not
-            return cls(checkpoint, tokenizer, worker, weights.result(), kv_bits=kv_bits)
+            return cls(
+                checkpoint,
+                tokenizer,
+                worker,
+                weights.result(),
+                kv_bits=kv_bits,
+                guard=guard,
+                draft=guesser.result(),
+            )
         except BaseException:
             worker.close()
             raise
@@ -96,16 +128,28 @@ class Magistral:
         return self.stream_ids(self.encode(messages, **options), **options)
 
     @overload
-    def ask(self, messages: Messages, *, n: None = None, **options: Unpack[Options]) -> Reply: ...
+    def ask(self, messages: Messages, *, schema: type[T], **options: Unpack[Plain]) -> T: ...
+    @overload
+    def ask(self, messages: Messages, *, schema: Mapping[str, Any], **options: Unpack[Plain]) -> Any: ...
+    @overload
+    def ask(self, messages: Messages, *, schema: Regex, **options: Unpack[Plain]) -> str: ...
     @overload
     def ask(self, messages: Messages, *, n: int, **options: Unpack[Options]) -> list[Reply]: ...
-    def ask(
-        self, messages: Messages, *, n: int | None = None, **options: Unpack[Options]
-    ) -> Reply | list[Reply]:
-        """The same, waited for; with `n`, so many replies, decoded as one batch (see `ask_many`)."""
+    @overload
+    def ask(self, messages: Messages, **options: Unpack[Plain]) -> Reply: ...
+    def ask(self, messages: Messages, *, n: int | None = None, **options: Unpack[Options]) -> Any:
+        """The same, waited for; with `n`, so many replies, decoded as one batch (see `ask_many`).
+
+        With a `schema` the value itself: of that type, what its JSON says, or text that a `Regex` matches.
+        With `n` too there are replies, whose `parsed` is the value: one of them may have been cut off.
+
+        Raises:
+            AnswerError: with `schema`, an answer that was cut off, or that its type refuses.
+        """
         if n is not None:
             return self.ask_many(_repeated(messages, n), **options)
-        return self.stream(messages, **options).drain()
+        reply = self.stream(messages, **options).drain()
+        return reply if options.get("schema") is None else reply.parsed
 
     def ask_many(
         self, questions: Sequence[Messages], *, at_once: int = AT_ONCE, **options: Unpack[Options]
@@ -125,16 +169,23 @@ class Magistral:
         return self.stream(messages, **options)
 
     @overload
-    async def aask(self, messages: Messages, *, n: None = None, **options: Unpack[Options]) -> Reply: ...
+    async def aask(self, messages: Messages, *, schema: type[T], **options: Unpack[Plain]) -> T: ...
+    @overload
+    async def aask(
+        self, messages: Messages, *, schema: Mapping[str, Any], **options: Unpack[Plain]
+    ) -> Any: ...
+    @overload
+    async def aask(self, messages: Messages, *, schema: Regex, **options: Unpack[Plain]) -> str: ...
     @overload
     async def aask(self, messages: Messages, *, n: int, **options: Unpack[Options]) -> list[Reply]: ...
-    async def aask(
-        self, messages: Messages, *, n: int | None = None, **options: Unpack[Options]
-    ) -> Reply | list[Reply]:
+    @overload
+    async def aask(self, messages: Messages, **options: Unpack[Plain]) -> Reply: ...
+    async def aask(self, messages: Messages, *, n: int | None = None, **options: Unpack[Options]) -> Any:
         """`ask`, for `await`."""
         if n is not None:
             return await self.aask_many(_repeated(messages, n), **options)
-        return await self.stream(messages, **options).adrain()
+        reply = await self.stream(messages, **options).adrain()
+        return reply if options.get("schema") is None else reply.parsed
 
     async def aask_many(
         self, questions: Sequence[Messages], *, at_once: int = AT_ONCE, **options: Unpack[Options]
@@ -167,6 +218,7 @@ class Magistral:
             system=options.get("system"),
             think=options.get("think", True),
             keep_thinking=options.get("keep_thinking", False),
+            tools=offered(options),
         )
 
     def stream_ids(
@@ -184,13 +236,21 @@ class Magistral:
         """
         prefix = prefix or self.new_prefix(self.kv_bits)
         telling, request = self._begin(prompt, _seed(options), options, held=prefix.nbytes)
-        generation = Generation(self.transformer, request.prompt, prefix, request.sampler, request.limit)
-        source = Source(worker=self._worker, steps=generation.run(), reused=lambda: generation.reused)
+        drafting = None
+        if options.get("speculate", self._draft is not None) and options.get("schema") is None:
+            drafting = Drafting(pace=self._pace, model=self._draft)
+        generation = Generation(self.transformer, request, prefix, drafting)
+        source = Source(
+            worker=self._worker,
+            steps=generation.run(),
+            reused=lambda: generation.reused,
+            passes=lambda: generation.passes,
+        )
         return Stream(source, telling, on_end=on_end)
 
     def close(self) -> None:
         """Give the memory back. A stream that is still open ends with a `ClosedError`."""
-        self._model = None
+        self._model = self._draft = None
         self._worker.close()
 
     def __enter__(self) -> Self:
@@ -206,6 +266,16 @@ class Magistral:
     def run(self, job: Callable[[], T]) -> T:
         """Run a job on the thread that owns the model's arrays, and wait for it."""
         return self._worker.run(job)
+
+    def submit(self, job: Callable[[], T]) -> Future[T]:
+        """`run`, without waiting."""
+        return self._worker.submit(job)
+
+    def new_prefixes(self, limit: int | None = None) -> Prefixes:
+        """A place to keep what prompts have read; bytes, by default an eighth of what the weights leave."""
+        return Prefixes(
+            lambda: self.new_prefix(self.kv_bits), self._guard.for_prefixes if limit is None else limit
+        )
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -234,19 +304,41 @@ class Magistral:
         limit = self._limit(prompt, options.get("max_tokens", MAX_TOKENS))
         others = mx.get_active_memory() - self._guard.weights - held
         self._guard.check_reply(len(prompt), limit, kv_bits=self.kv_bits, held=max(others, 0))
-        stop = options.get("stop", ())
+        stop, schema, top = options.get("stop", ()), options.get("schema"), options.get("logprobs")
+        shape = None if schema is None else shape_of(schema)
+        told = offered(options)
+        grammar = with_calls(shape and shape.grammar, self.tokenizer, told=told, forced=forced(options))
+        constraint = grammar and Constraint(grammar, self._vocabulary, think=options.get("think", True))
+        scorer = None if top is None else Scorer(top)
         telling = Telling(
-            Transcript(self.tokenizer, stop=(stop,) if isinstance(stop, str) else tuple(stop)),
+            Transcript(
+                self.tokenizer,
+                stop=(stop,) if isinstance(stop, str) else tuple(stop),
+                calls=CallParser(_key(prompt, seed)) if told else None,
+            ),
             self.tokenizer,
             prompt_ids=tuple(prompt),
             seed=seed,
             max_tokens=limit,
             think_budget=options.get("think_budget"),
             loops=LoopGuard() if options.get("loop_guard", False) else None,
+            shape=shape,
+            constraint=constraint,
+            logprob=scorer and (lambda: scorer.last),
             watch=self._guard.check_context,
         )
-        sampler = Sampler(options.get("sampling", Sampling()), seed)
-        return telling, Request(prompt=list(prompt), sampler=sampler, limit=limit)
+        request = Request(
+            prompt=list(prompt),
+            sampler=Sampler(options.get("sampling", Sampling()), seed),
+            limit=limit,
+            allowed=constraint and constraint.mask(),
+            scorer=scorer,
+        )
+        return telling, request
+
+    @cached_property
+    def _vocabulary(self) -> Vocabulary:
+        return Vocabulary(self.tokenizer)
 
     def _batches(self, questions: Sequence[Messages], at_once: int, options: Options) -> list[Batch]:
         """Nothing is computed yet, and every mistake is told."""
@@ -277,8 +369,31 @@ class Magistral:
         return min(max_tokens, room)
 
 
+def _open_draft(name: str, target: Checkpoint) -> Checkpoint:
+    """The checkpoint of a draft model: its ids must mean the same."""
+    draft = open_checkpoint(hub.resolve(name).weights)
+    ours, theirs = target.config.vocab_size, draft.config.vocab_size
+    if ours != theirs:
+        raise CheckpointError(
+            f"a draft model has the vocabulary of the model it guesses for: expected {ours} ids, found "
+            f"{theirs} in {name}; use a smaller model of the same family"
+        )
+    return draft
+
+
+def _guard(checkpoint: Checkpoint, draft: Checkpoint | None, dtype: mx.Dtype) -> memory.Guard:
+    """What watches over memory, where these weights are held."""
+    weights = checkpoint.nbytes(dtype) + (draft.nbytes(dtype) if draft else 0)
+    return memory.Guard(checkpoint.config, weights, itemsize=dtype.size)
+
+
 def _repeated(messages: Messages, n: int) -> list[Messages]:
     return [messages] * whole_number("n", n, least=1)
+
+
+def _key(prompt: Sequence[int], seed: int) -> str:
+    """Another one for each reply, the same for the same reply."""
+    return f"{sha256(array('I', prompt).tobytes()).hexdigest()}/{seed}"
 
 
 def _seed(options: Options) -> int:

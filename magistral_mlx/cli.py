@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
 
 import click
 
-from . import cli_bench, cli_convert, cli_doctor, cli_plan
+from . import cli_bench, cli_convert, cli_doctor, cli_plan, cli_serve
 from .cli_common import first_interrupt_stops_thinking, resolve
 from .errors import MagistralError, MagistralWarning
 
@@ -33,6 +33,8 @@ class _Reply(TypedDict):
     download: bool
     dtype: str | None
     kv_bits: str
+    draft_model: str | None
+    speculate: bool | None
     system: str | None
     system_file: Path | None
     think_budget: int | None
@@ -56,6 +58,12 @@ _REPLY_OPTIONS = (
         "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="What to compute in."
     ),
     click.option("--kv-bits", type=click.Choice(["16", "8"]), default="16", help="8: half the KV cache."),
+    click.option("--draft-model", help="A smaller model of the same vocabulary, which guesses ahead."),
+    click.option(
+        "--speculate/--no-speculate",
+        default=None,
+        help="Guess ahead and check: the same reply, sooner where it quotes. Default: with a draft model.",
+    ),
     click.option("--system", help="Placed before the model's own system prompt."),
     click.option(
         "--system-file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="The same."
@@ -101,12 +109,8 @@ def cli() -> None:
 
 
 for _command in (
-    cli_convert.convert,
-    cli_convert.verify,
-    cli_convert.info,
-    cli_plan.plan,
-    cli_bench.bench,
-    cli_doctor.doctor,
+    *(cli_convert.convert, cli_convert.verify, cli_convert.info),
+    *(cli_plan.plan, cli_bench.bench, cli_doctor.doctor, cli_serve.serve),
 ):
     cli.add_command(_command)
 
@@ -169,7 +173,7 @@ def _settings(options: _Reply) -> "Options":
     system = options["system"]
     if options["system_file"] is not None:
         system = options["system_file"].read_text(encoding="utf-8")
-    return {
+    settings: Options = {
         "sampling": Sampling(
             temperature=options["temperature"],
             top_p=options["top_p"],
@@ -185,6 +189,9 @@ def _settings(options: _Reply) -> "Options":
         "system": system,
         "stop": options["stop"],
     }
+    if options["speculate"] is not None:
+        settings["speculate"] = options["speculate"]
+    return settings
 
 
 def _load(options: _Reply) -> "Magistral":
@@ -195,7 +202,10 @@ def _load(options: _Reply) -> "Magistral":
     name = options["model"] or hub.last_used() or _choose()
     resolve(name, download=options["download"])
     kv_bits = 8 if options["kv_bits"] == "8" else None
-    model = Magistral.load(name, dtype=options["dtype"], kv_bits=kv_bits)  # type: ignore[arg-type]
+    draft_model = options["draft_model"]
+    if draft_model is not None:
+        resolve(draft_model, download=options["download"])
+    model = Magistral.load(name, dtype=options["dtype"], kv_bits=kv_bits, draft_model=draft_model)  # type: ignore[arg-type]
     hub.remember(name)
     return model
 
@@ -220,5 +230,10 @@ def _as_json(reply: "Reply") -> dict[str, Any]:
         "answer": reply.answer,
         "finish_reason": reply.finish_reason,
         "seed": reply.seed,
-        "stats": dataclasses.asdict(reply.stats),
+        "stats": dataclasses.asdict(reply.stats)
+        | {
+            "prefill_tokens_per_second": reply.stats.prefill_tokens_per_second,
+            "decode_tokens_per_second": reply.stats.decode_tokens_per_second,
+            "tokens_per_pass": reply.stats.tokens_per_pass,
+        },
     }

@@ -6,12 +6,12 @@ read the `prefix`'s, replies the `stream`'s.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol, Unpack
+from typing import Any, Protocol, Unpack
 from weakref import WeakSet
 
 from . import saving
-from .errors import ConversationError
-from .options import Options
+from .errors import ConversationError, PromptError
+from .options import Options, offered
 from .prefix import Prefix
 from .prompt import Messages
 from .reply import Reply
@@ -51,7 +51,7 @@ class Conversation:
         model: Speaker,
         options: Options,
         *,
-        turns: Sequence[tuple[str, Reply]] = (),
+        turns: Sequence[tuple[saving.Said, Reply]] = (),
         prefix: Prefix | None = None,
     ) -> None:
         self.options = options
@@ -61,13 +61,16 @@ class Conversation:
         self._streams: WeakSet[Stream] = WeakSet()
 
     @property
-    def messages(self) -> list[dict[str, str]]:
+    def messages(self) -> list[dict[str, Any]]:
         """What was said so far, as `Magistral.stream` takes it."""
-        pairs = ([{"role": "user", "content": said}, reply.message] for said, reply in self._turns)
+        pairs = ([*_messages(said), reply.message] for said, reply in self._turns)
         return [message for pair in pairs for message in pair]
 
-    def stream(self, message: str, **options: Unpack[Options]) -> Stream:
-        """Say something; `options` are for this reply only."""
+    def stream(self, message: saving.Said, **options: Unpack[Options]) -> Stream:
+        """Say something; `options` are for this reply only.
+
+        message: text, or, after a reply with `tool_calls`, the result of each: `[call.result(…), …]`.
+        """
         merged: Options = {**self.options, **options}
 
         prompt = self._prompt(message, merged)
@@ -75,34 +78,33 @@ class Conversation:
 
         def remember(reply: Reply) -> None:
             self._prefix = prefix
-            if reply.answer or reply.thinking:
-                self._turns.append((message, reply))
+            if reply.answer or reply.thinking or reply.tool_calls:
+                self._turns.append((message if isinstance(message, str) else _messages(message), reply))
 
         stream = self._model.stream_ids(prompt, prefix=prefix, on_end=remember, **merged)
         self._prefix = None
         self._streams.add(stream)
         return stream
 
-    def ask(self, message: str, **options: Unpack[Options]) -> Reply:
+    def ask(self, message: saving.Said, **options: Unpack[Options]) -> Reply:
         """The same, waited for."""
         return self.stream(message, **options).drain()
 
-    def astream(self, message: str, **options: Unpack[Options]) -> Stream:
+    def astream(self, message: saving.Said, **options: Unpack[Options]) -> Stream:
         """`stream`, for `async for`."""
         return self.stream(message, **options)
 
-    async def aask(self, message: str, **options: Unpack[Options]) -> Reply:
+    async def aask(self, message: saving.Said, **options: Unpack[Options]) -> Reply:
         """`ask`, for `await`."""
         return await self.stream(message, **options).adrain()
 
-    def undo(self) -> str | None:
-        """Forget the last exchange; returns what was asked in it, to be asked again or otherwise."""
+    def undo(self) -> saving.Said | None:
+        """Forget the last exchange; returns what was said in it, to be said again or otherwise."""
         return self._turns.pop()[0] if self._turns else None
 
     def fork(self) -> "Conversation":
         """Another conversation with the same past, to go on otherwise; what was read is shared."""
-        prefix = self._prefix.fork() if self._prefix else None
-        return Conversation(self._model, {**self.options}, turns=self._turns, prefix=prefix)
+        return Conversation(self._model, {**self.options}, turns=self._turns, prefix=self._twin())
 
     def save(self, path: str | Path, *, with_cache: bool = True) -> None:
         """Write it to a file that `Magistral.load_conversation` goes on from, in any later process.
@@ -119,7 +121,7 @@ class Conversation:
             raise ConversationError(
                 "a stream of this conversation is open; read it to its end or close it, then save"
             )
-        prefix = self._prefix.fork() if with_cache and self._prefix else None  # a later stream goes its way
+        prefix = self._twin() if with_cache else None  # a later stream goes its way
         saved = saving.Saved(options=self.options, turns=tuple(self._turns), prefix=prefix)
         saving.save(Path(path), saved, self._model)
 
@@ -128,10 +130,31 @@ class Conversation:
         self._turns.clear()
         self._prefix = None
 
-    def _prompt(self, message: str, options: Options) -> list[int]:
-        """Kept reasoning goes on from the ids as they were sampled; encoding its text again could differ."""
+    def _twin(self) -> Prefix | None:
+        """What was read, once more. On the model's thread, where a stream just closed may be in mid-step."""
+        return self._model.run(self._prefix.fork) if self._prefix else None
+
+    def _prompt(self, said: saving.Said, options: Options) -> list[int]:
+        """Kept reasoning goes on from the ids as they were sampled; encoding its text again could differ.
+
+        Reasoning that led to tool calls is kept until they are answered and the next question comes.
+        """
         tokenizer, last = self._model.tokenizer, self._turns[-1][1] if self._turns else None
-        if options.get("keep_thinking") and last and last.token_ids:
+        messages = _messages(said)
+        keeps = options.get("keep_thinking") or not isinstance(said, str)
+        if keeps and last and last.token_ids:
             end = [] if last.token_ids[-1] == tokenizer.eos_id else [tokenizer.eos_id]
-            return [*last.prompt_ids, *last.token_ids, *end, *tokenizer.encode_turn(message)]
-        return self._model.encode([*self.messages, {"role": "user", "content": message}], **options)
+            behind = [*last.prompt_ids, *last.token_ids, *end]
+            turn = tokenizer.encode_turn(said, calls=last.tool_calls, tools=offered(options), behind=behind)
+            if turn is not None:
+                return behind + turn
+        return self._model.encode([*self.messages, *messages], **options)
+
+
+def _messages(said: saving.Said) -> list[dict[str, Any]]:
+    if isinstance(said, str):
+        return [{"role": "user", "content": said}]
+    results = [{**result} for result in said]
+    if not results or any(result.get("role") != "tool" for result in results):
+        raise PromptError("Expected a question, or results of tool calls, found other messages.")
+    return results

@@ -19,7 +19,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from .events import AnswerToken, Event, Finished, Stats, ThinkToken
+from .events import AnswerToken, Event, Finished, Stats, ThinkToken, ToolCallToken
 
 _CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
 """Characters by which a model's text could steer a terminal (move, recolour, write its clipboard)."""
@@ -49,6 +49,9 @@ class Terminal:
                             _write("\n\n", thinking=True)
                         answered = True
                         _write(text)
+                    case ToolCallToken(text=text, name=name):
+                        status.stop()
+                        _write(f"\n{name} {text}" if name else text, thinking=True)
                     case Finished():
                         finished = event
         _write("\n", thinking=not answered)
@@ -58,6 +61,11 @@ class Terminal:
         """A line about the work and not of it: to standard error, and only if someone is looking."""
         if sys.stderr.isatty():
             click.secho(text, dim=True, err=True)
+
+
+def complain(text: str) -> None:
+    """What went wrong: to standard error, whoever looks."""
+    click.echo(text, err=True)
 
 
 def _write(text: str, *, thinking: bool = False) -> None:
@@ -77,6 +85,9 @@ def summary(finished: Finished) -> str:
         parts.append(f"thought {stats.thinking_tokens} tokens for {stats.thinking_seconds:.1f} s{cut}")
     parts.append(f"answered {stats.answer_tokens} tokens in {stats.answer_seconds:.1f} s")
     parts.append(f"{stats.decode_tokens_per_second:.1f} tokens/s")
+    if stats.tokens_per_pass > 1:
+        parts.append(f"{stats.tokens_per_pass:.2f} tokens a forward pass")
+    parts.append(f"{stats.peak_memory / 1e9:.2f} GB at most")
     if finished.reason == "length":
         parts.append("cut off: max_tokens or the context was spent")
     if finished.reason == "loop":

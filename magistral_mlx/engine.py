@@ -8,18 +8,22 @@ Invariant, at every yield: each cache's offset is the number of ids that the mod
 from collections import deque
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias, cast
+from typing import TypeAlias, cast
 
 import mlx.core as mx
 
 from .cache import KVCache, trim_all
-from .errors import CheckpointError
+from .drawing import Drawing, Step, check_finite, marked, seen_in
+from .logprobs import Scorer
 from .model import Transformer
 from .sampling import UNSETTLED, Sampler
+from .wire import Guide
 
 PREFILL_CHUNK = 2048
 """Positions fed at once: enough to be bound by arithmetic, few enough that activations stay small (FFN
 32768 wide: 128 MiB in 16 bit) and that a stream can be closed between two chunks."""
+
+_AS_BEFORE = Guide()
 
 
 def prefill(
@@ -38,20 +42,12 @@ def prefill(
         if end == len(ids):
             logits = model.logits(hidden)[0, 0]
             mx.eval(logits)
-            _check_finite(logits)
+            check_finite(logits)
             return logits
         mx.eval([array for cache in caches for array in cache.arrays()])
         mx.clear_cache()  # a chunk's activations are of no size that decoding could use again
         yield end
     raise AssertionError("unreachable: the last chunk returns")
-
-
-class _Step(NamedTuple):
-    """The draw of one id: all lazy until `id` is read."""
-
-    logits: mx.array  # (V,)
-    seen: mx.array | None  # (V,) bool: ids that a repetition penalty touches
-    id: mx.array  # ()
 
 
 def decode(
@@ -62,26 +58,30 @@ def decode(
     sampler: Sampler,
     prompt: Sequence[int] = (),
     limit: int,
-) -> Generator[int, Sequence[int] | None, None]:
+    allowed: bytes | None = None,
+    scorer: Scorer | None = None,
+) -> Generator[int, Guide | None, None]:
     """Up to `limit` ids that follow `logits` (of `prefill`); the caller stops it at end of text.
 
     prompt: all ids so far, for the repetition penalty only. When the caller stops, one id more than those
     yielded may have been prepared, none more fed: an id is fed when the next one is asked for, or before.
-    Ids that are sent in (`send`) follow the one just yielded in place of what was prepared, and count towards
-    `limit`; what comes next follows them.
+    A guide that is sent in (`send`) says how it goes on behind the id just yielded. Its ids are said in place
+    of what was prepared, and count towards `limit`; what comes next follows them. Where it allows other ids
+    than before (to begin with `allowed`; None: all), the pass that was prepared is drawn from again.
     """
 
-    def draw(logits: mx.array, seen: mx.array | None) -> _Step:
-        step = _Step(logits, seen, sampler.draw(logits, position, seen))
-        mx.async_eval(step.id)
+    def draw(logits: mx.array, seen: mx.array | None) -> Step:
+        step = drawing.draw(logits, position, seen)
+        mx.async_eval(step.id, step.scores)
         return step
 
-    def feed(step: _Step) -> _Step:
+    def feed(step: Step) -> Step:
         hidden = model(step.id.reshape(1, 1), caches)
-        return draw(model.logits(hidden)[0, 0], _mark(step.seen, step.id))
+        return draw(model.logits(hidden)[0, 0], marked(step.seen, step.id))
 
+    drawing = Drawing(sampler, allowed, scorer)
     position = caches[0].offset
-    step = draw(logits, _seen(sampler, prompt, logits))
+    step = draw(logits, seen_in(sampler, prompt, logits))
     left = limit
     while left > 0:
         # 1. Ask for the next id before this one is known here: the device never waits for Python.
@@ -90,21 +90,26 @@ def decode(
         token = _read(step.id)
         # 2. Rare: no candidate was inside the nucleus. Draw by sorting; what was fed ahead never happened.
         if token == UNSETTLED:
-            _check_finite(step.logits)
-            step = step._replace(id=sampler.settle(step.logits, position - 1, step.seen))
+            step = drawing.settle(step, position - 1)
             token = _read(step.id)
             if ahead:
                 trim_all(caches, 1)
                 ahead = feed(step)
         # 3. Hand it out; go on from it, or from what the caller would rather have said.
-        forced = yield token
-        left -= 1 + len(forced or ())
+        drawing.note(token, step)
+        guide = (yield token) or _AS_BEFORE
+        said = [*guide.said]
+        left -= 1 + len(said)
         if ahead is None or left <= 0:
             return
-        if forced:
-            position += len(forced)
-            hidden = model(mx.array([[*forced]]), caches, last=True)
-            ahead = draw(model.logits(hidden)[0, 0], _mark(ahead.seen, mx.array([*forced])))
+        if guide.allowed is not None:
+            drawing.allow(guide.allowed)
+        if said:
+            position += len(said)
+            hidden = model(mx.array([said]), caches, last=True)
+            ahead = draw(model.logits(hidden)[0, 0], marked(ahead.seen, mx.array(said)))
+        elif guide.allowed is not None:
+            ahead = draw(ahead.logits, ahead.seen)
         step = ahead
 
 
@@ -116,12 +121,14 @@ class Line:
     logits: mx.array  # (V,), of prefill
     sampler: Sampler
     limit: int
+    allowed: bytes | None = None
+    scorer: Scorer | None = None
 
 
 Drawn: TypeAlias = dict[int, int]
 """The number of a line → the id it has drawn."""
-Told: TypeAlias = Mapping[int, Sequence[int] | None]
-"""The number of a line → ids to be said in its place, one a step; or None: it has ended."""
+Told: TypeAlias = Mapping[int, Guide | None]
+"""The number of a line → how it goes on, ids that are said one a step; or None: it has ended."""
 
 
 def decode_batch(
@@ -133,11 +140,11 @@ def decode_batch(
     limit, or when it is told that it has ended; the others go on without it, in a smaller batch.
     """
 
-    def feed() -> list[_Step]:
+    def feed() -> list[Step]:
         hidden = model(mx.stack([row.step.id for row in rows]).reshape(-1, 1), caches)
         logits = model.logits(hidden)[:, 0]  # (B, V)
         ahead = [row.draw_next(logits[at]) for at, row in enumerate(rows)]
-        mx.async_eval([step.id for step in ahead])
+        mx.async_eval([(step.id, step.scores) for step in ahead])
         return ahead
 
     rows: list[_Row] = [_Row(number, line) for number, line in enumerate(lines)]
@@ -154,8 +161,9 @@ def decode_batch(
                 trim_all(caches, 1)
                 ahead = feed()
         # 3. Hand them out; some have ended then, some are told what to say.
-        told = (yield {row.number: id_ for row, id_ in zip(rows, ids, strict=True) if not row.said}) or {}
-        stay = [at for at, row in enumerate(rows) if row.goes_on(told.get(row.number, ()))]
+        drawn = {row.number: row.hand_out(id_) for row, id_ in zip(rows, ids, strict=True) if not row.said}
+        told = (yield drawn) or {}
+        stay = [at for at, row in enumerate(rows) if row.goes_on(told.get(row.number, _AS_BEFORE))]
         # 4. The others go on, from what they drew or from what they are to say.
         if ahead and 0 < len(stay) < len(rows):
             for cache in caches:
@@ -172,34 +180,45 @@ class _Row:
         self.number = number
         self.left = line.limit
         self.said = False  # the id of this step was not drawn
-        self._sampler = line.sampler
+        self._drawing = Drawing(line.sampler, line.allowed, line.scorer)
         self._position = len(line.prompt)  # of the id of this step
         self._forced = deque[int]()
-        seen = _seen(line.sampler, line.prompt, line.logits)
-        self.step = _Step(line.logits, seen, line.sampler.draw(line.logits, self._position, seen))
+        self._again = False  # other ids are allowed than when the next was drawn
+        seen = seen_in(line.sampler, line.prompt, line.logits)
+        self.step = self._drawing.draw(line.logits, self._position, seen)
 
-    def draw_next(self, logits: mx.array) -> _Step:
+    def draw_next(self, logits: mx.array) -> Step:
         """The step behind this one, from the logits that follow it."""
-        seen = _mark(self.step.seen, self.step.id)
-        return _Step(logits, seen, self._sampler.draw(logits, self._position + 1, seen))
+        return self._drawing.draw(logits, self._position + 1, marked(self.step.seen, self.step.id))
 
     def settle(self) -> int:
         """The id of this step, where no candidate was inside the nucleus."""
-        logits, seen, _ = self.step
-        _check_finite(logits)
-        self.step = self.step._replace(id=self._sampler.settle(logits, self._position, seen))
+        self.step = self._drawing.settle(self.step, self._position)
         return _read(self.step.id)
 
-    def goes_on(self, told: Sequence[int] | None) -> bool:
-        """Note what it is to say; false when it has ended, or reached its limit."""
-        self._forced += told or ()
-        self.left -= 1
-        return told is not None and self.left > 0
+    def hand_out(self, token: int) -> int:
+        self._drawing.note(token, self.step)
+        return token
 
-    def step_to(self, step: _Step) -> None:
+    def goes_on(self, guide: Guide | None) -> bool:
+        """Note how; false when it has ended, or reached its limit."""
+        self.left -= 1
+        if guide is None:
+            return False
+        self._forced += guide.said
+        self._again = guide.allowed is not None
+        if guide.allowed is not None:
+            self._drawing.allow(guide.allowed)
+        return self.left > 0
+
+    def step_to(self, step: Step) -> None:
         self._position += 1
         self.said = bool(self._forced)
-        self.step = step._replace(id=mx.array(self._forced.popleft(), mx.int32)) if self.said else step
+        if self.said:
+            step = step._replace(id=mx.array(self._forced.popleft(), mx.int32))
+        elif self._again:
+            step = self._drawing.draw(step.logits, self._position, step.seen)
+        self.step = step
 
 
 def _read_all(rows: Sequence[_Row]) -> list[int]:
@@ -210,33 +229,3 @@ def _read_all(rows: Sequence[_Row]) -> list[int]:
 def _read(token: mx.array) -> int:
     """Wait for an id."""
     return cast("int", token.item())
-
-
-def _seen(sampler: Sampler, prompt: Sequence[int], logits: mx.array) -> mx.array | None:
-    """The ids of the prompt as a mask over the vocabulary, if a penalty will ask for it."""
-    if sampler.sampling.repetition_penalty == 1:
-        return None
-    seen = mx.zeros(logits.shape, mx.bool_)
-    if prompt:
-        seen[mx.array(list(prompt))] = True
-    return seen
-
-
-def _mark(seen: mx.array | None, token: mx.array) -> mx.array | None:
-    if seen is None:
-        return None
-    marked = mx.array(seen)  # a copy by value: the step before keeps its own, in case it is drawn again
-    marked[token] = True
-    return marked
-
-
-def _check_finite(logits: mx.array) -> None:
-    """Weights that hold NaN or Inf, or overflow, show here before they are taken for an answer.
-
-    Asked once per prompt, and of every step that finds no id (NaN is inside no nucleus).
-    """
-    if not mx.all(mx.isfinite(logits)).item():
-        raise CheckpointError(
-            "the model's scores are not numbers (NaN or Inf): its weights are damaged, or overflow in this "
-            "dtype; convert again, or load with dtype='float32'"
-        )

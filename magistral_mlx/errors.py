@@ -11,9 +11,12 @@ without a traceback. A bug of ours is never dressed as one of these.
     │   └── ContextError     a prompt longer than the model's context
     ├── ConversationError    a saved conversation: cut off, of another model, of a newer version
     ├── SamplingError        a sampling value outside its range
+    ├── SchemaError          a schema or pattern that cannot be followed, or nothing to follow it with
+    ├── AnswerError          an answer that is not the value that was asked for: cut off, or refused
     ├── ConversionError      converting: the target exists, no room, an unusable recipe
     ├── HubError             a Hub name that cannot be found or reached
     ├── MemoryLimitError     what would not fit into this machine's memory
+    ├── ServerError          a server that cannot start as asked
     └── ClosedError          a model or stream that has been closed
 """
 
@@ -50,6 +53,21 @@ class SamplingError(MagistralError):
     """A sampling value outside its range."""
 
 
+class SchemaError(MagistralError):
+    """A schema, a pattern or a grammar that answers cannot be held to."""
+
+
+class AnswerError(MagistralError):
+    """An answer that is not the value that was asked for.
+
+    answer: its text, as far as it came.
+    """
+
+    def __init__(self, message: str, answer: str = "") -> None:
+        super().__init__(message)
+        self.answer = answer
+
+
 class ConversionError(MagistralError):
     """A conversion that cannot start or cannot finish."""
 
@@ -60,6 +78,10 @@ class HubError(MagistralError):
 
 class MemoryLimitError(MagistralError):
     """Something that would not fit into this machine's memory."""
+
+
+class ServerError(MagistralError):
+    """A server that cannot start as it was asked to."""
 
 
 class ClosedError(MagistralError):

@@ -1,18 +1,21 @@
-"""What a stream yields: frozen values, no behaviour, no arrays.
+"""What a stream yields, and the tool calls it amounts to: frozen values, no arrays.
 
-`ThinkToken` and `AnswerToken` carry text as it becomes visible and the ids that brought it. Ids without
-visible text of their own (a tag, half a character, the end of text) ride on the next event, so the ids of
-all events, joined, are exactly the ids the model sampled. `Finished` comes last, once.
+`ThinkToken`, `AnswerToken` and `ToolCallToken` carry text as it becomes visible and the ids that brought it.
+Ids without visible text of their own (a tag, half a character, the end of text) ride on the next event, so
+the ids of all events, joined, are those of the reply: sampled, but for a closing tag that was said for the
+model, which has an event of its own. `Finished` comes last, once.
 
 Does not know: how text is split into phases (`thinking`), how ids become text (`tokenizer`, `transcript`).
 """
 
+import json
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
-FinishReason: TypeAlias = Literal["stop", "length", "loop", "cancelled"]
-"""`stop`: end of text or a stop string; `length`: max_tokens or the context is spent; `loop`: the answer went
-round in circles; `cancelled`: closed early (on a `Reply` only: a closed stream yields nothing more)."""
+FinishReason: TypeAlias = Literal["stop", "tool_calls", "length", "loop", "cancelled"]
+"""`stop`: end of text or a stop string; `tool_calls`: the same, and there are calls to answer; `length`:
+max_tokens or the context is spent; `loop`: the answer went round in circles; `cancelled`: closed early (on a
+`Reply` only: a closed stream yields nothing more)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,7 +23,8 @@ class ThinkToken:
     """A piece of the reasoning, tags and outer white space stripped.
 
     forced: the ids were not sampled but said for the model: the tag that closes its reasoning early. Such
-        an event has no text.
+        an event has these ids only, and no text; sampled ids that waited for text come before it, on an event
+        that may have no text either.
     """
 
     text: str
@@ -37,6 +41,51 @@ class AnswerToken:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCallToken:
+    """A piece of a tool call. The first one has the call's `id` and `name`; `text` is of its arguments.
+
+    Pieces are a preview: a call that breaks off, or whose arguments are no JSON object, is said again as text
+    of the answer and is not among `Reply.tool_calls`.
+
+    index: of the call, counted as calls begin.
+    """
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    index: int
+    id: str | None = None
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCall:
+    """A whole call: answer it with a message that `result` makes.
+
+    id: 9 letters and digits, another for each call of a reply.
+    name: as the model wrote it; maybe of no tool that it was offered.
+    arguments: a JSON object, as text.
+    """
+
+    id: str
+    name: str
+    arguments: str
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """This call as one of the `tool_calls` of an assistant's message."""
+        return {
+            "id": self.id,
+            "type": "function",
+            "function": {"name": self.name, "arguments": self.arguments},
+        }
+
+    def result(self, content: object) -> dict[str, Any]:
+        """The message that answers this call. What is not text becomes JSON."""
+        text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+        return {"role": "tool", "tool_call_id": self.id, "content": text}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Stats:
     """Where tokens and seconds went in one reply.
 
@@ -46,8 +95,12 @@ class Stats:
 
     cached_tokens: of the prompt, read in an earlier turn and not again.
     forced_tokens: of the thinking, said for the model to close its reasoning.
+    forward_passes: of the model, for what it said itself: as many as ids, unless it speculates.
     first_token_seconds, first_answer_seconds: from the start to the first id, and to the first of the answer
         (0: there was none).
+    peak_memory: bytes of arrays in this process at their most while this reply's own steps ran, by MLX's
+        counter: the model, this reply's cache and whatever others hold; not what the steps of another stream
+        took in between. For it MLX's counter is set to 0 at every step.
     """
 
     prompt_tokens: int = 0
@@ -55,11 +108,13 @@ class Stats:
     thinking_tokens: int = 0
     answer_tokens: int = 0
     forced_tokens: int = 0
+    forward_passes: int = 0
     prefill_seconds: float = 0.0
     thinking_seconds: float = 0.0
     answer_seconds: float = 0.0
     first_token_seconds: float = 0.0
     first_answer_seconds: float = 0.0
+    peak_memory: int = 0
 
     @property
     def decode_seconds(self) -> float:
@@ -75,6 +130,12 @@ class Stats:
         tokens = self.thinking_tokens + self.answer_tokens
         return tokens / self.decode_seconds if self.decode_seconds else 0.0
 
+    @property
+    def tokens_per_pass(self) -> float:
+        """1 without speculation; with it, as many more as guesses were right."""
+        own = self.thinking_tokens + self.answer_tokens - self.forced_tokens
+        return own / self.forward_passes if self.forward_passes else 0.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
@@ -85,4 +146,4 @@ class Finished:
     token_ids: tuple[int, ...] = ()
 
 
-Event: TypeAlias = ThinkToken | AnswerToken | Finished
+Event: TypeAlias = ThinkToken | AnswerToken | ToolCallToken | Finished

@@ -35,6 +35,7 @@ _HF = (
 )
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@.+)?", re.ASCII)
 _FAMILY = re.compile(r"Magistral-Small-\d{4}")
+_BASE = re.compile(r"---\n(?:.*\n)*?base_model: *([\w.-]+/[\w.-]+) *\n(?:.*\n)*?---\n")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +70,24 @@ def resolve(name: str, *, download: bool = False) -> Local:
         )
     weights = (_fetch if download else _cached)(name, None)
     return Local(weights=weights, words=_words(name, weights, download=download))
+
+
+def source(name: str) -> str | None:
+    """The Hub's name of what the model called `name` was made from, or is; None where nothing tells."""
+    directory = _directory(name)
+    if name == "demo" or directory:
+        card = (directory or DEMO) / "README.md"
+        found = _BASE.match(card.read_text(encoding="utf-8")) if card.is_file() else None
+        return found.group(1) if found else None
+    family = _FAMILY.search(name)
+    return f"mistralai/{family.group()}" if family else name.partition("@")[0]
+
+
+def known_as(name: str) -> list[str]:
+    """The names a model answers to, its source's first: clients ask the Hub for its prompt by that."""
+    directory = _directory(name)
+    own = directory.resolve().name if directory and name != "demo" else name
+    return list(dict.fromkeys(filter(None, (source(name), own))))
 
 
 def upload(directory: Path, repo: str) -> str:

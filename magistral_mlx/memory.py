@@ -162,6 +162,11 @@ class Guard:
         """Bytes of the model itself."""
         return self._plan.weights
 
+    @property
+    def for_prefixes(self) -> int:
+        """Bytes that may be kept of what earlier prompts read: an eighth of what the weights leave."""
+        return max(self._plan.machine.budget - self._plan.weights, 0) // 8
+
     def check_load(self, source: str, *, kv_bits: int | None = None) -> None:
         """Before anything is read: refused where not even 1024 positions fit, warned where fewer do."""
         plan = replace(self._plan, kv_bits=kv_bits)

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from importlib import import_module
 from typing import Any
 
-from .events import AnswerToken, Event, Stats, ThinkToken
+from .events import AnswerToken, Event, Finished, ThinkToken, ToolCallToken
 
 INTERVAL = 0.1
 """Seconds between two drawings: smooth to the eye, and cheap for a browser that redraws all of it."""
@@ -25,7 +25,7 @@ def show(events: Iterable[Event]) -> None:
 
     def redraw() -> None:
         thinking.update(ipython.HTML(view.thinking()))
-        answer.update(ipython.Markdown(view.answer))
+        answer.update(ipython.Markdown(view.said()))
 
     try:
         for event in events:
@@ -43,6 +43,7 @@ class _View:
 
     def __init__(self) -> None:
         self.answer = ""
+        self.calls = ""
         self.over = False
         self._thoughts = ""
         self._tokens = 0
@@ -57,15 +58,20 @@ class _View:
                 self._seconds = time.monotonic() - self._began
             case AnswerToken(text=text):
                 self.answer += text
-            case _:
-                stats: Stats = event.stats
+            case ToolCallToken(text=text, name=name):
+                self.calls += f"\n{name} {text}" if name else text
+            case Finished(stats=stats):
                 self._tokens, self._seconds = stats.thinking_tokens, stats.thinking_seconds
+
+    def said(self) -> str:
+        """The answer, and the tool calls below it, as code."""
+        return self.answer + (f"\n\n```{self.calls}\n```" if self.calls else "")
 
     def thinking(self) -> str:
         """A block that is open while the model thinks and folded from the answer on."""
         if not self._thoughts:
-            return "" if self.answer or self.over else "<i>thinking …</i>"
-        thinks = not self.answer and not self.over
+            return "" if self.said() or self.over else "<i>thinking …</i>"
+        thinks = not self.said() and not self.over
         title = "Thinking …" if thinks else f"Thought for {self._seconds:.0f} s · {self._tokens:,} tokens"
         return (
             f"<details{' open' if thinks else ''}><summary>{title}</summary>"

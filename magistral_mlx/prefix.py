@@ -6,7 +6,7 @@ reply, and the state at the end of that prompt is had back by trimming. Knows id
 
 from collections.abc import Sequence
 
-from .cache import KVCache
+from .cache import KVCache, trim_all
 
 
 class Prefix:
@@ -15,29 +15,45 @@ class Prefix:
     def __init__(self, caches: Sequence[KVCache]) -> None:
         self.caches = list(caches)
         self.ids: list[int] = []
+        self.draft: Prefix | None = None  # of another model, which guesses for this one
 
     def restart(self) -> None:
         """Forget everything."""
         self.caches = [cache.emptied() for cache in self.caches]
         self.ids = []
+        self.draft = None
 
     def rewind(self, prompt: Sequence[int]) -> int:
         """Go back to the longest common beginning with `prompt`; returns its length.
 
         Always shorter than the prompt: its last id is fed anew, since its logits are what comes next.
         """
-        most = min(self.length, len(prompt) - 1)
-        common = next((at for at in range(most) if self.ids[at] != prompt[at]), most)
+        ids = list(prompt)
+        shared = common(self.ids[: self.length], ids[:-1])
         for cache in self.caches:
-            cache.trim(cache.offset - common)
-        self.ids = list(prompt)
-        return common
+            cache.trim(cache.offset - shared)
+        self.ids = ids
+        return shared
+
+    def cut(self, length: int) -> None:
+        """Forget all but the first `length` ids, and give back the room that they took."""
+        self.ids = self.ids[: min(length, self.length)]
+        for cache in self.caches:
+            cache.trim(cache.offset - len(self.ids))
+            cache.shrink()
+        if self.draft:
+            self.draft.cut(length)
 
     def fork(self) -> "Prefix":
         """The same past, independent from here on; the arrays are shared until one side writes."""
         twin = Prefix([cache.fork() for cache in self.caches])
         twin.ids = list(self.ids)
+        twin.draft = self.draft.fork() if self.draft else None
         return twin
+
+    def trim(self) -> None:
+        """Forget what was fed beyond `ids`."""
+        trim_all(self.caches, max(self.caches[0].offset - len(self.ids), 0))
 
     @property
     def length(self) -> int:
@@ -46,4 +62,16 @@ class Prefix:
 
     @property
     def nbytes(self) -> int:
-        return sum(cache.nbytes for cache in self.caches)
+        return sum(cache.nbytes for cache in self.caches) + (self.draft.nbytes if self.draft else 0)
+
+
+def common(one: list[int], other: list[int]) -> int:
+    """Length of the longest common beginning."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

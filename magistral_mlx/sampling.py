@@ -92,7 +92,7 @@ class Sampler:
         first = mx.cummax(mx.where(mx.concatenate([mx.array([True]), down[1:] < down[:-1]]), _ranks(down), 0))
         keep = mx.array(True)
         if self.sampling.top_p < 1:
-            keep = _sums_before(weights)[first] < self.sampling.top_p * _sum(weights)
+            keep = _sums_before(weights)[first] < self.sampling.top_p * sum_by_parts(weights)
         if self.sampling.top_k:
             keep &= first < self.sampling.top_k
         if self.sampling.min_p:
@@ -147,8 +147,8 @@ class Sampler:
         inside = weights[..., :1] >= 0
         # The whole mass (top_p 1) cuts no id off: rounding must not either.
         if self.sampling.top_p < 1:
-            floor = self.sampling.top_p * _sum(weights)[..., None]
-            inside = _sum(weights[..., None, :] * above) < floor
+            floor = self.sampling.top_p * sum_by_parts(weights)[..., None]
+            inside = sum_by_parts(weights[..., None, :] * above) < floor
         if self.sampling.top_k:
             inside &= mx.sum(above, axis=-1) < self.sampling.top_k
         if self.sampling.min_p:
@@ -179,7 +179,7 @@ def _ranks(x: mx.array) -> mx.array:
     return mx.arange(x.shape[0])
 
 
-def _sum(x: mx.array) -> mx.array:
+def sum_by_parts(x: mx.array) -> mx.array:
     """The sums of `(…, V)`, by parts: in one run, float32 loses up to 2e-4 of 131072 weights on a CPU."""
     return mx.sum(mx.sum(_parts(x), axis=-1), axis=-1)
 

@@ -1,24 +1,25 @@
 """One reply as it is written: `Stream` yields its events, to `for` or to `async for`.
 
-Takes steps from a generator that lives on the model's thread: an id, or None while the prompt is read; ids
-sent into it are said in the model's place. What ids say, and when a reply has ended, is `Telling`'s to know.
+Takes steps from a generator that lives on the model's thread: an id, or None while the prompt is read; what
+is sent into it says how the reply goes on. What ids say, and when a reply has ended, is `Telling`'s to know.
 """
 
 import asyncio
 import threading
-import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Self, TypeAlias
 
+from . import step
 from .events import Event
 from .reply import Reply, Telling
 from .thinking import Phase
+from .wire import Cost, Guide, TokenLogprob
 from .worker import Worker
 
-_Step: TypeAlias = tuple[int | None, float]
-"""An id (None: a piece of the prompt was read) and the seconds it took."""
+_Step: TypeAlias = tuple[int | None, Cost]
+"""An id (None: a piece of the prompt was read) and what it cost."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +27,11 @@ class Source:
     """Where a stream's ids come from."""
 
     worker: Worker
-    steps: Generator[int | None, list[int] | None, None]
+    steps: Generator[int | None, Guide | None, None]
     reused: Callable[[], int]
     """How many ids of the prompt were read before; known when the first step is done."""
+    passes: Callable[[], int | None] = lambda: None
+    """How many forward passes the ids so far took, where they are not one each."""
 
 
 class Stream:
@@ -47,7 +50,7 @@ class Stream:
         self._events = telling.events
         self._on_end = on_end
         self._pending: Future[_Step] | None = None
-        self._forced: list[int] | None = None  # to be said in the model's place at the next step
+        self._guide: Guide | None = None  # how it goes on at the next step
         self._lock = threading.RLock()
 
     def __iter__(self) -> Self:
@@ -55,9 +58,9 @@ class Stream:
 
     def __next__(self) -> Event:
         while not self._events:
-            if (step := self._ask()) is None:
+            if (asked := self._ask()) is None:
                 raise StopIteration
-            self._take(step.result)
+            self._take(asked.result)
         return self._events.popleft()
 
     def __aiter__(self) -> Self:
@@ -65,14 +68,14 @@ class Stream:
 
     async def __anext__(self) -> Event:
         while not self._events:
-            if (step := self._ask()) is None:
+            if (asked := self._ask()) is None:
                 raise StopAsyncIteration
             try:
-                await asyncio.wait([asyncio.wrap_future(step)])
+                await asyncio.wait([asyncio.wrap_future(asked)])
             except asyncio.CancelledError:
                 self.close()
                 raise
-            self._take(step.result)
+            self._take(asked.result)
         return self._events.popleft()
 
     def __enter__(self) -> Self:
@@ -134,18 +137,23 @@ class Stream:
         """What has been said so far; the whole reply once the stream has ended."""
         return self._telling.reply
 
+    @property
+    def logprobs(self) -> Sequence[TokenLogprob | None]:
+        """Where they are asked for, of each id so far: in step with the ids of the events, joined."""
+        return self._telling.logprobs
+
     def _ask(self) -> "Future[_Step] | None":
         """The step under way: a wait for it that was interrupted is taken up again, so no id is lost."""
         with self._lock:
             if self._source is not None and self._pending is None:
-                steps, forced, self._forced = self._source.steps, self._forced, None
-                self._pending = self._source.worker.submit(lambda: _timed(steps, forced))
+                steps, guide, self._guide = self._source.steps, self._guide, None
+                self._pending = self._source.worker.submit(lambda: step.take(steps, guide))
             return self._pending
 
     def _take(self, result: Callable[[], _Step]) -> None:
         """Account for one step, once it is there, and turn what it brought into events."""
         try:
-            token, seconds = result()
+            token, cost = result()
         except Exception:  # the model's, not an interrupt of the wait
             self.close()
             raise
@@ -155,9 +163,9 @@ class Stream:
             if source is None:  # closed from another thread while the step ran
                 return
             if token is None:
-                self._telling.read(source.reused(), seconds)
+                self._telling.read(source.reused(), cost)
                 return
-            self._forced = self._telling.say(token, seconds)
+            self._guide = self._telling.say(token, cost, source.passes())
             if self._telling.reason is not None:
                 self._end()
 
@@ -165,9 +173,3 @@ class Stream:
         """Let go of the model, and tell whoever waits for the reply."""
         self._source, self._pending = None, None
         self._on_end(self.reply)
-
-
-def _timed(steps: Generator[int | None, list[int] | None, None], forced: list[int] | None) -> _Step:
-    start = time.perf_counter()
-    token = steps.send(forced)
-    return token, time.perf_counter() - start

@@ -71,12 +71,19 @@ class ThinkParser:
         """Whether the text so far ends in what may be half a closing tag."""
         return self.can_close and self._tags == "text" and unfinished(self._held, CLOSE) > 0
 
-    def force_close(self) -> list[Piece]:
-        """The reasoning is closed here, by us. The one tag that the model may still write then is dropped."""
+    def force_close(self, *, late: bool = True) -> list[Piece]:
+        """The reasoning is closed here, by us. late: one tag that the model may still write is dropped."""
         assert self.can_close
         pieces = self.flush()  # half a tag was text, if we come between
         self._enter("answer", "")
-        self._late = self._tags == "text"
+        self._late = late and self._tags == "text"
+        return pieces
+
+    def interrupt(self) -> list[Piece]:
+        """What is no text comes here, and ends the reasoning: a tool call. Text may go on behind it."""
+        pieces = self.flush()
+        if self._state == "thinking":
+            self._enter("answer", "")
         return pieces
 
     def feed(self, text: str) -> list[Piece]:

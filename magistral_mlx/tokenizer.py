@@ -10,14 +10,18 @@ import codecs
 import re
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self, TypeAlias, cast
+from typing import Any, Self, TypeAlias, cast, get_args
 
+from .checks import check_text
 from .errors import MagistralWarning, PromptError, TokenizerError
-from .prompt import CONTROL_TAGS_PROMPT, TEXT_TAGS_PROMPT, Messages, Turn, check_text, read_messages
+from .events import ToolCall
+from .prompt import CONTROL_TAGS_PROMPT, TEXT_TAGS_PROMPT, Messages, Turn, read_messages, without_thinking
 from .thinking import CLOSE, OPEN
+from .toolcalls import Marker
+from .tools import Tools, read_tools
 
 VERSIONS = ("v7", "v11", "v13")
 """Those with a system prompt between control tokens, as Magistral's template has it."""
@@ -38,6 +42,8 @@ class Tokenizer:
     eos_id: int
     think_ids: tuple[int, int] | None
     """The ids of `[THINK]` and `[/THINK]`, or None where the tags are plain text."""
+    call_markers: dict[int, Marker]
+    """The control tokens of tool calls, by id."""
     system_prompt: str = field(repr=False)
     _mistral: Any = field(repr=False)  # a MistralTokenizer: generic in seven unknowns, so untyped here
 
@@ -75,6 +81,9 @@ class Tokenizer:
             bos_id=tekken.bos_id,
             eos_id=tekken.eos_id,
             think_ids=think_ids,
+            call_markers={
+                tekken.get_special_token(name): name for name in get_args(Marker) if tekken.is_special(name)
+            },
             system_prompt=default if system_prompt is None else system_prompt,
             _mistral=mistral,
         )
@@ -89,7 +98,7 @@ class Tokenizer:
         return "".join(map(detokenizer.feed, ids)) + detokenizer.flush()
 
     def detokenizer(self) -> "Detokenizer":
-        return Detokenizer(self._pieces)
+        return Detokenizer(self.pieces)
 
     def encode_chat(
         self,
@@ -98,20 +107,24 @@ class Tokenizer:
         system: str | None = None,
         think: bool = True,
         keep_thinking: bool = False,
+        tools: Tools = (),
     ) -> list[int]:
-        """The ids of a conversation that ends with a user's message, ready for the model's reply.
+        """The ids of a conversation that ends with a user's message or a tool's, ready for the model's reply.
 
         The checkpoint's system prompt, which makes the model think, comes first; `system` is placed before
         it, and `think=False` leaves it out. A system message in `messages` replaces all of that, verbatim.
-        Earlier reasoning is dropped unless `keep_thinking`, and with it a reply that came no further.
+        Reasoning before the last question is dropped unless `keep_thinking`, and with it a reply that came no
+        further. What tools can do is said where the template of this version wants it.
 
         Raises:
-            PromptError: messages that have no place in the template.
+            PromptError: messages that have no place in the template, or tools that are none.
         """
         turns = read_messages(messages)
         if not keep_thinking:
-            turns = [replace(turn, thinking="") for turn in turns]
-        turns = [turn for turn in turns if turn.content or turn.thinking]  # empty ones are refused
+            turns = without_thinking(turns)
+        turns = [  # empty ones are refused
+            turn for turn in turns if turn.content or turn.thinking or turn.calls or turn.answers
+        ]
         own = [turn.content for turn in turns if turn.role == "system"]
         if own and system is not None:
             raise PromptError("Expected either system=… or a system message, found both. Leave one out.")
@@ -122,16 +135,39 @@ class Tokenizer:
             parts = [part for part in (before, self.system_prompt if think else None) if part]
             if parts:
                 turns.insert(0, Turn(role="system", content="\n\n".join(parts)))
-        return self._encode([{"role": t.role, "content": self._content(t)} for t in turns])
+        return self._encode(turns, tools)
 
-    def encode_turn(self, text: str) -> list[int]:
-        """The ids that carry a running conversation on, after its end of text: one more user message."""
-        bos, *turn = self._encode([{"role": "user", "content": check_text(text, "the message")}])
-        assert bos == self.bos_id
-        return turn
+    def encode_turn(
+        self,
+        said: Messages,
+        *,
+        calls: Sequence[ToolCall] = (),
+        tools: Tools = (),
+        behind: Sequence[int] = (),
+    ) -> list[int] | None:
+        """The ids that carry a running conversation on, after its end of text.
+
+        said: one more user message, or the results of `calls`, which the reply before it made.
+        behind: the prompt and that reply. None is returned where they lack what a template has in them: an id
+            that a result names, or `tools` as they are now, unless they come with the last question.
+        """
+        if isinstance(said, str):
+            said = [{"role": "user", "content": check_text(said, "the message")}]
+        reply = {"role": "assistant", "content": "-", "tool_calls": [call.message for call in calls]}
+        ids = self._encode(read_messages([{"role": "user", "content": "-"}, reply, *said]), tools)
+        turn = ids[len(ids) - ids[::-1].index(self.eos_id) :]
+        if self._tools_in(behind) + self._tools_in(turn) != self._tools_in(ids):
+            return None
+        before, now = (self.decode(ids) if calls else "" for ids in (behind, turn))
+        return turn if all(call.id in before for call in calls if call.id in now) else None
+
+    def _tools_in(self, ids: Sequence[int]) -> list[int]:
+        """What a prompt, or a part of one, says of tools."""
+        begin, end = map(self._tekken.get_special_token, ("[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"))
+        return [*ids[ids.index(begin) : ids.index(end)]] if begin in ids else []
 
     def _content(self, turn: Turn) -> _Content:
-        """A turn as mistral_common wants it: text, or chunks where reasoning has tokens of its own."""
+        """Text, or chunks where reasoning has tokens of its own."""
         if turn.role == "system" and self.think_ids and (found := _THINK_TEMPLATE.fullmatch(turn.content)):
             before, thinking, after = found.groups()
             return [_text(before), _thinking(thinking), _text(after)]
@@ -141,19 +177,32 @@ class Tokenizer:
             return [_thinking(turn.thinking), _text(turn.content)]
         return f"{OPEN}\n{turn.thinking}\n{CLOSE}\n{turn.content}"
 
-    def _encode(self, messages: list[dict[str, Any]]) -> list[int]:
+    def _message(self, turn: Turn) -> dict[str, Any]:
+        """A turn as mistral_common wants it."""
+        message: dict[str, Any] = {"role": turn.role, "content": self._content(turn)}
+        if turn.calls:
+            message["tool_calls"] = [call.message for call in turn.calls]
+        if turn.answers:
+            message["tool_call_id"] = turn.answers
+        return message
+
+    def _encode(self, turns: Sequence[Turn], tools: Tools) -> list[int]:
         from mistral_common.exceptions import MistralCommonException
         from mistral_common.protocol.instruct.request import ChatCompletionRequest
 
+        given = {"messages": [self._message(turn) for turn in turns], "tools": read_tools(tools) or None}
         try:
-            request = cast("Any", ChatCompletionRequest).model_validate({"messages": messages})
+            request = cast("Any", ChatCompletionRequest).model_validate(given)
             return self._mistral.encode_chat_completion(request).tokens
-        except (MistralCommonException, ValueError, AssertionError) as error:
+        except (MistralCommonException, ValueError, AssertionError, RecursionError) as error:
             raise PromptError(f"mistral_common refuses these messages: {error}") from error
 
+    def has_think_template(self, text: str) -> bool:
+        """Whether a system prompt shows how to think, without which the model does not."""
+        return (_THINK_TEMPLATE if self.think_ids else _TEXT_TEMPLATE).fullmatch(text) is not None
+
     def _warn_if_thoughtless(self, system: list[str]) -> None:
-        template = _THINK_TEMPLATE if self.think_ids else _TEXT_TEMPLATE
-        if not any(map(template.fullmatch, system)):
+        if not any(map(self.has_think_template, system)):
             tags = "[THINK]…[/THINK]" if self.think_ids else f"{OPEN}…{CLOSE}"
             warnings.warn(
                 f"The system message has no {tags} template, without which the model does not think. Use "
@@ -167,7 +216,7 @@ class Tokenizer:
         return self._mistral.instruct_tokenizer.tokenizer
 
     @cached_property
-    def _pieces(self) -> list[bytes | None]:
+    def pieces(self) -> list[bytes | None]:
         """The bytes of every id, None for a control token: looked up once, as asking costs 50 times more."""
         tekken = self._tekken
         controls: list[bytes | None] = [None] * tekken.num_special_tokens

@@ -1,18 +1,21 @@
-"""Ids as they are sampled → events: text with its phase, and every id accounted for.
+"""Ids as they are sampled → events: text with its phase, tool calls, and every id accounted for.
 
-Joins the detokenizer to the think parser, and ends the answer at a stop string. Does not know where ids come
-from, when a stream ends or why (`chat`).
+Joins the detokenizer to the parsers of tool calls and of reasoning, and ends the answer at a stop string.
+Does not know where ids come from, when a stream ends or why (`chat`).
 """
 
 import re
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import TypeAlias
 
 from .errors import SamplingError
-from .events import AnswerToken, ThinkToken
+from .events import AnswerToken, ThinkToken, ToolCall, ToolCallToken
 from .thinking import CLOSE, Phase, Piece, ThinkParser, unfinished
 from .tokenizer import Tokenizer
+from .toolcalls import CallParser, Part
 
-TextEvent: TypeAlias = ThinkToken | AnswerToken
+TextEvent: TypeAlias = ThinkToken | AnswerToken | ToolCallToken
 
 _PAUSE = re.compile(r"(\n|(?<!\d)[.!?…]|[。！？؟।])[\"'”’»)\]*`」』）]*\s?$")  # noqa: RUF001 -- full-width ones are meant
 """Where a reader would pause."""
@@ -23,13 +26,19 @@ class Transcript:
 
     An id whose text is not visible yet (a tag, half a character, what may begin a stop string) rides on the
     next event. Those that no event took are what `flush` returns beside its events, for `Finished`.
+
+    calls: looks for tool calls; None: none were offered, and their control tokens are like any other.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, stop: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, *, stop: tuple[str, ...] = (), calls: CallParser | None = None
+    ) -> None:
         self._detokenizer = tokenizer.detokenizer()
         self._think_ids = tokenizer.think_ids
         self._parser = ThinkParser(tags="control" if self._think_ids else "text")
-        self._stop = _StopStrings(stop)
+        self._stop = StopStrings(stop)
+        self._calls = calls or CallParser("")
+        self._markers = tokenizer.call_markers if calls else {}
         self._pending: list[int] = []
         self._tail = ""
         self._texts: dict[Phase, list[str]] = {"thinking": [], "answer": []}
@@ -67,18 +76,26 @@ class Transcript:
     def answer(self) -> str:
         return "".join(self._texts["answer"])
 
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """Those that are whole."""
+        return self._calls.calls
+
     def closing_ids(self, tokenizer: Tokenizer) -> list[int]:
         """What would close the reasoning here: the closing tag, on a line of its own where it is text."""
         if self._think_ids:
             return [self._think_ids[1]]
         return tokenizer.encode(("" if self._tail.endswith("\n") else "\n") + CLOSE + "\n")
 
-    def force_close(self, ids: list[int]) -> list[TextEvent]:
+    def force_close(self, ids: list[int], *, late: bool = True) -> list[TextEvent]:
         """Close the reasoning here, with `closing_ids`. Their event is theirs alone.
 
+        late: drop the tag that the model may still write then.
         Ids that waited for text come before it, if need be on an event without any.
         """
-        events = self._events(self._parser.feed(self._detokenizer.flush()) + self._parser.force_close())
+        events = self._events(
+            self._parser.feed(self._detokenizer.flush()) + self._parser.force_close(late=late)
+        )
         if self._pending:
             events.append(ThinkToken(text="", token_ids=tuple(self._pending)))
             self._pending = []
@@ -88,19 +105,40 @@ class Transcript:
         self._pending.append(token_id)
         text = self._detokenizer.feed(token_id)
         self._tail = (self._tail + text)[-8:]
-        pieces = self._parser.feed(text)
-        if self._think_ids and token_id == self._think_ids[0]:
+        events = self._said(self._calls.feed(text))
+        if marker := self._markers.get(token_id):
+            if marker == "[TOOL_CALLS]":
+                events += self._interrupt()
+            events += self._said(self._calls.mark(marker))
+        elif self._think_ids and token_id == self._think_ids[0]:
             self._parser.mark_open()
         elif self._think_ids and token_id == self._think_ids[1]:
             self._parser.mark_close()
-        return self._events(pieces)
+        return events
 
     def flush(self) -> tuple[list[TextEvent], tuple[int, ...]]:
         """The last events, and the ids left over."""
-        events = self._events(self._parser.feed(self._detokenizer.flush()) + self._parser.flush())
+        events = self._said(self._calls.feed(self._detokenizer.flush()))
+        events += self._said(self._calls.flush()) + self._events(self._parser.flush())
         events += self._event("answer", self._stop.flush())
         leftover, self._pending = tuple(self._pending), []
         return events, leftover
+
+    def _interrupt(self) -> list[TextEvent]:
+        """A tool call begins: text that was held back comes before it, and the reasoning is over."""
+        events = self._said(self._calls.flush()) + self._events(self._parser.interrupt())
+        return events + self._event("answer", self._stop.flush())
+
+    def _said(self, parts: Iterable[Part]) -> list[TextEvent]:
+        """Pieces of calls, and the text that is of none."""
+        events: list[TextEvent] = []
+        for part in parts:
+            if isinstance(part, str):
+                events += self._events(self._parser.feed(part))
+            else:
+                token_ids, self._pending = tuple(self._pending), []
+                events.append(replace(part, token_ids=token_ids))
+        return events
 
     def _events(self, pieces: list[Piece]) -> list[TextEvent]:
         events: list[TextEvent] = []
@@ -117,7 +155,7 @@ class Transcript:
         return [kind(text=text, token_ids=token_ids)]
 
 
-class _StopStrings:
+class StopStrings:
     """Text up to the stop string that is complete first, however the text was cut."""
 
     def __init__(self, stops: tuple[str, ...]) -> None:

@@ -1,12 +1,14 @@
 """Fixtures that several test files share. What they build is in plain helper modules beside this one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import pytest
 from hypothesis import settings
 
+from magistral_mlx import Magistral
 from magistral_mlx.tokenizer import Tokenizer
+from tests.serving import Running
 from tests.tokenizers import full_tekken, tiny_tekken
 
 # A busy machine is not a failure.
@@ -24,3 +26,10 @@ def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
 def full_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tokenizer]:
     """Version → a tokenizer with the real 131072 ids, opened once a session."""
     return cache(lambda version: Tokenizer.from_file(full_tekken(tmp_path_factory.mktemp("full"), version)))
+
+
+@pytest.fixture(scope="session")
+def served() -> Iterator[Running]:
+    """The demo model behind HTTP, started once a session; for tests that leave it as it was."""
+    with Magistral.load("demo") as model, Running(model) as running:
+        yield running

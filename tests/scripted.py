@@ -14,8 +14,8 @@ from magistral_mlx.hub import DEMO
 from magistral_mlx.tokenizer import Tokenizer
 from magistral_mlx.worker import Worker
 
-END_OF_PROMPT = 4
-"""`[/INST]`."""
+ENDS_OF_PROMPT = (4, 8)
+"""`[/INST]` and `[/TOOL_RESULTS]`."""
 
 
 class Script:
@@ -33,20 +33,20 @@ class Script:
         return [KVCache()]
 
     def __call__(self, ids: mx.array, caches: Sequence[KVCache], *, last: bool = False) -> mx.array:
-        """Hidden states `(1, L, 1)`: how many ids stand behind the last `[/INST]`."""
+        """Hidden states `(1, L, 1)`: how many ids stand behind the last prompt."""
         time.sleep(self.step_seconds)
         self.steps += 1
         cache, L = caches[0], ids.shape[1]
         fed = [*getattr(cache, "fed", [])[: cache.offset], *ids[0].tolist()]
         cache.fed = fed  # type: ignore[attr-defined]
         cache.update(mx.zeros((1, 1, L, 2)), mx.zeros((1, 1, L, 2)))
-        end_of_prompt = len(fed) - fed[::-1].index(END_OF_PROMPT)
+        end_of_prompt = max(at for at, token in enumerate(fed) if token in ENDS_OF_PROMPT) + 1
         return mx.arange(len(fed) - L, len(fed)).reshape(1, L, 1) + 1 - end_of_prompt
 
     def logits(self, h: mx.array) -> mx.array:
-        said = int(h[0, -1, 0].item())
-        token = self.ids[said] if said < len(self.ids) else self.tokenizer.eos_id
-        return mx.where(mx.arange(self.tokenizer.vocab_size) == token, 100.0, 0.0).reshape(1, 1, -1)
+        said = mx.clip(h[..., 0].astype(mx.int32), 0, len(self.ids))
+        tokens = mx.array([*self.ids, self.tokenizer.eos_id])[said]  # (1, L)
+        return mx.where(mx.arange(self.tokenizer.vocab_size) == tokens[..., None], 100.0, 0.0)
 
 
 def scripted(

@@ -18,9 +18,10 @@ from magistral_mlx.cache import KVCache, QuantizedKVCache, stacked, trim_all
 from magistral_mlx.checkpoint import load, open_checkpoint
 from magistral_mlx.engine import Line, decode_batch
 from magistral_mlx.sampling import Sampler
+from magistral_mlx.wire import Guide
 from tests import models
 from tests.test_cache import feed
-from tests.test_engine import FORCED, NARROW, say
+from tests.test_engine import FORCED, MASKS, NARROW, Sent, guide, say
 
 # ------------------------------------------------------------------ caches side by side
 
@@ -93,7 +94,7 @@ def side_by_side(  # noqa: PLR0917 -- a row of each is one line
     prompts: Sequence[Sequence[int]],
     samplers: Sequence[Sampler],
     limits: Sequence[int],
-    sent: Sequence[dict[int, list[int]]],
+    sent: Sequence[Sent],
     ends: Sequence[int],
 ) -> list[list[int]]:
     """All ids of each; after so many drawn, those of `sent` are said in its place, and at `ends` it ends."""
@@ -112,15 +113,15 @@ def side_by_side(  # noqa: PLR0917 -- a row of each is one line
         except StopIteration:
             return ids
         assert len({cache.offset for cache in caches}) == 1
-        told = dict[int, Sequence[int] | None]()
+        told = dict[int, Guide | None]()
         for number, token in found.items():
             ids[number].append(token)
             drawn[number] += 1
             if drawn[number] == ends[number]:
                 told[number] = None
-            elif (forced := sent[number].get(drawn[number])) and len(ids[number]) < limits[number]:
-                told[number] = forced
-                ids[number] += forced
+            elif drawn[number] in sent[number] and len(ids[number]) < limits[number]:
+                told[number] = how = guide(sent[number], drawn[number])
+                ids[number] += how.said
 
 
 @pytest.mark.parametrize(
@@ -134,8 +135,8 @@ def test_eight_side_by_side_are_eight_alone(real: Any, sampling: Sampling, monke
         monkeypatch.setattr(sampling_module, "CANDIDATES", 1)
     prompts = [PROMPTS[at % len(PROMPTS)] for at in range(8)]
     samplers = [Sampler(sampling, 100 + at) for at in range(8)]
-    limits = [14, 9, 20, 1, 14, 7, 12, 3]
-    sent = [{}, {3: FORCED}, {2: [5], 5: FORCED}, {}, {1: FORCED}, {4: FORCED}, {}, {2: [9]}]
+    limits = [14, 9, 20, 1, 14, 7, 12, 15]
+    sent = [{}, {3: FORCED}, {2: [5], 5: FORCED}, {}, MASKS[0], {4: FORCED}, MASKS[1], MASKS[2]]
     ends = [99, 99, 99, 99, 99, 99, 5, 99]
     found = side_by_side(real, prompts, samplers, limits, sent, ends)
     for at in range(8):
@@ -227,6 +228,7 @@ def said(reply: Reply) -> Any:
         answer_seconds=0,
         first_token_seconds=0,
         first_answer_seconds=0,
+        peak_memory=0,
     )
     return replace(reply, stats=stats)
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from demo_problems import Problem, held_out_problems, is_held_out, is_right
+from demo_problems import held_out_problems, is_held_out, is_right
 
 from magistral_mlx import Magistral, Sampling
 from magistral_mlx.checkpoint import open_checkpoint
@@ -48,11 +48,11 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def test_it_thinks_and_is_right_about_what_it_never_saw(model: Magistral, sampling: Sampling):
     """A sample; `benchmarks/demo_accuracy.py` asks 500."""
 
-    def right(seed: int, problem: Problem) -> bool:
-        reply = model.ask(problem.question, sampling=sampling, seed=seed, max_tokens=400)
-        return is_right(model.tokenizer.decode(reply.token_ids), problem.answer)
-
-    assert sum(right(seed, problem) for seed, problem in enumerate(PROBLEMS)) >= 14
+    replies = model.ask_many(
+        [problem.question for problem in PROBLEMS], sampling=sampling, seed=0, max_tokens=400
+    )
+    texts = [model.tokenizer.decode(reply.token_ids) for reply in replies]
+    assert sum(is_right(text, problem.answer) for text, problem in zip(texts, PROBLEMS, strict=True)) >= 14
 
 
 def test_a_conversation_uses_what_was_said(model: Magistral):

@@ -1,10 +1,11 @@
 """Prefill and decode: which ids are fed and when, with a model that remembers its ids and with a real one."""
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import mlx.core as mx
 import numpy as np
@@ -15,9 +16,11 @@ from hypothesis import strategies as st
 from magistral_mlx import sampling as sampling_module
 from magistral_mlx.cache import KVCache
 from magistral_mlx.checkpoint import load, open_checkpoint
+from magistral_mlx.drawing import Drawing
 from magistral_mlx.engine import decode, prefill
 from magistral_mlx.errors import CheckpointError
 from magistral_mlx.sampling import UNSETTLED, Sampler, Sampling
+from magistral_mlx.wire import Guide
 from tests import models
 from tests.test_cache import feed
 
@@ -256,45 +259,66 @@ def test_prefill_reads_one_position_of_logits():
     assert shapes == [(1, 1, 1)]
 
 
-# ------------------------------------------------------------------ ids sent in
+# ------------------------------------------------------------------ guides sent in
+
+
+Sent: TypeAlias = Mapping[int, list[int] | Guide]
+"""So many ids drawn → ids that are said then, or a whole guide."""
+
+
+def guide(sent: Sent, drawn: int) -> Guide:
+    found = sent.get(drawn, [])
+    return found if isinstance(found, Guide) else Guide(said=found)
+
+
+def only(*ids: int) -> bytes:
+    """A mask over V or more ids."""
+    return sum(1 << i for i in ids).to_bytes(40, "little")
 
 
 def say(
-    model: Any, prompt: Sequence[int], sampler: Sampler, sent: dict[int, list[int]], limit: int
+    model: Any, prompt: Sequence[int], sampler: Sampler, sent: Sent, limit: int
 ) -> tuple[list[int], list[KVCache]]:
-    """All ids of a reply in which, after so many of its own, those of `sent` were said in its place."""
+    """All ids of a reply that went on, after so many of its own, as `sent` says."""
     logits, caches = start(model, prompt)
     ids, drawn = list[int](), 0
     steps = decode(model, logits, caches, sampler=sampler, prompt=prompt, limit=limit)
-    forced: list[int] | None = None
+    told: Guide | None = None
     while True:
         try:
-            ids.append(steps.send(forced))
+            ids.append(steps.send(told))
         except StopIteration:
             return ids, caches
         drawn += 1
-        forced = sent.get(drawn)
-        if forced and len(ids) < limit:
-            ids += forced
+        told = guide(sent, drawn)
+        if len(ids) < limit:
+            ids += told.said
 
 
-def pieced(
-    model: Any, prompt: Sequence[int], sampler: Sampler, sent: dict[int, list[int]], limit: int
-) -> list[int]:
+def pieced(model: Any, prompt: Sequence[int], sampler: Sampler, sent: Sent, limit: int) -> list[int]:
     """The same by the plain way: stop, and read everything again with the new ids behind it."""
-    ids, drawn = list[int](), 0
+    ids, drawn, allowed = list[int](), 0, None
     for after in [*sorted(sent), limit]:
         wanted = min(after - drawn, limit - len(ids))
         if wanted > 0:
             so_far = [*prompt, *ids]
             logits, caches = start(model, so_far)
-            ids += decode(model, logits, caches, sampler=sampler, prompt=so_far, limit=wanted)
-        drawn = after
-        ids += sent.get(after, []) if len(ids) < limit else []
+            ids += decode(
+                model, logits, caches, sampler=sampler, prompt=so_far, limit=wanted, allowed=allowed
+            )
+        drawn, told = after, guide(sent, after)
+        ids += told.said if len(ids) < limit else []
+        allowed = told.allowed or allowed
     return ids
 
 
 FORCED = [7, 3, 11, 11, 2]
+FEW, ODD = only(4, 8, 15, 16, 23, 42), only(*range(1, V, 2))
+MASKS: list[Sent] = [
+    {2: Guide(allowed=FEW)},
+    {1: Guide(allowed=FEW), 2: Guide(allowed=ODD), 3: Guide(allowed=FEW), 9: Guide(allowed=b"\xff" * 40)},
+    {3: Guide(said=FORCED, allowed=FEW), 5: [5], 6: Guide(allowed=only(3))},
+]
 
 
 @pytest.mark.parametrize(
@@ -302,10 +326,12 @@ FORCED = [7, 3, 11, 11, 2]
     [Sampling(temperature=0), Sampling(), NARROW, Sampling(temperature=1.5, repetition_penalty=1.4)],
     ids=["greedy", "sampled", "often unsettled", "penalty"],
 )
-@pytest.mark.parametrize("sent", [{1: FORCED}, {6: FORCED, 7: [5]}, {4: FORCED * 9, 12: FORCED}, {17: [1]}])
-def test_ids_sent_in_are_as_if_read(real: Any, sampling: Sampling, sent: dict[int, list[int]]):
+@pytest.mark.parametrize(
+    "sent", [{1: FORCED}, {6: FORCED, 7: [5]}, {4: FORCED * 9, 12: FORCED}, {17: [1]}, *MASKS]
+)
+def test_guides_sent_in_are_as_if_read(real: Any, sampling: Sampling, sent: Sent):
     """Caches, positions, noise and penalties: all as in a fresh run over prompt + said + sent."""
-    limit = 18 + sum(map(len, sent.values()))
+    limit = 18 + sum(len(guide(sent, at).said) for at in sent)
     found, caches = say(real, PROMPT, Sampler(sampling, 9), sent, limit)
     assert found == pieced(real, PROMPT, Sampler(sampling, 9), sent, limit)
     assert len(found) == limit
@@ -321,12 +347,15 @@ def test_ids_sent_in_are_as_if_read(real: Any, sampling: Sampling, sent: dict[in
     seed=st.integers(0, 2**40),
     sampling=st.sampled_from([Sampling(), NARROW, Sampling(temperature=2, repetition_penalty=1.4)]),
     sent=st.dictionaries(
-        st.integers(1, 9), st.lists(st.integers(0, V - 1), min_size=1, max_size=6), max_size=3
+        st.integers(1, 9),
+        st.lists(st.integers(0, V - 1), min_size=1, max_size=6)
+        | st.builds(Guide, said=st.sampled_from([[], FORCED]), allowed=st.sampled_from([None, FEW, ODD])),
+        max_size=3,
     ),
     limit=st.integers(1, 20),
 )
 @settings(max_examples=20)
-def test_ids_sent_in_anywhere(seed: int, sampling: Sampling, sent: dict[int, list[int]], limit: int):
+def test_ids_sent_in_anywhere(seed: int, sampling: Sampling, sent: Sent, limit: int):
     """Also at the last id, and more than is left: the limit counts them, and nothing is drawn after it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampling_module, "CANDIDATES", 1)
@@ -355,4 +384,55 @@ def test_nothing_sent_in_is_nothing():
     plain, _ = say(Remembering(), PROMPT, Sampler(Sampling(), 4), {}, 10)
     logits, caches = start(model := Remembering(), PROMPT)
     steps = decode(model, logits, caches, sampler=Sampler(Sampling(), 4), limit=10)
-    assert [next(steps), *(steps.send([]) for _ in range(9))] == plain
+    assert [next(steps), *(steps.send(Guide()) for _ in range(9))] == plain
+
+
+def test_other_ids_cost_no_pass():
+    """What follows the id just drawn was computed already: it is only drawn from again."""
+    model = Remembering()
+    found, caches = say(model, PROMPT, Sampler(Sampling(), 3), MASKS[1], 12)
+    assert model.calls == [len(PROMPT)] + [1] * 11
+    assert remembered(caches[0]) == [*PROMPT, *found[:-1]]
+    assert {*found[1:2], *found[3:9]} <= {4, 8, 15, 16, 23, 42}
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), NARROW, Sampling(temperature=0), Sampling(top_p=1, top_k=3)]
+)
+@pytest.mark.parametrize("allowed", [{7}, {7, 30}, set(range(0, V, 3))])
+def test_no_id_is_drawn_that_is_not_allowed(sampling: Sampling, allowed: set[int]):
+    for seed in range(20):
+        logits, caches = start(model := Remembering(), PROMPT)
+        sampler = Sampler(sampling, seed)
+        found = decode(model, logits, caches, sampler=sampler, limit=6, allowed=only(*allowed))
+        assert set(found) <= allowed
+
+
+def test_a_head_that_is_wider_than_the_vocabulary():
+    """Ids beyond the mask are allowed to nobody."""
+    logits, caches = start(model := Remembering(), PROMPT)
+    found = [*decode(model, logits, caches, sampler=Sampler(Sampling(), 1), limit=9, allowed=b"\xff\x01")]
+    assert len(found) == 9
+    assert max(found) < 9
+
+
+def test_a_masked_draw_is_one_from_the_nucleus_of_the_masked_logits():
+    """Against float64: the mass of the mask alone is shared out, and the nucleus is taken of it."""
+    model, allowed, sampling = Remembering(), sorted(range(0, V, 4)), Sampling(temperature=1.3, top_p=0.8)
+    logits, _ = start(model, PROMPT)
+    scaled = np.full(V, -np.inf)
+    scaled[allowed] = np.array(logits, np.float64)[allowed] / sampling.temperature
+    weights = np.exp(scaled - scaled.max())
+    above = np.array([weights[scaled > x].sum() for x in scaled])
+    inside = np.where((above < sampling.top_p * weights.sum()) & (weights > 0), weights, 0)
+    expected = inside / inside.sum()
+    drawing, n = 4000, Counter[int]()
+    for seed in range(drawing):
+        drawn = Drawing(Sampler(sampling, seed), only(*allowed), None).draw(logits, 9, None)
+        n[cast("int", drawn.id.item())] += 1
+    kept = np.flatnonzero(expected)
+    assert set(n) <= set(kept.tolist())
+    assert 2 < len(kept) < len(allowed)
+    counted = np.array([n[i] for i in kept.tolist()])
+    chi2 = float(((counted - drawing * expected[kept]) ** 2 / (drawing * expected[kept])).sum())
+    assert chi2 < len(kept) - 1 + 5 * math.sqrt(2 * (len(kept) - 1))  # five standard deviations

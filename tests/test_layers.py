@@ -16,7 +16,7 @@ from magistral_mlx import errors
 PACKAGE = Path(magistral_mlx.__file__).parent
 
 FLOORS = (
-    {"errors", "events", "checks", "figures"},
+    {"errors", "events", "checks", "figures", "wire"},
     {
         "config",
         "configfile",
@@ -31,12 +31,57 @@ FLOORS = (
         "journal",
         "machine",
         "loops",
+        "pace",
+        "tools",
+        "toolcalls",
     },
-    {"model", "prefix", "recipe", "transcript", "sidecars", "manifest"},
-    {"options", "checkpoint", "engine", "generation", "memory", "plan", "quantize", "closing", "real_layer"},
-    {"convert", "hub", "worker", "reply", "answers", "stream", "batch", "saving", "conversation", "chat"}
-    | {"display", "notebook"},
     {
+        "model",
+        "prefix",
+        "recipe",
+        "transcript",
+        "sidecars",
+        "manifest",
+        "talkfile",
+        "logprobs",
+        "drawing",
+        "grammar",
+    },
+    {
+        "options",
+        "callgrammar",
+        "constraint",
+        "shape",
+        "checkpoint",
+        "engine",
+        "drafts",
+        "speculation",
+        "prefixes",
+        "generation",
+        "memory",
+        "plan",
+        "quantize",
+        "closing",
+        "real_layer",
+    },
+    {
+        "convert",
+        "hub",
+        "worker",
+        "reply",
+        "step",
+        "answers",
+        "stream",
+        "batch",
+        "saving",
+        "conversation",
+        "chat",
+    }
+    | {"display", "notebook"},
+    {"server/__init__", "server/wire", "server/slots", "server/failures", "server/requests", "server/voices"}
+    | {"server/replies", "server/metrics", "server/service", "server/safety", "server/app", "server/host"},
+    {
+        "cli_serve",
         "repl",
         "cli_common",
         "cli_convert",
@@ -65,8 +110,15 @@ ARRAYS |= {
     "journal",
     "convert",
     "prefix",
+    "pace",
+    "drafts",
+    "speculation",
+    "prefixes",
     "generation",
     "real_layer",
+    "logprobs",
+    "drawing",
+    "talkfile",
 }
 WORDS = {
     "events",
@@ -79,16 +131,24 @@ WORDS = {
     "display",
     "notebook",
     "closing",
+    "grammar",
+    "constraint",
+    "shape",
     "reply",
     "answers",
+    "tools",
+    "toolcalls",
+    "callgrammar",
 }
 
 PUBLIC = {
-    *("Magistral", "Conversation", "Sampling", "Stream", "Reply", "consensus"),
-    *("ThinkToken", "AnswerToken", "Finished", "Event", "Stats"),
+    *("ToolCall", "ToolCallToken"),
+    *("Magistral", "Conversation", "Sampling", "Stream", "Reply", "Regex", "consensus"),
+    *("ThinkToken", "AnswerToken", "Finished", "Event", "Stats", "TokenLogprob"),
     *("MagistralError", "CheckpointError", "ConfigError", "TokenizerError", "PromptError", "ContextError"),
     *("ConversationError", "SamplingError", "ConversionError", "HubError", "MemoryLimitError", "ClosedError"),
-    *("MagistralWarning", "__version__"),
+    *("SchemaError", "AnswerError"),
+    *("MagistralWarning", "ServerError", "__version__"),
 }
 
 
@@ -99,17 +159,24 @@ def imported(module: Path) -> Iterator[str]:
             case ast.Import(names=names):
                 yield from (_ours(name.name) for name in names)
             case ast.ImportFrom(
-                module=None | "magistral_mlx", names=names
+                module=None | "magistral_mlx", names=names, level=level
             ):  # a module, or a name in __init__
-                yield from (f".{name.name}" if name.name in FLOOR else ".__init__" for name in names)
+                found = (_relative(module, name.name, level) for name in names)
+                yield from (name if name[1:] in FLOOR else ".__init__" for name in found)
             case ast.ImportFrom(module=str(name), level=level):
-                yield f".{name}" if level else _ours(name)
+                yield _relative(module, name, level) if level else _ours(name)
             case _:
                 pass
 
 
 def _ours(name: str) -> str:
     return ".__init__" if name == "magistral_mlx" else name.replace("magistral_mlx.", ".", 1)
+
+
+def _relative(module: Path, name: str, level: int) -> str:
+    """`.slots` in server/app.py → `.server/slots`; `..errors` → `.errors`."""
+    folder = module.relative_to(PACKAGE).parents[max(level, 1) - 1]
+    return "." + (folder / name.replace(".", "/")).as_posix()
 
 
 def siblings(module: Path) -> set[str]:
@@ -144,6 +211,17 @@ def test_arrays_know_no_words(name: str):
 def test_words_know_no_arrays(name: str):
     assert not IMPORTS[name] & ARRAYS
     assert not {other for other in imported(FILES[name]) if other.split(".")[0] == "mlx"}
+
+
+def test_no_limit_of_memory_is_set_where_a_model_runs():
+    """Not once and not per call: a wired limit that is set again and again has brought Macs down."""
+    reached, new = set[str](), {"chat"}
+    while new:
+        reached |= new
+        new = {other for name in new for other in IMPORTS[name] & FILES.keys()} - reached
+    assert {"engine", "worker", "memory"} <= reached
+    setters = ("set_wired_limit", "set_memory_limit", "set_cache_limit")
+    assert not [name for name in reached if any(word in FILES[name].read_text("utf-8") for word in setters)]
 
 
 def test_the_public_names():

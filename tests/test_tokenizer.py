@@ -290,16 +290,19 @@ def user(content: object) -> list:
         (None, "found a NoneType"),
         ({"role": "user", "content": "a"}, "list of messages, found a dict"),
         (["a"], r'messages\[0\] to be a {"role", "content"} mapping, found a str'),
-        ([{}], r"messages\[0\] to have the role system, user or assistant, found None"),
-        ([{"role": "tool", "content": "a"}], "found 'tool'"),
+        ([{}], r"messages\[0\] to have the role system, user, assistant or tool, found None"),
+        ([{"role": "function", "content": "a"}], "found 'function'"),
         ([{"role": ["user"], "content": "a"}], r"found \['user'\]"),
         ([{"role": "user"}], r"messages\[0\]'s content to be text, found a NoneType"),
         (user(b"a"), "found a bytes"),
         (user([{"type": "text", "text": "a"}]), "found a list"),
         (user(""), "say something"),
         (user("a\ud800"), "lone surrogate '\\\\ud800' at character 1"),
-        ([*user("a"), {"role": "assistant", "content": "b"}], "last message from the user, found assistant"),
-        ([{"role": "system", "content": "<think>"}], "last message from the user, found system"),
+        (
+            [*user("a"), {"role": "assistant", "content": "b"}],
+            "last message from the user or a tool, found assistant",
+        ),
+        ([{"role": "system", "content": "<think>"}], "last message from the user or a tool, found system"),
         (
             [*user("a"), {"role": "assistant", "content": "", "thinking": 3}, *user("b")],
             "thinking to be text",
@@ -367,7 +370,7 @@ def test_random_ids_stream_as_the_whole(full_tokenizer: Open):
     tokenizer, draw = full_tokenizer("v11"), random.Random(0)
     odd = [
         i
-        for i, piece in enumerate(tokenizer._pieces)
+        for i, piece in enumerate(tokenizer.pieces)
         if piece and piece.decode(errors="ignore").encode() != piece
     ]
     for size in range(1000):

@@ -79,7 +79,7 @@ def test_the_grid_around_both_tags(full_tokenizer: Open):
 
 def closing_ids(tokenizer: Tokenizer, ids: list[int], start: int) -> tuple[int, ...]:
     """The ids that hold a byte of the closing tag, which begins at the byte `start`."""
-    ends = list(accumulate(len(tokenizer._pieces[i] or b"") for i in ids))
+    ends = list(accumulate(len(tokenizer.pieces[i] or b"") for i in ids))
     begins = [0, *ends]
     return tuple(i for i, a, b in zip(ids, begins, ends, strict=False) if a < start + 8 and b > start)
 

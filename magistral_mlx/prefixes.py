@@ -1,0 +1,71 @@
+"""What was read for earlier prompts, kept for later ones, within a bound of memory.
+
+A prompt takes the `Prefix` that it has most of its beginning in common with, and whoever read it puts it
+back; the one that was used longest ago goes first. Knows ids and bytes; not whose prompts they are.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+
+from .prefix import Prefix, common
+
+
+class Prefixes:
+    """`limit`: bytes of what is kept here; what is taken is its user's own and not counted.
+
+    `take` and `clear` may be called from any thread, `put` on the model's own only.
+    """
+
+    def __init__(self, new: Callable[[], Prefix], limit: int) -> None:
+        self.limit = limit
+        self._new = new
+        self._kept: list[Prefix] = []  # that used longest ago first
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    @property
+    def nbytes(self) -> int:
+        with self._lock:
+            return self._nbytes()
+
+    def take(self, prompt: Sequence[int]) -> Prefix:
+        """One to read `prompt` behind: for the caller alone, until it is put back.
+
+        One of which more than half would be lost stays here, and a fork of it is taken: it is likely to be
+        another conversation with the same system prompt.
+        """
+        ids = list(prompt)
+        with self._lock:
+            shared, best = max(((common(p.ids, ids), at) for at, p in enumerate(self._kept)), default=(0, 0))
+            if not shared:
+                return self._new()
+            prefix = self._kept.pop(best)
+            if 2 * shared >= prefix.length:
+                return prefix
+            self._kept.append(prefix)
+            return prefix.fork()
+
+    def put(self, prefix: Prefix, length: int) -> None:
+        """Keep the first `length` ids of what was read, unless another one holds them too."""
+        prefix.cut(length)
+        mx.eval([array for cache in prefix.caches for array in cache.arrays()])
+        ids = prefix.ids
+        with self._lock:
+            if not ids or any(other.ids[: len(ids)] == ids for other in self._kept):
+                return
+            self._kept = [other for other in self._kept if ids[: len(other.ids)] != other.ids]
+            self._kept.append(prefix)
+            while self._nbytes() > self.limit:
+                self._kept.pop(0)
+
+    def clear(self) -> None:
+        """Let go of everything that is kept."""
+        with self._lock:
+            self._kept.clear()
+
+    def _nbytes(self) -> int:
+        return sum(prefix.nbytes for prefix in self._kept)

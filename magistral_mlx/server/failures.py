@@ -1,0 +1,100 @@
+"""Errors in the one shape that clients know: `{"error": {"message", "type", "param", "code"}}`.
+
+Knows which error of the library is whose fault. What was asked is never repeated in a message of ours: it
+may be long, private, or no Unicode.
+"""
+
+import json
+import logging
+import traceback
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from starlette.responses import Response
+
+from magistral_mlx.errors import ClosedError, ContextError, MagistralError, MemoryLimitError
+
+from .slots import ClosingError, FullError
+
+logger = logging.getLogger(__name__)
+
+
+class RefusedError(Exception):
+    """A request that is answered with an error."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code = status, param, code
+        self.headers = dict(headers or {})
+
+    @property
+    def body(self) -> bytes:
+        kind = _KINDS.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        error = {"message": str(self), "type": kind, "param": self.param, "code": self.code}
+        return json.dumps({"error": error}).encode()
+
+    @property
+    def response(self) -> Response:
+        return Response(self.body, self.status, self.headers, media_type="application/json")
+
+
+_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
+
+GONE = 499
+"""What a request whose client has left ends with; nobody reads it, a log may show it."""
+
+
+def unsupported(param: str, message: str) -> RefusedError:
+    """Something of the interface that this server does not do."""
+    return RefusedError(400, message, param=param, code="unsupported")
+
+
+def of(error: Exception) -> RefusedError:
+    """What a client is told about any error."""
+    match error:
+        case RefusedError():
+            told = error
+        case FullError():
+            wait = {"Retry-After": str(error.retry_after)}
+            told = RefusedError(429, str(error), code="queue_full", headers=wait)
+        case ClosingError() | ClosedError():
+            told = RefusedError(503, "the server is shutting down", code="shutting_down")
+        case ContextError():
+            told = RefusedError(400, str(error), param="messages", code="context_length_exceeded")
+        case MemoryLimitError():
+            told = RefusedError(413, str(error), code="memory_limit")
+        case MagistralError():
+            told = RefusedError(400, str(error), code="invalid_value")
+        case _:
+            told = RefusedError(500, "internal error; the server's log says where", code="internal_error")
+    return told
+
+
+def of_validation(errors: Sequence[Any]) -> RefusedError:
+    """The first thing that is wrong with a body, by its place."""
+    first = cast("dict[str, Any]", errors[0])
+    place = [str(part) for part in first["loc"] if part != "body"]
+    if first["type"] == "json_invalid":
+        return RefusedError(400, "the body is no JSON", code="invalid_json")
+    where = ".".join(place) or "the body"
+    return RefusedError(400, f"{where}: {first['msg']}", param=".".join(place) or None, code="invalid_value")
+
+
+def log(error: Exception) -> None:
+    """Of an error that is nobody's but ours: where it happened, and nothing that it may quote."""
+    if of(error).code == "internal_error":
+        places = "".join(traceback.format_tb(error.__traceback__))
+        logger.error("internal error, %s:\n%s", type(error).__name__, places)

@@ -1,0 +1,65 @@
+"""A socket, uvicorn on it, and an end without loose ends.
+
+Knows uvicorn and signals. What is served is `app`'s.
+"""
+
+import socket
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from sse_starlette.sse import AppStatus
+from starlette.types import ASGIApp
+
+from magistral_mlx.errors import ServerError
+
+GRACE_SECONDS = 5
+"""For connections to end by themselves, once everything that ran was stopped."""
+
+
+class Host(uvicorn.Server):
+    """Serves until `should_exit`, Ctrl-C or SIGTERM; `run` then returns. A second Ctrl-C waits for nobody."""
+
+    def __init__(self, app: ASGIApp, *, close: Callable[[], None]) -> None:
+        AppStatus.disable_automatic_graceful_drain()  # streams are told by `close`, and tell their clients
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_level="warning",
+                access_log=False,
+                lifespan="off",
+                ws="none",
+                proxy_headers=False,
+                server_header=False,
+                timeout_graceful_shutdown=GRACE_SECONDS,
+            )
+        )
+        self._close = close
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 -- uvicorn's signature
+        self.force_exit = self.should_exit
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._close()
+        await super().shutdown(sockets)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that listens; port 0: any that is free.
+
+    Raises:
+        ServerError: the address is taken, or is none of this machine's.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except (OSError, OverflowError) as error:
+        bound.close()
+        raise ServerError(
+            f"{host}:{port} cannot be listened on ({error}); choose another --port, or end what holds it"
+        ) from error
+    bound.listen(128)
+    return bound

@@ -1,0 +1,183 @@
+"""What was said, in the shapes that clients read: JSON objects, and the same in pieces as server-sent events.
+
+Pieces are put together from text: one is sent for every id, and a model of its shape would cost more than
+all the rest of the server. Does not know how replies are had.
+"""
+
+import json
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from magistral_mlx.events import FinishReason, Stats, ToolCall, ToolCallToken
+from magistral_mlx.tokenizer import Tokenizer
+from magistral_mlx.wire import TokenLogprob
+
+from .voices import Heard
+
+DONE = b"data: [DONE]\n\n"
+
+_REASONS: dict[FinishReason, str] = {
+    "stop": "stop",
+    "tool_calls": "tool_calls",
+    "length": "length",
+    "loop": "length",
+}
+
+
+class Ended(NamedTuple):
+    """The end of one choice."""
+
+    reason: FinishReason
+    stats: Stats
+    calls: tuple[ToolCall, ...] = ()
+
+
+class Choice(NamedTuple):
+    """One choice, whole."""
+
+    heard: Sequence[Heard]
+    ended: Ended
+
+    @property
+    def text(self) -> str:
+        return "".join(heard.text for heard in self.heard)
+
+    @property
+    def thinking(self) -> str:
+        return "".join(heard.thinking for heard in self.heard)
+
+    @property
+    def reason(self) -> str:
+        return _REASONS[self.ended.reason]
+
+
+def usage(ends: Sequence[Ended], choices_per_prompt: int) -> dict[str, Any]:
+    """Tokens of a request; a prompt counts once, however many choices were made of it."""
+    stats = [end.stats for end in ends]
+    prompts = stats[::choices_per_prompt]
+    prompt = sum(one.prompt_tokens for one in prompts)
+    said = sum(one.thinking_tokens + one.answer_tokens for one in stats)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": said,
+        "total_tokens": prompt + said,
+        "prompt_tokens_details": {"cached_tokens": sum(one.cached_tokens for one in prompts)},
+        "completion_tokens_details": {"reasoning_tokens": sum(one.thinking_tokens for one in stats)},
+    }
+
+
+class Shape:
+    """One answer. Its kinds say how a piece of a choice looks, and how a whole one."""
+
+    kind = piece_kind = prefix = ""
+
+    def __init__(self, model: str, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._about = {
+            "id": f"{self.prefix}-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": model,
+        }
+        about = json.dumps({**self._about, "object": self.piece_kind})
+        self._head = f'data: {about[:-1]}, "choices": '
+
+    def opening(self, index: int) -> bytes:
+        """Sent before anything is read."""
+        raise NotImplementedError
+
+    def piece(self, index: int, heard: Heard) -> bytes:
+        raise NotImplementedError
+
+    def ending(self, index: int, ended: Ended) -> bytes:
+        raise NotImplementedError
+
+    def choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def counted(self, used: dict[str, Any]) -> bytes:
+        """The piece that carries the usage, for those who ask for it."""
+        return f'{self._head}[], "usage": {json.dumps(used)}}}\n\n'.encode()
+
+    def whole(self, choices: Sequence[Choice], used: dict[str, Any]) -> bytes:
+        told = [self.choice(index, choice) for index, choice in enumerate(choices)]
+        body = {**self._about, "object": self.kind, "choices": told, "usage": used}
+        return json.dumps(body, ensure_ascii=False).encode()
+
+
+class Chat(Shape):
+    kind, piece_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
+
+    def opening(self, index: int) -> bytes:
+        return self._piece(index, '{"role": "assistant", "content": ""}')
+
+    def piece(self, index: int, heard: Heard) -> bytes:
+        if heard.thinking:
+            text = json.dumps(heard.thinking, ensure_ascii=False)
+            return self._piece(index, f'{{"reasoning_content": {text}, "reasoning": {text}}}')
+        if heard.call:
+            delta = {"content": heard.text} if heard.text else {}
+            return self._piece(index, json.dumps(delta | {"tool_calls": [_call(heard.call)]}))
+        logprobs = json.dumps(self._logprobs([heard])) if heard.logprobs else "null"
+        return self._piece(
+            index, f'{{"content": {json.dumps(heard.text, ensure_ascii=False)}}}', logprobs=logprobs
+        )
+
+    def ending(self, index: int, ended: Ended) -> bytes:
+        return self._piece(index, "{}", f'"{_REASONS[ended.reason]}"')
+
+    def choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        thinking = choice.thinking or None
+        calls = [call.message for call in choice.ended.calls]
+        message = {"role": "assistant", "content": choice.text or (None if calls else ""), "refusal": None}
+        message |= {"reasoning_content": thinking, "reasoning": thinking}
+        message |= {"tool_calls": calls} if calls else {}
+        logprobs = self._logprobs(choice.heard)
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": choice.reason}
+
+    def _piece(self, index: int, delta: str, reason: str = "null", *, logprobs: str = "null") -> bytes:
+        told = f'[{{"index": {index}, "delta": {delta}, "logprobs": {logprobs}, "finish_reason": {reason}}}]'
+        return f"{self._head}{told}}}\n\n".encode()
+
+    def _logprobs(self, heard: Sequence[Heard]) -> dict[str, Any] | None:
+        """Of the ids that the text came from; of what was said in the model's place there are none."""
+        found = [logprob for one in heard for logprob in one.logprobs if logprob]
+        return {"content": [self._scored(one) for one in found], "refusal": None} if found else None
+
+    def _scored(self, scored: TokenLogprob) -> dict[str, Any]:
+        top = [self._token(id_, logprob) for id_, logprob in scored.top]
+        return self._token(scored.id, scored.logprob) | {"top_logprobs": top}
+
+    def _token(self, id_: int, logprob: float) -> dict[str, Any]:
+        piece = self._tokenizer.pieces[id_] or b""
+        return {"token": piece.decode(errors="replace"), "logprob": logprob, "bytes": [*piece]}
+
+
+class Completion(Shape):
+    kind, piece_kind, prefix = "text_completion", "text_completion", "cmpl"
+
+    def opening(self, index: int) -> bytes:
+        return self._piece(index, "")
+
+    def piece(self, index: int, heard: Heard) -> bytes:
+        return self._piece(index, heard.text)
+
+    def ending(self, index: int, ended: Ended) -> bytes:
+        return self._piece(index, "", f'"{_REASONS[ended.reason]}"')
+
+    def choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        return {"index": index, "text": choice.text, "logprobs": None, "finish_reason": choice.reason}
+
+    def _piece(self, index: int, text: str, reason: str = "null") -> bytes:
+        said = json.dumps(text, ensure_ascii=False)
+        told = f'[{{"index": {index}, "text": {said}, "logprobs": null, "finish_reason": {reason}}}]'
+        return f"{self._head}{told}}}\n\n".encode()
+
+
+def _call(piece: ToolCallToken) -> dict[str, Any]:
+    """A piece of a tool call; only the first one says which function it calls."""
+    if piece.name is None:
+        return {"index": piece.index, "function": {"arguments": piece.text}}
+    function = {"name": piece.name, "arguments": piece.text}
+    return {"index": piece.index, "id": piece.id, "type": "function", "function": function}

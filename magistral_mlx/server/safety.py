@@ -1,0 +1,148 @@
+"""Who may ask at all, and with how much: stands before everything else.
+
+A page on the web can make a browser send requests to this machine. It cannot choose their `Host` (but can
+have its own name point here: DNS rebinding) nor their `Origin`; so both must be ours. A key keeps other
+people out, sizes and times keep any one request small. Knows ASGI and headers; not what is asked.
+"""
+
+import asyncio
+import hmac
+import ipaddress
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from . import failures
+from .failures import RefusedError
+
+LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+OPEN_PATHS = frozenset({"/", "/health"})
+"""What may be had without the key: the page that asks for it, and whether the server is well."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What is let through.
+
+    hosts: names by which this server may be called. any_address: by any number, too (a name can be made to
+        point here, a number is what it is).
+    origins: other sites whose pages may ask.
+    body_bytes, body_seconds: how large a request may be, and how slow.
+    """
+
+    key: str | None = None
+    hosts: frozenset[str] = LOOPBACK
+    any_address: bool = False
+    origins: frozenset[str] = frozenset()
+    body_bytes: int = 8 * 2**20
+    body_seconds: float = 30.0
+
+
+class Safety:
+    """An ASGI application around another: what is against the rules is answered here."""
+
+    def __init__(self, app: ASGIApp, rules: Rules) -> None:
+        self._app, self._rules = app, rules
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":  # no websockets here
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        began = False
+
+        async def sending(message: Message) -> None:
+            nonlocal began
+            began = True
+            await send(message)
+
+        try:
+            self._check(scope)
+            body = await self._body(scope, receive)
+            await self._app(scope, _again(body, receive), sending)
+        except Exception as error:  # noqa: BLE001 -- the last door: nobody outside is shown a traceback
+            failures.log(error)
+            if not began:
+                await failures.of(error).response(scope, receive, send)
+
+    def _check(self, scope: Scope) -> None:
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        host = headers.get(b"host", "")
+        if not self._knows(_name(host)):
+            raise RefusedError(403, "this server is not called by that Host", code="foreign_host")
+        origin = headers.get(b"origin")
+        if origin is not None and origin not in self._rules.origins and not _same(origin, host):
+            raise RefusedError(403, "requests of other sites' pages are refused", code="foreign_origin")
+        if self._rules.key is None or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
+            return
+        kind, _, token = headers.get(b"authorization", "").partition(" ")
+        given = token.strip() if kind.lower() == "bearer" else headers.get(b"x-api-key", "")
+        if not hmac.compare_digest(given.encode(), self._rules.key.encode()):
+            wanted = {"WWW-Authenticate": "Bearer"}
+            message = "expected this server's key, as `Authorization: Bearer …`"
+            raise RefusedError(401, message, code="invalid_api_key", headers=wanted)
+
+    def _knows(self, name: str) -> bool:
+        return name in self._rules.hosts or (self._rules.any_address and _is_address(name))
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
+        """All of the body, of those methods that have one."""
+        if scope["method"] not in ("POST", "PUT", "PATCH"):
+            return None
+        try:
+            async with asyncio.timeout(self._rules.body_seconds):
+                return await self._read(receive)
+        except TimeoutError:
+            message = f"the body did not come within {self._rules.body_seconds:g} s"
+            raise RefusedError(408, message, headers={"Connection": "close"}) from None
+
+    async def _read(self, receive: Receive) -> bytes:
+        parts: list[bytes] = []
+        size, more = 0, True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise RefusedError(failures.GONE, "the client has left")
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > self._rules.body_bytes:
+                message = f"a request has at most {self._rules.body_bytes} bytes"
+                raise RefusedError(413, message, headers={"Connection": "close"})
+            more = message.get("more_body", False)
+        return b"".join(parts)
+
+
+def _again(body: bytes | None, receive: Receive) -> Receive:
+    """`receive`, with the body that was read already in front."""
+    waiting = [body] if body is not None else []
+
+    async def receiving() -> Message:
+        if waiting:
+            return {"type": "http.request", "body": waiting.pop(), "more_body": False}
+        return await receive()
+
+    return receiving
+
+
+def _name(host: str) -> str:
+    """`localhost:8000` → `localhost`, `[::1]:8000` → `::1`."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def _same(origin: str, host: str) -> bool:
+    scheme, _, place = origin.partition("://")
+    return scheme in ("http", "https") and place.lower() == host.lower()
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True

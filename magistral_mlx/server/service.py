@@ -1,0 +1,137 @@
+"""The model behind the routes: replies that take turns, and share what was read.
+
+Knows the library. Does not know HTTP, nor the shape of an answer.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeAlias
+from weakref import WeakSet
+
+from magistral_mlx.chat import Magistral
+from magistral_mlx.errors import ClosedError, MagistralError, MemoryLimitError
+from magistral_mlx.events import Finished, FinishReason
+from magistral_mlx.options import Options
+from magistral_mlx.prefix import Prefix
+from magistral_mlx.reply import Reply
+from magistral_mlx.stream import Stream
+
+from .metrics import Metrics
+from .replies import Choice, Ended
+from .slots import ClosingError, Slots
+from .voices import Heard, Voice
+
+Said: TypeAlias = tuple[int, Heard | Ended]
+"""The number of a choice, and what comes next of it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What one request wants: `n` choices of each prompt, one after another."""
+
+    prompts: Sequence[list[int]]
+    options: Options
+    voice: Callable[[], Voice]
+    n: int = 1
+
+
+class Service:
+    """A model, who may use it, what it has read, and what happened."""
+
+    def __init__(
+        self,
+        model: Magistral,
+        *,
+        ids: Sequence[str],
+        running: int,
+        waiting: int,
+        prefix_bytes: int | None = None,
+    ) -> None:
+        self.model = model
+        self.ids = list(ids)
+        self.slots = Slots(running=running, waiting=waiting)
+        self.prefixes = model.new_prefixes(prefix_bytes)
+        self.metrics = Metrics(self.slots, self.prefixes)
+        self._streams: WeakSet[Stream] = WeakSet()
+
+    async def begin(self, job: Job) -> Stream:
+        """The stream of the first choice: whatever is wrong with a job, is told here."""
+        return await self._open(job, 0)
+
+    async def run(self, job: Job, first: Stream) -> AsyncGenerator[Said]:
+        """All choices of a job; each takes one step of the model at a time, so those of others go on too."""
+        for index in range(len(job.prompts) * job.n):
+            voice = job.voice()
+            reason: FinishReason | None = None
+            async with first if index == 0 else await self._open(job, index) as stream:
+                told = 0  # ids
+                async for event in stream:
+                    before, told = told, told + len(event.token_ids)
+                    if any(heard := voice.hear(event)):
+                        logprobs = stream.logprobs[before:told] if heard.text else ()
+                        yield index, heard._replace(logprobs=logprobs) if logprobs else heard
+                    if isinstance(event, Finished):
+                        reason = event.reason
+                    elif voice.stopped:
+                        reason = "stop"
+                        break
+            if reason is None:  # closed by `close`
+                raise ClosingError
+            yield index, Ended(reason, stream.reply.stats, stream.reply.tool_calls)
+
+    async def choices(self, job: Job) -> list[Choice]:
+        """The same, waited for."""
+        heard: list[Heard] = []
+        done: list[Choice] = []
+        async with await self.begin(job) as first, aclosing(self.run(job, first)) as told:
+            async for _, said in told:
+                if isinstance(said, Heard):
+                    heard.append(said)
+                else:
+                    done.append(Choice(heard, said))
+                    heard = []
+        return done
+
+    def close(self) -> None:
+        """End what runs, and send away who waits."""
+        self.slots.close()
+        for stream in list(self._streams):
+            stream.close()
+
+    async def _open(self, job: Job, index: int) -> Stream:
+        """A stream behind what was read before; what is kept gives way where memory is short."""
+        prompt, options = job.prompts[index // job.n], _seeded(job.options, index)
+        try:
+            stream = await self._behind(self.prefixes.take(prompt), prompt, options)
+        except MemoryLimitError:
+            self.prefixes.clear()
+            stream = await self._behind(self.prefixes.take(prompt), prompt, options)
+        self._streams.add(stream)
+        return stream
+
+    async def _behind(self, prefix: Prefix, prompt: list[int], options: Options) -> Stream:
+        def ended(reply: Reply) -> None:
+            self.metrics.replied(reply)
+            # The next prompt of this conversation will hold the answer, but not the reasoning before it.
+            said = 0 if reply.thinking else len(reply.token_ids)
+            with suppress(ClosedError):
+                self.model.submit(lambda: self.prefixes.put(prefix, len(prompt) + said))
+
+        try:
+            begin = partial(self.model.stream_ids, prompt, prefix=prefix, on_end=ended, **options)
+            # A schema is compiled, which may take a while.
+            return await asyncio.to_thread(begin) if options.get("schema") else begin()
+        except MemoryLimitError:
+            raise
+        except MagistralError:  # a mistake in the request: what was taken is as it was
+            self.model.submit(lambda: self.prefixes.put(prefix, prefix.length))
+            raise
+
+
+def _seeded(options: Options, index: int) -> Options:
+    """Each choice has its own seed, told by the first one's."""
+    seed = options.get("seed")
+    return options if seed is None else {**options, "seed": seed + index}

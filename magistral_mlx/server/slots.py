@@ -1,0 +1,105 @@
+"""Who may run now: so many at once, so many waiting behind them; all others are told when to come back.
+
+Knows asyncio, and nothing of what a slot is used for. All of it happens on one event loop.
+"""
+
+import asyncio
+import math
+import time
+from collections import deque
+from typing import Self
+
+
+class FullError(Exception):
+    """No room to run and none to wait. `retry_after`: seconds after which there may be some."""
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__(f"all places are taken, also those in the queue; try again in {retry_after} s")
+        self.retry_after = retry_after
+
+
+class ClosingError(Exception):
+    """The server is ending; nobody new may run."""
+
+
+class Slots:
+    """`running` at once in the order they came, `waiting` at most behind them."""
+
+    def __init__(self, *, running: int, waiting: int) -> None:
+        self._most_running, self._most_waiting = running, waiting
+        self._queue: deque[asyncio.Future[None]] = deque()
+        self._seconds = 1.0  # how long a slot is held, lately
+        self._closed = False
+        self.running = 0
+
+    @property
+    def waiting(self) -> int:
+        return len(self._queue)
+
+    async def take(self) -> "Slot":
+        """Wait for a turn.
+
+        Raises:
+            FullError: the queue is full.
+            ClosingError: `close` was called, before or while waiting.
+        """
+        if self._closed:
+            raise ClosingError("the server is shutting down")
+        if self.running < self._most_running:
+            self.running += 1
+            return Slot(self)
+        if len(self._queue) >= self._most_waiting:
+            turns = (len(self._queue) + 1) / self._most_running
+            raise FullError(min(math.ceil(self._seconds * turns), 600))
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._queue.append(turn)
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if not turn.cancelled() and turn.exception() is None:  # handed to us just as we left
+                self._hand_on()
+            raise
+        finally:
+            if turn in self._queue:
+                self._queue.remove(turn)
+        return Slot(self)
+
+    def close(self) -> None:
+        """Send everybody who waits away; those who run may end."""
+        self._closed = True
+        for turn in self._queue:
+            if not turn.done():
+                turn.set_exception(ClosingError("the server is shutting down"))
+
+    def give_back(self, seconds: float) -> None:
+        """A slot was held for so long, and is free."""
+        self._seconds += (seconds - self._seconds) / 8
+        self._hand_on()
+
+    def _hand_on(self) -> None:
+        """To whoever waits longest, or to nobody."""
+        while self._queue:
+            turn = self._queue.popleft()
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self.running -= 1
+
+
+class Slot:
+    """The right to run; given back once, however often it is released."""
+
+    def __init__(self, slots: Slots) -> None:
+        self._slots: Slots | None = slots
+        self._since = time.monotonic()
+
+    def release(self) -> None:
+        if self._slots is not None:
+            slots, self._slots = self._slots, None
+            slots.give_back(time.monotonic() - self._since)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()

@@ -1,0 +1,93 @@
+"""Events → what a client reads of them: reasoning apart, or in the text, or the text as it was written.
+
+Pure: events in, texts and pieces of tool calls out. A voice hears the events of one reply, in order.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from magistral_mlx.events import AnswerToken, Event, Finished, ThinkToken, ToolCallToken
+from magistral_mlx.thinking import CLOSE, OPEN
+from magistral_mlx.tokenizer import Tokenizer
+from magistral_mlx.transcript import StopStrings
+from magistral_mlx.wire import TokenLogprob
+
+
+class Heard(NamedTuple):
+    """What one event brought to be read."""
+
+    thinking: str = ""
+    text: str = ""
+    call: ToolCallToken | None = None
+    logprobs: Sequence[TokenLogprob | None] = ()
+
+
+class Voice(Protocol):
+    @property
+    def stopped(self) -> bool:
+        """Whether the reply is to end here, though the model would go on."""
+        ...
+
+    def hear(self, event: Event) -> Heard: ...
+
+
+class Apart:
+    """The reasoning is one text, the answer another."""
+
+    stopped = False
+
+    def hear(self, event: Event) -> Heard:
+        match event:
+            case ThinkToken(text=text):
+                return Heard(thinking=text)
+            case AnswerToken(text=text):
+                return Heard(text=text)
+            case ToolCallToken():
+                return Heard(call=event)
+            case Finished():
+                return Heard()
+
+
+class Tagged:
+    """One text in the form of the model's template: `<think>`, the reasoning, `</think>`, the answer."""
+
+    stopped = False
+
+    def __init__(self) -> None:
+        self._open = False
+
+    def hear(self, event: Event) -> Heard:
+        match event:
+            case ThinkToken(text=text) if text and not self._open:
+                self._open = True
+                return Heard(text=f"{OPEN}\n{text}")
+            case ThinkToken(text=text):
+                return Heard(text=text)
+            case AnswerToken(text=text):
+                return Heard(text=self._closed() + text)
+            case ToolCallToken():
+                return Heard(text=self._closed(), call=event)
+            case Finished(stats=stats):
+                return Heard(text=self._closed() if stats.answer_tokens else "")
+
+    def _closed(self) -> str:
+        was_open, self._open = self._open, False
+        return f"\n{CLOSE}\n\n" if was_open else ""
+
+
+class Verbatim:
+    """The text of all ids as they come, up to a stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...]) -> None:
+        self._detokenizer = tokenizer.detokenizer()
+        self._stop = StopStrings(stops)
+
+    @property
+    def stopped(self) -> bool:
+        return self._stop.met
+
+    def hear(self, event: Event) -> Heard:
+        text = "".join(self._stop.feed(self._detokenizer.feed(id_)) for id_ in event.token_ids)
+        if isinstance(event, Finished):
+            text += self._stop.feed(self._detokenizer.flush()) + self._stop.flush()
+        return Heard(text=text)

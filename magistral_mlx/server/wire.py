@@ -1,0 +1,108 @@
+"""What requests may hold: the published interface, checked by pydantic as they come in.
+
+Knows types and bounds. What a value means, and whether the model can do it, is `requests`' to know. Unknown
+fields are ignored: clients send many that a local model has no use for (`user`, `store`, `service_tier`).
+"""
+
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MAX_MESSAGES = 4096
+MAX_CHOICES = 16
+MAX_PROMPTS = 64
+MAX_STOPS = 16
+
+Effort: TypeAlias = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+Whole: TypeAlias = Annotated[int, Field(ge=1)]
+Stops: TypeAlias = Annotated[list[Annotated[str, Field(max_length=1024)]], Field(max_length=MAX_STOPS)]
+
+
+class Wire(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore", allow_inf_nan=False)
+
+
+class Part(Wire):
+    """A piece of a message's content; only text can be read."""
+
+    type: str
+    text: str | None = None
+
+
+class Message(Wire):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[Part], Field(max_length=MAX_MESSAGES)] | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: Annotated[list[dict[str, Any]], Field(max_length=128)] | None = None
+    tool_call_id: str | None = None
+
+
+class StreamOptions(Wire):
+    include_usage: bool | None = None
+
+
+class Sampled(Wire):
+    """What chat and plain completions have in common."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: Whole | None = None
+    temperature: Annotated[float, Field(ge=0)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: str | Stops | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+
+
+class ChatRequest(Sampled):
+    """`POST /v1/chat/completions`.
+
+    think_budget: tokens of reasoning, after which the answer follows; goes before `reasoning_effort`.
+    """
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_completion_tokens: Whole | None = None
+    reasoning_effort: Effort | None = None
+    think_budget: Annotated[int, Field(ge=0)] | None = None
+    tools: Annotated[list[dict[str, Any]], Field(max_length=128)] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+
+class CompletionRequest(Sampled):
+    """`POST /v1/completions`: text that is gone on with, as it stands; no template, no system prompt."""
+
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[int], Field(min_length=1)]
+        | Annotated[list[list[int]], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
+    echo: bool | None = None
+    suffix: str | None = None
+    best_of: int | None = None
+    logprobs: int | None = None
+
+
+class TokenizeRequest(Wire):
+    """`POST /v1/tokenize`: either text as it stands, or messages as a chat would send them."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    add_special_tokens: bool = True
+
+
+class DetokenizeRequest(Wire):
+    model: str | None = None
+    tokens: list[Annotated[int, Field(ge=0)]]

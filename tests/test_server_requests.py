@@ -1,0 +1,168 @@
+"""Requests → the library's messages and options; its events → what a client reads."""
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from magistral_mlx import AnswerToken, Finished, Stats, ThinkToken, ToolCallToken
+from magistral_mlx.hub import DEMO
+from magistral_mlx.server import requests
+from magistral_mlx.server.failures import RefusedError
+from magistral_mlx.server.voices import Apart, Heard, Tagged, Verbatim
+from magistral_mlx.server.wire import ChatRequest
+from magistral_mlx.tokenizer import Tokenizer
+
+THINK = "Be wise.\n<think>\nso\n</think>\n"
+USER = {"role": "user", "content": "48 + 37?"}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_directory(DEMO)
+
+
+def translate(tokenizer: Tokenizer, *messages: dict[str, Any], **fields: Any) -> tuple[list, Any]:
+    return requests.chat(ChatRequest.model_validate({"messages": [*messages], **fields}), tokenizer)
+
+
+def test_a_system_message_goes_before_the_checkpoints_prompt(tokenizer: Tokenizer):
+    said, options = translate(tokenizer, {"role": "system", "content": "Be brief."}, USER)
+    assert (said, options["system"]) == ([USER], "Be brief.")
+
+
+def test_several_are_joined(tokenizer: Tokenizer):
+    developer = {
+        "role": "developer",
+        "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "x"}],
+    }
+    said, options = translate(tokenizer, {"role": "system", "content": "A."}, USER, developer, USER)
+    assert (said, options["system"]) == ([USER, USER], "A.\n\nBe x")
+
+
+def test_one_with_the_think_template_is_taken_as_it_stands(tokenizer: Tokenizer):
+    own = {"role": "system", "content": THINK}
+    assert translate(tokenizer, own, USER)[0] == [own, USER]
+    assert translate(tokenizer, own, USER)[1]["system"] is None
+
+
+def test_an_assistants_message_in_any_of_its_shapes(tokenizer: Tokenizer):
+    call = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    said, _ = translate(
+        tokenizer,
+        USER,
+        {"role": "assistant", "content": "85", "reasoning": "so"},
+        USER,
+        {"role": "assistant", "content": None, "reasoning_content": None},
+        USER,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "abcdefghi", "content": "1"},
+    )
+    assert said == [
+        USER,
+        {"role": "assistant", "thinking": "so", "content": "85"},
+        USER,
+        USER,
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "content": "1", "tool_call_id": "abcdefghi"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("choice", "means"),
+    [
+        (None, "auto"),
+        ("auto", "auto"),
+        ("none", "none"),
+        ("required", "required"),
+        ({"type": "function", "function": {"name": "f"}}, "f"),
+    ],
+)
+def test_tool_choice(tokenizer: Tokenizer, choice: object, means: str):
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    _, options = translate(tokenizer, USER, tools=tools, tool_choice=choice)
+    assert (options["tools"], options["tool_choice"]) == (tools, means)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tool_choice": "required"},
+        {"tool_choice": {"type": "allowed_tools"}},
+        {"tools": [{}], "tool_choice": {"type": "custom", "custom": {"name": "f"}}},
+        {"logit_bias": {"1": 100}},
+        {"presence_penalty": 0.5},
+    ],
+)
+def test_what_cannot_be_done_is_said(tokenizer: Tokenizer, fields: dict[str, Any]):
+    with pytest.raises(RefusedError):
+        translate(tokenizer, USER, **fields)
+
+
+def test_what_means_nothing_is_ignored(tokenizer: Tokenizer):
+    fields = {
+        "user": "me",
+        "store": True,
+        "logit_bias": {},
+        "frequency_penalty": 0,
+        "tools": [],
+        "stop": None,
+    }
+    assert translate(tokenizer, USER, **fields)[0] == [USER]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"max_tokens": "1"}, {"n": 1.5}, {"stream": 1}, {"temperature": "0"}, {"stop": [1]}, {"seed": True}],
+    ids=str,
+)
+def test_types_are_what_they_say(wrong: dict[str, Any]):
+    with pytest.raises(ValidationError):
+        ChatRequest.model_validate({"messages": [USER], **wrong})
+
+
+EVENTS = [
+    ThinkToken(text="so"),
+    ThinkToken(text=" 85"),
+    ThinkToken(text="", forced=True),
+    AnswerToken(text="It is"),
+    AnswerToken(text=" 85."),
+    Finished(reason="stop", stats=Stats(answer_tokens=3)),
+]
+
+
+def test_apart():
+    heard = [Apart().hear(event) for event in EVENTS]
+    assert "".join(one.thinking for one in heard) == "so 85"
+    assert "".join(one.text for one in heard) == "It is 85."
+
+
+@pytest.mark.parametrize(
+    ("events", "text"),
+    [
+        (EVENTS, "<think>\nso 85\n</think>\n\nIt is 85."),
+        (EVENTS[3:], "It is 85."),
+        (EVENTS[:1], "<think>\nso"),
+        ([*EVENTS[:2], Finished(reason="length")], "<think>\nso 85"),
+        ([*EVENTS[:2], EVENTS[-1]], "<think>\nso 85\n</think>\n\n"),
+    ],
+)
+def test_tagged(events: list[Any], text: str):
+    voice = Tagged()
+    assert "".join(voice.hear(event).text for event in events) == text
+
+
+def test_a_call_closes_the_reasoning():
+    voice, call = Tagged(), ToolCallToken(text="{", index=0, id="abcdefghi", name="f")
+    assert [voice.hear(EVENTS[0]), voice.hear(call)][1] == Heard(text="\n</think>\n\n", call=call)
+
+
+@pytest.mark.parametrize("stop", [(), ("x",), ("37",), ("8 + 3",), ("+", "4")])
+def test_verbatim(tokenizer: Tokenizer, stop: tuple[str, ...]):
+    text = "48 + 37 = 85 é€😀"
+    ids, voice, told = tokenizer.encode(text), Verbatim(tokenizer, stop), ""
+    for event in [*(AnswerToken(text="", token_ids=(id_,)) for id_ in ids), Finished(reason="stop")]:
+        told += voice.hear(event).text
+    cut = min((text.find(s) for s in stop if s in text), default=len(text))
+    assert told == text[:cut]
+    assert voice.stopped == (cut < len(text))

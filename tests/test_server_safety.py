@@ -1,0 +1,303 @@
+"""Who is refused, what is too much, and that nothing whatever brings the server down."""
+
+import json
+import logging
+import random
+import socket
+import string
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+
+import pytest
+
+from magistral_mlx import ServerError
+from magistral_mlx.server.host import bind
+from magistral_mlx.server.safety import LOOPBACK, Rules
+from tests.serving import ASK, QUESTION, Running, until
+
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def guarded(served: Running) -> Iterator[Running]:
+    """A key is set, bodies are small and must be quick, one more name and one site are allowed."""
+    rules = Rules(
+        key="secret",
+        hosts=LOOPBACK | {"mac.local"},
+        origins=frozenset({"https://friend.example"}),
+        body_bytes=20_000,
+        body_seconds=0.5,
+    )
+    with Running(served.service.model, rules=rules) as running:
+        yield running
+
+
+@pytest.mark.parametrize(
+    ("host", "known"),
+    [
+        ("localhost", True),
+        ("LOCALHOST:8000", True),
+        ("127.0.0.1:1", True),
+        ("[::1]:8000", True),
+        ("evil.example", False),
+        ("localhost.evil.example", False),
+        ("127.0.0.1.nip.io:8000", False),
+        ("192.168.0.7", False),
+        ("[", False),
+        ("", False),
+    ],
+)
+def test_the_host_must_be_ours(served: Running, host: str, known: bool):
+    for answer in (served.get("/v1/models", Host=host), served.post(CHAT, ASK | {"n": 0}, Host=host)):
+        assert (answer.status == 403) is not known
+        if not known:
+            assert answer.error["code"] == "foreign_host"
+
+
+def test_other_names_are_allowed_by_name_or_as_numbers(served: Running, guarded: Running):
+    assert guarded.get("/health", Host="mac.local:8000").status == 200
+    with Running(served.service.model, rules=Rules(key="k", any_address=True)) as anywhere:
+        assert anywhere.get("/health", Host="192.168.0.7:8000").status == 200
+        assert anywhere.get("/health", Host="rebound.example").status == 403
+
+
+@pytest.mark.parametrize(
+    "origin", ["https://evil.example", "null", "http://localhost:1", "http://127.0.0.1", "file://", ""]
+)
+def test_other_sites_may_not_ask(served: Running, origin: str):
+    for method, path in (("POST", CHAT), ("GET", "/v1/models"), ("OPTIONS", CHAT)):
+        refused = served.call(method, path, b"{}", {"Origin": origin, "Content-Type": "text/plain"})
+        assert (refused.status, refused.error["code"]) == (403, "foreign_origin")
+        assert not any(name.startswith("access-control") for name in refused.headers)
+
+
+def test_our_own_page_may_ask(served: Running):
+    assert served.post(CHAT, ASK, Origin=served.url, Host=f"127.0.0.1:{served.port}").status == 200
+
+
+def test_an_allowed_site_may_ask_and_read(guarded: Running):
+    friend = {"Origin": "https://friend.example"}
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    allowed = guarded.call("OPTIONS", CHAT, None, friend | asked)
+    assert allowed.headers["access-control-allow-origin"] == "https://friend.example"
+    answer = guarded.get("/v1/models", Authorization="Bearer secret", **friend)
+    assert answer.headers["access-control-allow-origin"] == "https://friend.example"
+
+
+@pytest.mark.parametrize(
+    ("headers", "known"),
+    [
+        ({"Authorization": "Bearer secret"}, True),
+        ({"authorization": "bearer secret"}, True),
+        ({"x-api-key": "secret"}, True),
+        ({}, False),
+        ({"Authorization": "Bearer "}, False),
+        ({"Authorization": "Bearer secreT"}, False),
+        ({"Authorization": "Bearer sécret"}, False),
+        ({"Authorization": "Basic secret"}, False),
+        ({"x-api-key": "secret2"}, False),
+    ],
+)
+def test_the_key(guarded: Running, headers: dict[str, str], known: bool):
+    for path in ("/v1/models", "/metrics", "/openapi.json"):
+        answer = guarded.get(path, **headers)
+        assert answer.status == (200 if known else 401)
+        assert known or answer.error["code"] == "invalid_api_key"
+    assert guarded.post(CHAT, {}, **headers).status == (400 if known else 401)
+    assert guarded.get("/health").status == 200
+
+
+def test_large_bodies_are_refused_as_they_come(guarded: Running):
+    """Also one that does not say how large it is, and never ends."""
+    key = {"x-api-key": "secret"}
+    assert guarded.post(CHAT, b"[" * 30_000, **key).status == 413
+    with guarded.socket() as line:
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nx-api-key: secret\r\n"
+        line.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
+        assert b" 413 " in flood(line)
+    assert guarded.get("/health").status == 200
+
+
+def flood(line: socket.socket) -> bytes:
+    """Send chunks until somebody answers, or closes."""
+    line.settimeout(0.01)
+    for _ in range(1000):
+        with suppress(OSError):
+            line.sendall(b"1000\r\n" + b" " * 0x1000 + b"\r\n")
+        try:
+            return line.recv(1000)
+        except TimeoutError:
+            continue
+    return b""
+
+
+def test_slow_bodies_are_refused(guarded: Running):
+    with guarded.socket() as line:
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nx-api-key: secret\r\nContent-Length: 100\r\n\r\n"
+        line.sendall(head.encode() + b'{"mess')
+        assert b" 408 " in b"".join(iter(lambda: line.recv(1000), b""))
+
+
+def test_no_prompt_is_logged_and_no_traceback_told(
+    served: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("quoting what was asked: " + QUESTION)
+
+    monkeypatch.setattr(served.service.model, "encode", fails)
+    with caplog.at_level(logging.DEBUG):
+        answer = served.post(CHAT, ASK)
+        until(lambda: "in fails" in caplog.text)
+    assert (answer.status, answer.error["code"]) == (500, "internal_error")
+    assert "RuntimeError" in caplog.text
+    assert QUESTION not in caplog.text + answer.body.decode()
+
+
+def test_an_error_in_mid_stream_is_told_there(served: Running, monkeypatch: pytest.MonkeyPatch):
+    def fails(*_: object) -> None:
+        raise RuntimeError(QUESTION)
+
+    monkeypatch.setattr(served.service.metrics, "replied", fails)
+    answer = served.post(CHAT, ASK | {"stream": True})
+    last = answer.body.decode().strip().splitlines()[-1]
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "internal_error"
+    until(lambda: served.idle)
+
+
+def test_an_address_that_is_taken():
+    with bind("127.0.0.1", 0) as first, pytest.raises(ServerError, match="cannot be listened on"):
+        bind("127.0.0.1", first.getsockname()[1])
+
+
+HOSTILE = [
+    b"",
+    b"\x00" * 100,
+    b"\xff\xfe\xfd",
+    b'{"messages": "\xff\xfe"}',
+    b"[" * 100_000,
+    b'{"messages":' * 50_000,
+    b'{"a":' * 5000 + b"1" + b"}" * 5000,
+    b'{"messages": [{"role": "user", "content": ' + b"[" * 2000 + b"]" * 2000 + b"}]}",
+    b"9" * 10_000,
+    b'{"messages": [], "seed": ' + b"9" * 5000 + b"}",
+    b'{"messages": [], "temperature": 1e999}',
+    b'{"messages": [], "temperature": NaN, "top_p": -Infinity}',
+    b"null",
+    b"true",
+    b'"text"',
+    b"{}",
+    b"[]",
+    b'{"messages": null}',
+    b'{"messages": {}}',
+    b'{"messages": [null]}',
+    b'{"messages": [[]]}',
+    b'{"messages": [{"role": {}, "content": []}]}',
+    b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
+    b'{"messages": [{"role": "user", "content": ""}]}',
+    b'{"messages": [{"role": "user", "content": "x"}], "stop": [' + b'"",' * 20 + b'""]}',
+    b'{"messages": [{"role": "user", "content": "x"}], "logit_bias": {"\\ud800": 1}}',
+    b'{"messages": [{"role": "user", "content": "x"}], "tools": [{"\\ud800": 1}]}',
+    b'{"messages": [{"role": "tool", "content": "x"}]}',
+    b'{"prompt": {"x": 1}}',
+    b'{"prompt": [[1, "x"]]}',
+    b'{"tokens": [1e400]}',
+    b'{"tokens": [-1]}',
+    b'{"\\ud800": 1}',
+    b"--x\r\nContent-Disposition: form-data\r\n\r\n{}",
+]
+"""None of these is a request."""
+
+POSTS = [CHAT, "/raw/v1/chat/completions", "/v1/completions", "/v1/tokenize", "/v1/detokenize"]
+
+
+@pytest.mark.parametrize("body", HOSTILE, ids=lambda body: repr(body[:40]))
+def test_hostile_bodies(served: Running, body: bytes):
+    for path in (CHAT, "/v1/detokenize"):
+        answer = served.post(path, body)
+        assert 400 <= answer.status < 500
+        assert answer.error["message"]
+
+
+def broken(seed: int) -> bytes:
+    """A request, damaged: bytes changed, lost, doubled, or values of other types in its places."""
+    rng = random.Random(seed)
+    if rng.random() < 0.3:
+        return rng.choice(HOSTILE) + rng.randbytes(rng.randrange(3))
+    if rng.random() < 0.4:
+        wrong = [None, [], {}, -1, 2**70, 1e300, "x" * 3000, [[[]]], {"a": {"b": []}}, True, "\x00", "null"]
+        body = ASK | {"max_tokens": 2} | {rng.choice([*ASK, "stop", "n", "tools"]): rng.choice(wrong)}
+        return json.dumps(body).encode()
+    data = bytearray(json.dumps(ASK | {"max_tokens": 2}).encode())
+    for _ in range(rng.randint(1, 8)):
+        at = rng.randrange(len(data))
+        match rng.randrange(3):
+            case 0:
+                data[at] = rng.randrange(256)
+            case 1:
+                del data[at:]
+                data += b" "
+            case _:
+                data[at:at] = data[: rng.randrange(len(data))]
+    return bytes(data)
+
+
+def send_somehow(server: Running, seed: int) -> bytes:
+    """Send a broken body in a broken way; returns the first bytes of the answer, none if it was closed."""
+    rng, body = random.Random(-seed), broken(seed)
+    headers = [
+        "Host: localhost",
+        f"Content-Type: {rng.choice(['application/json'] * 4 + ['text/plain', 'x'])}",
+    ]
+    manner = rng.choice(["whole", "whole", "half-closed", "cut off", "short", "long", "pieces", "header"])
+    length = len(body) + {"short": -len(body) // 2, "long": 10}.get(manner, 0)
+    headers.append(f"Content-Length: {length}")
+    if manner == "header":
+        headers.append("X: " + "".join(rng.choices(string.printable, k=50)))
+    with server.socket() as line:
+        line.settimeout(20)
+        try:
+            line.sendall("\r\n".join([f"POST {rng.choice(POSTS)} HTTP/1.1", *headers, "", ""]).encode())
+            step = max(1, len(body) // 5 if manner == "pieces" else len(body))
+            for at in range(0, len(body), step):
+                line.sendall(body[at : at + step])
+            if manner == "cut off":
+                return b""
+            if manner in ("half-closed", "long"):
+                line.shutdown(socket.SHUT_WR)
+            return line.recv(100)
+        except OSError:  # it closed before we had said all
+            return b""
+
+
+def attack(server: Running, seeds: range) -> None:
+    """From eight clients at once."""
+    answers: dict[int, bytes] = {}
+
+    def some(first: int) -> None:
+        for seed in seeds[first::8]:
+            answers[seed] = send_somehow(server, seed)
+
+    clients = [threading.Thread(target=some, args=(first,)) for first in range(8)]
+    for client in clients:
+        client.start()
+    for client in clients:
+        client.join(150)
+    assert len(answers) == len(seeds), "a client hangs"
+    for seed, answer in answers.items():
+        assert not answer or answer.startswith((b"HTTP/1.1 2", b"HTTP/1.1 4")), (
+            seed,
+            broken(seed)[:300],
+            answer,
+        )
+    assert server.post(CHAT, ASK).json["choices"][0]["finish_reason"] == "stop"
+    until(lambda: server.idle)
+
+
+def test_broken_requests(served: Running):
+    attack(served, range(60))
+
+
+@pytest.mark.slow
+def test_500_broken_requests(served: Running):
+    attack(served, range(1000, 1500))

@@ -1,0 +1,87 @@
+"""Tool calls over HTTP, from a model that calls what it is told to."""
+
+import json
+from collections.abc import Callable, Iterator
+
+import pytest
+from openai import OpenAI
+
+from magistral_mlx.tokenizer import Tokenizer
+from tests.scripted import scripted
+from tests.serving import Running
+from tests.test_toolcalls import ids_of
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "Of a city.",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+        },
+    }
+]
+QUESTION = {"role": "user", "content": "Paris, Rome?"}
+SAID = (
+    "<think>\nTwo cities.\n</think>\nI'll look."
+    '[TOOL_CALLS]weather[CALL_ID]abcDEF123[ARGS]{"city": "Paris"}'
+    '[TOOL_CALLS]weather[CALL_ID]000000001[ARGS]{"city": "Rome"}'
+)
+
+
+@pytest.fixture(scope="module")
+def caller(tiny_tokenizer: Callable[[str], Tokenizer]) -> Iterator[Running]:
+    tokenizer = tiny_tokenizer("v11")
+    with scripted(tokenizer, ids_of(tokenizer, SAID)) as model, Running(model) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(caller: Running) -> OpenAI:
+    return OpenAI(base_url=f"{caller.url}/v1", api_key="EMPTY", max_retries=0)
+
+
+def test_calls(client: OpenAI):
+    done = client.chat.completions.create(model="any", messages=[QUESTION], tools=TOOLS)  # type: ignore[arg-type]
+    [choice] = done.choices
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.content == "I'll look."
+    assert choice.message.tool_calls
+    called = [(c.id, c.function.name, json.loads(c.function.arguments)) for c in choice.message.tool_calls]  # type: ignore[union-attr]
+    assert called == [("abcDEF123", "weather", {"city": "Paris"}), ("000000001", "weather", {"city": "Rome"})]
+
+
+def test_calls_in_pieces(client: OpenAI):
+    with client.chat.completions.stream(model="any", messages=[QUESTION], tools=TOOLS) as stream:  # type: ignore[arg-type]
+        pieces = [event for event in stream if event.type == "tool_calls.function.arguments.delta"]
+        message = stream.get_final_completion().choices[0].message
+    assert len(pieces) > 4
+    assert [call.function.arguments for call in message.tool_calls or ()] == [
+        '{"city": "Paris"}',
+        '{"city": "Rome"}',
+    ]
+    assert message.content == "I'll look."
+
+
+def test_results_go_back_in(caller: Running, client: OpenAI):
+    done = client.chat.completions.create(model="any", messages=[QUESTION], tools=TOOLS)  # type: ignore[arg-type]
+    message = done.choices[0].message
+    results = [
+        {"role": "tool", "tool_call_id": call.id, "content": "21"} for call in message.tool_calls or ()
+    ]
+    history = [QUESTION, message.to_dict(), *results]
+    again = caller.post("/v1/chat/completions", {"messages": history, "tools": TOOLS}).json
+    assert again["usage"]["prompt_tokens"] > done.usage.prompt_tokens  # type: ignore[union-attr]
+    told = caller.post("/v1/chat/completions", {"messages": history[:-1], "tools": TOOLS})
+    assert (told.status, told.error["code"]) == (400, "invalid_value")  # a call without its result
+
+
+def test_without_tools_there_are_no_calls(client: OpenAI):
+    done = client.chat.completions.create(
+        model="any",
+        messages=[QUESTION],  # type: ignore[list-item]
+        tools=TOOLS,  # type: ignore[arg-type]
+        tool_choice="none",
+    )
+    assert done.choices[0].message.tool_calls is None
+    assert done.choices[0].finish_reason == "stop"
