@@ -3,8 +3,8 @@
     python benchmarks/batch.py [--trials 8] [--narrow]
 
 The demo model at 4 bits, or with `--narrow` the 40 layers and 131072 ids of Magistral with little width.
-Every line draws with its own seed behind the same prompt. On a GPU a step of eight reads the weights once,
-as a step of one does; a CPU is bound by arithmetic, and shows what host and kernels cost per step.
+Every line draws with its own seed behind the same prompt. On a GPU a step of eight reads the weights once, as
+a step of one does; a CPU is bound by arithmetic, and shows what host and kernels cost per step.
 """
 
 import argparse

@@ -4,8 +4,8 @@
 
 The demo model at 4 bits, the same question and sampling, either library's Python API: `Magistral.load` and
 `stream`, `mlx_lm.load` and `stream_generate`. Then ours taken apart: Python itself, imports, tokenizer,
-weights and first token one after another (the tokenizer really loads while the weights do). The first trial, which
-brings the files into the system's cache, is not counted.
+weights and first token one after another (the tokenizer really loads while the weights do). The first trial,
+which brings the files into the system's cache, is not counted.
 """
 
 import argparse
