@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import json
 import platform
+import re
 import socket
 import statistics
 import subprocess
@@ -37,6 +38,7 @@ from magistral_mlx.tokenizer import Tokenizer
 
 HERE = Path(__file__).parent
 QUESTION = "What is 48 + 37?"
+PIECE = re.compile(rb'"delta": \{"(reasoning|content": "[^"])')
 GREEDY = Sampling(temperature=0)
 
 
@@ -87,7 +89,7 @@ def pieces(port: int, body: dict) -> Iterator[float]:
     with socket.create_connection(("127.0.0.1", port)) as line, line.makefile("rb") as answer:
         line.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
         for event in answer:
-            if b'"delta": {"content": "a' in event or b'"reasoning"' in event:
+            if PIECE.search(event):
                 yield time.perf_counter()
             if b"[DONE]" in event:
                 return
@@ -151,7 +153,7 @@ def measure_first(prefix: int, prompts: int) -> dict:
             while len(tokenizer.encode(text)) < prefix:
                 text += f"{next(numbers)} "
             for seconds, question in ((new, QUESTION), (again, "What is 12 + 5?")):
-                body = {"messages": [{"role": "user", "content": f"{text}\n{question}"}], "max_tokens": 4}
+                body = {"messages": [{"role": "user", "content": f"{text}\n{question}"}], "max_tokens": 16}
                 start = time.perf_counter()
                 seconds.append(next(iter(list(pieces(port, body)))) - start)
     a, b = statistics.median(new), statistics.median(again)

@@ -20,6 +20,7 @@ import mlx.core as mx
 
 from . import hub, manifest, memory, saving
 from .batch import Batch, BatchSource
+from .callgrammar import with_calls
 from .checkpoint import Checkpoint, load, open_checkpoint
 from .checks import whole_number
 from .constraint import Constraint
@@ -30,7 +31,7 @@ from .grammar import Regex, Vocabulary
 from .logprobs import Scorer
 from .loops import LoopGuard
 from .model import Transformer
-from .options import MAX_TOKENS, Options, Plain, offered
+from .options import MAX_TOKENS, Options, Plain, forced, offered
 from .pace import Pace
 from .prefix import Prefix
 from .prefixes import Prefixes
@@ -64,18 +65,18 @@ class Magistral:
         model: Transformer,
         *,
         kv_bits: KVBits | None = None,
-        draft: tuple[Checkpoint, Transformer] | None = None,
+        guard: memory.Guard | None = None,
+        draft: Transformer | None = None,
     ) -> None:
         self._checkpoint = checkpoint
         self.path = checkpoint.path
         self.config = checkpoint.config
         self.tokenizer = tokenizer
         self.kv_bits = kv_bits
-        weights = checkpoint.nbytes(model.dtype) + (draft[0].nbytes(draft[1].dtype) if draft else 0)
-        self._guard = memory.Guard(checkpoint.config, weights, itemsize=model.dtype.size)
+        self._guard = guard or _guard(checkpoint, None, model.dtype)
         self._worker = worker
         self._model: Transformer | None = model
-        self._draft = draft[1] if draft else None
+        self._draft = draft
         self._pace = Pace()
 
     @classmethod
@@ -101,17 +102,23 @@ class Magistral:
             warnings.warn(f"{found.weights}: {difference}; convert it again", MagistralWarning, stacklevel=2)
         number = getattr(mx, dtype) if dtype else memory.default_dtype()
         drafts = None if draft_model is None else _open_draft(str(draft_model), checkpoint)
-        nbytes = checkpoint.nbytes(number) + (drafts.nbytes(number) if drafts else 0)
-        guard = memory.Guard(checkpoint.config, nbytes, itemsize=number.size)
+        guard = _guard(checkpoint, drafts, number)
         guard.check_load(str(name), kv_bits=kv_bits)
         worker = Worker(f"magistral {found.weights.name}")
         weights: Future[Transformer] = worker.submit(lambda: load(checkpoint, number))
-        guesser = worker.submit(lambda: drafts and (drafts, load(drafts, number)))
+        guesser = worker.submit(lambda: drafts and load(drafts, number))
         try:
             tokenizer = Tokenizer.from_directory(found.words)  # a second or two, while the weights are read
             tokenizer.detokenizer()  # looks all pieces up, so that the first stream need not
-            model = weights.result()
-            return cls(checkpoint, tokenizer, worker, model, kv_bits=kv_bits, draft=guesser.result())
+            return cls(
+                checkpoint,
+                tokenizer,
+                worker,
+                weights.result(),
+                kv_bits=kv_bits,
+                guard=guard,
+                draft=guesser.result(),
+            )
         except BaseException:
             worker.close()
             raise
@@ -299,13 +306,15 @@ class Magistral:
         self._guard.check_reply(len(prompt), limit, kv_bits=self.kv_bits, held=max(others, 0))
         stop, schema, top = options.get("stop", ()), options.get("schema"), options.get("logprobs")
         shape = None if schema is None else shape_of(schema)
-        constraint = shape and Constraint(shape.grammar, self._vocabulary, think=options.get("think", True))
+        told = offered(options)
+        grammar = with_calls(shape and shape.grammar, self.tokenizer, told=told, forced=forced(options))
+        constraint = grammar and Constraint(grammar, self._vocabulary, think=options.get("think", True))
         scorer = None if top is None else Scorer(top)
         telling = Telling(
             Transcript(
                 self.tokenizer,
                 stop=(stop,) if isinstance(stop, str) else tuple(stop),
-                calls=CallParser(_key(prompt, seed)) if offered(options) else None,
+                calls=CallParser(_key(prompt, seed)) if told else None,
             ),
             self.tokenizer,
             prompt_ids=tuple(prompt),
@@ -370,6 +379,12 @@ def _open_draft(name: str, target: Checkpoint) -> Checkpoint:
             f"{theirs} in {name}; use a smaller model of the same family"
         )
     return draft
+
+
+def _guard(checkpoint: Checkpoint, draft: Checkpoint | None, dtype: mx.Dtype) -> memory.Guard:
+    """What watches over memory, where these weights are held."""
+    weights = checkpoint.nbytes(dtype) + (draft.nbytes(dtype) if draft else 0)
+    return memory.Guard(checkpoint.config, weights, itemsize=dtype.size)
 
 
 def _repeated(messages: Messages, n: int) -> list[Messages]:

@@ -1,4 +1,4 @@
-"""The command line: ask and chat here; convert, verify, info, plan and bench in files of their own.
+"""The command line: ask and chat here; convert, verify, info, plan, bench and doctor in files of their own.
 
 Turns options into the library's own objects and its errors into one line each. Whatever a command does, the
 library does it; nothing is decided here but what a person is asked and shown.
@@ -10,18 +10,20 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
+from typing import IO, TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack, cast
 
 import click
 
-from . import cli_bench, cli_convert, cli_plan, cli_serve
+from . import cli_bench, cli_convert, cli_doctor, cli_plan, cli_serve
 from .cli_common import first_interrupt_stops_thinking, resolve
 from .errors import MagistralError, MagistralWarning
 
 if TYPE_CHECKING:  # mlx, mistral_common and rich load when a command needs them, not for --help
     from .chat import Magistral
+    from .display import Terminal
     from .options import Options
     from .reply import Reply
+    from .stream import Stream
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -110,7 +112,7 @@ def cli() -> None:
 
 for _command in (
     *(cli_convert.convert, cli_convert.verify, cli_convert.info),
-    *(cli_plan.plan, cli_bench.bench, cli_serve.serve),
+    *(cli_plan.plan, cli_bench.bench, cli_doctor.doctor, cli_serve.serve),
 ):
     cli.add_command(_command)
 
@@ -118,33 +120,46 @@ for _command in (
 @cli.command()
 @click.argument("question", required=False)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: ids, thinking, answer, statistics.")
+@click.option(
+    "--schema", type=click.File(encoding="utf-8"), help="A JSON schema that the answer is held to: a file."
+)
 @_reply_options
-def ask(question: str | None, as_json: bool, **options: Unpack[_Reply]) -> None:
+def ask(question: str | None, as_json: bool, schema: IO[str] | None, **options: Unpack[_Reply]) -> None:
     """Ask one QUESTION ("-" or nothing: from standard input) and print the answer.
 
     Ctrl-C while it thinks ends the thinking and asks for the answer; once more stops it.
     """
-    from .display import Terminal, summary
+    from .display import Terminal
 
     if question is None and sys.stdin.isatty():
         raise click.UsageError('expected a question: magistral-mlx ask "What is 48 + 37?"')
     text = sys.stdin.read() if question is None or question == "-" else question
     settings = _settings(options)
+    if schema is not None:
+        settings["schema"] = _read_schema(schema)
     terminal = Terminal(show_thinking=not options["hide_thinking"])
     with _load(options) as model, model.stream(text, **settings) as stream:
         if as_json:
             for _ in stream:
                 pass
             click.echo(json.dumps(_as_json(stream.reply), ensure_ascii=False))
-            return
-        try:
-            with first_interrupt_stops_thinking(stream):
-                finished = terminal.show(stream)
-        except KeyboardInterrupt:
-            click.echo("\ninterrupted", err=True)
-            sys.exit(130)
-        if finished:
-            terminal.note(summary(finished))
+        else:
+            _show(stream, terminal)
+        if schema is not None:
+            _ = stream.reply.parsed  # an answer that was cut off is an error
+
+
+def _show(stream: "Stream", terminal: "Terminal") -> None:
+    from .display import summary
+
+    try:
+        with first_interrupt_stops_thinking(stream):
+            finished = terminal.show(stream)
+    except KeyboardInterrupt:
+        click.echo("\ninterrupted", err=True)
+        sys.exit(130)
+    if finished:
+        terminal.note(summary(finished))
 
 
 @cli.command()
@@ -161,6 +176,16 @@ def chat(**options: Unpack[_Reply]) -> None:
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
     if issubclass(category, MagistralWarning):
         click.echo(f"note: {message}", err=True)
+
+
+def _read_schema(file: IO[str]) -> dict[str, Any]:
+    try:
+        found: object = json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise click.BadParameter(f"{file.name} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise click.BadParameter(f"{file.name} holds a {type(found).__name__}, not a JSON schema")
+    return cast("dict[str, Any]", found)
 
 
 def _settings(options: _Reply) -> "Options":
@@ -196,17 +221,17 @@ def _settings(options: _Reply) -> "Options":
 
 def _load(options: _Reply) -> "Magistral":
     """The model that was asked for, else the last one, else the one that is chosen now."""
-    from . import hub
+    from . import last_model
     from .chat import Magistral
 
-    name = options["model"] or hub.last_used() or _choose()
+    name = options["model"] or last_model.last_used() or _choose()
     resolve(name, download=options["download"])
     kv_bits = 8 if options["kv_bits"] == "8" else None
     draft_model = options["draft_model"]
     if draft_model is not None:
         resolve(draft_model, download=options["download"])
     model = Magistral.load(name, dtype=options["dtype"], kv_bits=kv_bits, draft_model=draft_model)  # type: ignore[arg-type]
-    hub.remember(name)
+    last_model.remember(name)
     return model
 
 
@@ -230,5 +255,10 @@ def _as_json(reply: "Reply") -> dict[str, Any]:
         "answer": reply.answer,
         "finish_reason": reply.finish_reason,
         "seed": reply.seed,
-        "stats": dataclasses.asdict(reply.stats) | {"tokens_per_pass": reply.stats.tokens_per_pass},
+        "stats": dataclasses.asdict(reply.stats)
+        | {
+            "prefill_tokens_per_second": reply.stats.prefill_tokens_per_second,
+            "decode_tokens_per_second": reply.stats.decode_tokens_per_second,
+            "tokens_per_pass": reply.stats.tokens_per_pass,
+        },
     }

@@ -86,6 +86,9 @@ class Constraint:
             self._enter_thinking(b"")
             return
         self._matches = self._matches and self._matcher.accept(token)
+        if self._matches and self._vocabulary.pieces[token] is None:  # a tool call begins
+            self._state = "answer"
+            return
         self._said += self._vocabulary.pieces[token] or b""
         body = codecs.getincrementaldecoder("utf-8")("replace").decode(self._said).lstrip()
         if not self._think_ids and body.startswith(OPEN):
@@ -108,9 +111,10 @@ class Constraint:
         return [i for i, tail in self._vocabulary.closing(half) if not self._matcher.would_accept(tail)]
 
     def _think_on(self, token: int) -> None:
+        ends = self._think_ids is not None and token == self._think_ids[1]
+        if self._vocabulary.pieces[token] is None and (ends or self._matcher.accept(token)):
+            self._state = "answer"  # by a tag, or by a tool call
         if self._think_ids:
-            if token == self._think_ids[1]:
-                self._state = "answer"
             return
         self._said += self._vocabulary.pieces[token] or b""
         _, tag, answer = self._said.partition(_CLOSE)

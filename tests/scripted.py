@@ -55,10 +55,11 @@ def scripted(
     *,
     max_context: int = 4096,
     step_seconds: float = 0.0,
+    kind: type[Script] = Script,
 ) -> Magistral:
     """A `Magistral` with the demo's shape, this tokenizer, and one thing to say."""
     ids = tokenizer.encode(reply) if isinstance(reply, str) else reply
     checkpoint = open_checkpoint(Path(DEMO))
     checkpoint = replace(checkpoint, config=replace(checkpoint.config, max_context=max_context))
-    script = Script(ids, tokenizer, step_seconds)
+    script = kind(ids, tokenizer, step_seconds)
     return Magistral(checkpoint, tokenizer, Worker("scripted"), script)  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from magistral_mlx.errors import MagistralError
+from magistral_mlx.stream import Stream
 
 from . import failures, requests
 from .failures import GONE, RefusedError
@@ -76,7 +77,7 @@ def _interface(service: Service, *, raw: bool) -> APIRouter:
         prompt = await asyncio.to_thread(service.model.encode, messages, **options)
         options.pop("system", None)
         job = Job(prompts=[prompt], options=options, voice=Tagged if raw else Apart, n=body.n or 1)
-        return await _answer(service, request, body, job, Chat(name))
+        return await _answer(service, request, body, job, Chat(name, tokenizer))
 
     @router.post("/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
@@ -84,7 +85,7 @@ def _interface(service: Service, *, raw: bool) -> APIRouter:
         voice = partial(Verbatim, tokenizer, requests.stops(body))
         options["stop"] = ()
         job = Job(prompts=prompts, options=options, voice=voice, n=body.n or 1)
-        return await _answer(service, request, body, job, Completion(name))
+        return await _answer(service, request, body, job, Completion(name, tokenizer))
 
     @router.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
@@ -117,20 +118,27 @@ async def _answer(service: Service, request: Request, body: Sampled, job: Job, s
     """Wait for a turn, then say it whole, or as it comes."""
     slot = await _while_connected(request, service.slots.take())
     if body.stream:
+        try:
+            first = await service.begin(job)
+        except BaseException:
+            slot.release()
+            raise
         counted = bool(body.stream_options and body.stream_options.include_usage)
-        return _Events(_pieces(service, job, shape, counted=counted), slot)
+        return _Events(_pieces(service, job, first, shape, counted=counted), slot, first)
     with slot:
         choices = await _while_connected(request, service.choices(job))
     used = usage([choice.ended for choice in choices], job.n)
     return Response(shape.whole(choices, used), media_type="application/json")
 
 
-async def _pieces(service: Service, job: Job, shape: Shape, *, counted: bool) -> AsyncGenerator[bytes]:
+async def _pieces(
+    service: Service, job: Job, first: Stream, shape: Shape, *, counted: bool
+) -> AsyncGenerator[bytes]:
     """A job as server-sent events. An error that comes when some were sent is one of them."""
     ends: list[Ended] = []
     try:
         yield shape.opening(0)
-        async with aclosing(service.run(job)) as told:
+        async with aclosing(service.run(job, first)) as told:
             async for index, said in told:
                 if not isinstance(said, Ended):
                     yield shape.piece(index, said)
@@ -151,12 +159,12 @@ async def _pieces(service: Service, job: Job, shape: Shape, *, counted: bool) ->
 class _Events(EventSourceResponse):
     """Events that hold a slot until the last one is sent, or the client has left."""
 
-    def __init__(self, pieces: AsyncGenerator[bytes], slot: Slot) -> None:
+    def __init__(self, pieces: AsyncGenerator[bytes], slot: Slot, first: Stream) -> None:
         super().__init__(pieces, send_timeout=SEND_SECONDS)
-        self._slot = slot
+        self._slot, self._first = slot, first
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._slot, suppress(SendTimeoutError):
+        with self._slot, self._first, suppress(SendTimeoutError):
             await super().__call__(scope, receive, send)
 
 

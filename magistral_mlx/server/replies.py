@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from magistral_mlx.events import FinishReason, Stats, ToolCall, ToolCallToken
+from magistral_mlx.tokenizer import Tokenizer
+from magistral_mlx.wire import TokenLogprob
 
 from .voices import Heard
 
@@ -71,7 +73,8 @@ class Shape:
 
     kind = piece_kind = prefix = ""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
         self._about = {
             "id": f"{self.prefix}-{secrets.token_hex(12)}",
             "created": int(time.time()),
@@ -116,7 +119,10 @@ class Chat(Shape):
         if heard.call:
             delta = {"content": heard.text} if heard.text else {}
             return self._piece(index, json.dumps(delta | {"tool_calls": [_call(heard.call)]}))
-        return self._piece(index, f'{{"content": {json.dumps(heard.text, ensure_ascii=False)}}}')
+        logprobs = json.dumps(self._logprobs([heard])) if heard.logprobs else "null"
+        return self._piece(
+            index, f'{{"content": {json.dumps(heard.text, ensure_ascii=False)}}}', logprobs=logprobs
+        )
 
     def ending(self, index: int, ended: Ended) -> bytes:
         return self._piece(index, "{}", f'"{_REASONS[ended.reason]}"')
@@ -127,11 +133,25 @@ class Chat(Shape):
         message = {"role": "assistant", "content": choice.text or (None if calls else ""), "refusal": None}
         message |= {"reasoning_content": thinking, "reasoning": thinking}
         message |= {"tool_calls": calls} if calls else {}
-        return {"index": index, "message": message, "logprobs": None, "finish_reason": choice.reason}
+        logprobs = self._logprobs(choice.heard)
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": choice.reason}
 
-    def _piece(self, index: int, delta: str, reason: str = "null") -> bytes:
-        told = f'[{{"index": {index}, "delta": {delta}, "logprobs": null, "finish_reason": {reason}}}]'
+    def _piece(self, index: int, delta: str, reason: str = "null", *, logprobs: str = "null") -> bytes:
+        told = f'[{{"index": {index}, "delta": {delta}, "logprobs": {logprobs}, "finish_reason": {reason}}}]'
         return f"{self._head}{told}}}\n\n".encode()
+
+    def _logprobs(self, heard: Sequence[Heard]) -> dict[str, Any] | None:
+        """Of the ids that the text came from; of what was said in the model's place there are none."""
+        found = [logprob for one in heard for logprob in one.logprobs if logprob]
+        return {"content": [self._scored(one) for one in found], "refusal": None} if found else None
+
+    def _scored(self, scored: TokenLogprob) -> dict[str, Any]:
+        top = [self._token(id_, logprob) for id_, logprob in scored.top]
+        return self._token(scored.id, scored.logprob) | {"top_logprobs": top}
+
+    def _token(self, id_: int, logprob: float) -> dict[str, Any]:
+        piece = self._tokenizer.pieces[id_] or b""
+        return {"token": piece.decode(errors="replace"), "logprob": logprob, "bytes": [*piece]}
 
 
 class Completion(Shape):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias, cast
 
 from magistral_mlx.chat import Magistral
+from magistral_mlx.grammar import Regex
 from magistral_mlx.options import MAX_TOKENS, Options
 from magistral_mlx.sampling import Sampling
 from magistral_mlx.tokenizer import Tokenizer
@@ -24,14 +25,13 @@ COMPLETION_TOKENS = 16
 
 def chat(request: ChatRequest, tokenizer: Tokenizer) -> tuple[Dialogue, Options]:
     """What to say to the model, and how it is to reply."""
-    _refuse_format(request)
-    if request.logprobs or request.top_logprobs:
-        raise unsupported("logprobs", "logprobs are not given by this server; leave them out")
     system, messages = dialogue(request.messages, tokenizer)
     options = _sampled(request)
     limit = request.max_completion_tokens or request.max_tokens or MAX_TOKENS
     budget = EFFORTS.get(request.reasoning_effort or "high")
-    return messages, options | _tools(request) | Options(
+    if request.logprobs:
+        options["logprobs"] = request.top_logprobs or 0
+    return messages, options | _tools(request) | _shape(request) | Options(
         max_tokens=limit,
         think=request.reasoning_effort != "none",
         think_budget=budget if request.think_budget is None else request.think_budget,
@@ -140,10 +140,21 @@ def _tools(request: ChatRequest) -> Options:
     return {"tools": request.tools, "tool_choice": choice or "auto"}
 
 
-def _refuse_format(request: ChatRequest) -> None:
-    kind: Any = (request.response_format or {}).get("type", "text")
-    if kind != "text":
-        raise unsupported("response_format", 'only {"type": "text"} is done by this server yet')
+def _shape(request: ChatRequest) -> Options:
+    """What the answer is to be; a schema that cannot be followed, the library refuses."""
+    wanted: Any = request.response_format
+    match wanted:
+        case None | {"type": "text"}:
+            return {}
+        case {"type": "json_object"}:
+            return {"schema": {"type": "object"}}
+        case {"type": "json_schema", "json_schema": {"schema": schema}} if isinstance(schema, dict):
+            return {"schema": cast("dict[str, Any]", schema)}
+        case {"type": "regex", "pattern": str(pattern)}:
+            return {"schema": Regex(pattern)}
+        case _:
+            message = "expected the type text, json_object, json_schema (a schema) or regex (a pattern)"
+            raise RefusedError(400, message, param="response_format", code="invalid_value")
 
 
 def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> Sequence[str | list[int]]:

@@ -3,9 +3,11 @@
 Knows the library. Does not know HTTP, nor the shape of an answer.
 """
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 from weakref import WeakSet
 
@@ -55,15 +57,22 @@ class Service:
         self.metrics = Metrics(self.slots, self.prefixes)
         self._streams: WeakSet[Stream] = WeakSet()
 
-    async def run(self, job: Job) -> AsyncGenerator[Said]:
+    async def begin(self, job: Job) -> Stream:
+        """The stream of the first choice: whatever is wrong with a job, is told here."""
+        return await self._open(job, 0)
+
+    async def run(self, job: Job, first: Stream) -> AsyncGenerator[Said]:
         """All choices of a job; each takes one step of the model at a time, so those of others go on too."""
-        for index, prompt in enumerate(prompt for prompt in job.prompts for _ in range(job.n)):
+        for index in range(len(job.prompts) * job.n):
             voice = job.voice()
             reason: FinishReason | None = None
-            async with self._open(prompt, _seeded(job.options, index)) as stream:
+            async with first if index == 0 else await self._open(job, index) as stream:
+                told = 0  # ids
                 async for event in stream:
+                    before, told = told, told + len(event.token_ids)
                     if any(heard := voice.hear(event)):
-                        yield index, heard
+                        logprobs = stream.logprobs[before:told] if heard.text else ()
+                        yield index, heard._replace(logprobs=logprobs) if logprobs else heard
                     if isinstance(event, Finished):
                         reason = event.reason
                     elif voice.stopped:
@@ -77,7 +86,7 @@ class Service:
         """The same, waited for."""
         heard: list[Heard] = []
         done: list[Choice] = []
-        async with aclosing(self.run(job)) as told:
+        async with await self.begin(job) as first, aclosing(self.run(job, first)) as told:
             async for _, said in told:
                 if isinstance(said, Heard):
                     heard.append(said)
@@ -92,17 +101,18 @@ class Service:
         for stream in list(self._streams):
             stream.close()
 
-    def _open(self, prompt: list[int], options: Options) -> Stream:
+    async def _open(self, job: Job, index: int) -> Stream:
         """A stream behind what was read before; what is kept gives way where memory is short."""
+        prompt, options = job.prompts[index // job.n], _seeded(job.options, index)
         try:
-            stream = self._behind(self.prefixes.take(prompt), prompt, options)
+            stream = await self._behind(self.prefixes.take(prompt), prompt, options)
         except MemoryLimitError:
             self.prefixes.clear()
-            stream = self._behind(self.prefixes.take(prompt), prompt, options)
+            stream = await self._behind(self.prefixes.take(prompt), prompt, options)
         self._streams.add(stream)
         return stream
 
-    def _behind(self, prefix: Prefix, prompt: list[int], options: Options) -> Stream:
+    async def _behind(self, prefix: Prefix, prompt: list[int], options: Options) -> Stream:
         def ended(reply: Reply) -> None:
             self.metrics.replied(reply)
             # The next prompt of this conversation will hold the answer, but not the reasoning before it.
@@ -111,7 +121,9 @@ class Service:
                 self.model.submit(lambda: self.prefixes.put(prefix, len(prompt) + said))
 
         try:
-            return self.model.stream_ids(prompt, prefix=prefix, on_end=ended, **options)
+            begin = partial(self.model.stream_ids, prompt, prefix=prefix, on_end=ended, **options)
+            # A schema is compiled, which may take a while.
+            return await asyncio.to_thread(begin) if options.get("schema") else begin()
         except MemoryLimitError:
             raise
         except MagistralError:  # a mistake in the request: what was taken is as it was

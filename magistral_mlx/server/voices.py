@@ -3,12 +3,14 @@
 Pure: events in, texts and pieces of tool calls out. A voice hears the events of one reply, in order.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from magistral_mlx.events import AnswerToken, Event, Finished, ThinkToken, ToolCallToken
 from magistral_mlx.thinking import CLOSE, OPEN
 from magistral_mlx.tokenizer import Tokenizer
 from magistral_mlx.transcript import StopStrings
+from magistral_mlx.wire import TokenLogprob
 
 
 class Heard(NamedTuple):
@@ -17,6 +19,7 @@ class Heard(NamedTuple):
     thinking: str = ""
     text: str = ""
     call: ToolCallToken | None = None
+    logprobs: Sequence[TokenLogprob | None] = ()
 
 
 class Voice(Protocol):
