@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 from click.core import ParameterSource
 
-from . import hub, launchd
+from . import hub, last_model, launchd
 from .cli_common import resolve
 from .cli_serve import check, serve
 from .errors import ServerError
@@ -74,7 +74,7 @@ def _words(options: tuple[str, ...]) -> list[str]:
         if context.params["api_key"] is not None:
             raise ServerError("a key would be there for all to see; put it in a file, for --api-key-file")
         check(context.params)  # type: ignore[arg-type]
-        name = context.params["model"] or hub.last_used()
+        name = context.params["model"] or last_model.last_used()
         if name is None:
             raise click.UsageError(f"no model was used yet: give --model demo, or --model {hub.RECOMMENDED}")
         resolve(name, download=context.params["download"])
