@@ -9,17 +9,15 @@ import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Self, TypeAlias
+from functools import partial
+from typing import Self
 
 from . import step
 from .events import Event
 from .reply import Reply, Telling
 from .thinking import Phase
-from .wire import Cost, Guide, TokenLogprob
+from .wire import Guide, TokenLogprob
 from .worker import Worker
-
-_Step: TypeAlias = tuple[int | None, Cost]
-"""An id (None: a piece of the prompt was read) and what it cost."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +47,9 @@ class Stream:
         self._telling = telling
         self._events = telling.events
         self._on_end = on_end
-        self._pending: Future[_Step] | None = None
+        self._pending: Future[None] | None = None
         self._guide: Guide | None = None  # how it goes on at the next step
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
 
     def __iter__(self) -> Self:
         return self
@@ -60,7 +58,7 @@ class Stream:
         while not self._events:
             if (asked := self._ask()) is None:
                 raise StopIteration
-            self._take(asked.result)
+            self._took(asked.result)
         return self._events.popleft()
 
     def __aiter__(self) -> Self:
@@ -75,7 +73,7 @@ class Stream:
             except asyncio.CancelledError:
                 self.close()
                 raise
-            self._take(asked.result)
+            self._took(asked.result)
         return self._events.popleft()
 
     def __enter__(self) -> Self:
@@ -99,10 +97,7 @@ class Stream:
 
     def close(self) -> None:
         """Stop now. What was said so far stays in `reply`; nothing more is yielded."""
-        with self._lock:
-            if self._source is not None:
-                self._events.clear()
-                self._end()
+        self._end(silently=True)
 
     def drain(self) -> Reply:
         """Run to the end and return the whole reply."""
@@ -142,34 +137,45 @@ class Stream:
         """Where they are asked for, of each id so far: in step with the ids of the events, joined."""
         return self._telling.logprobs
 
-    def _ask(self) -> "Future[_Step] | None":
-        """The step under way: a wait for it that was interrupted is taken up again, so no id is lost."""
+    def _ask(self) -> Future[None] | None:
+        """The step under way, or a new one; None: nothing is to come."""
+        if self._telling.reason is not None:
+            self._end()
         with self._lock:
             if self._source is not None and self._pending is None:
-                steps, guide, self._guide = self._source.steps, self._guide, None
-                self._pending = self._source.worker.submit(lambda: step.take(steps, guide))
+                self._pending = self._source.worker.submit(partial(self._step, self._source))
             return self._pending
 
-    def _take(self, result: Callable[[], _Step]) -> None:
-        """Account for one step, once it is there, and turn what it brought into events."""
-        try:
-            token, cost = result()
-        except Exception:  # the model's, not an interrupt of the wait
-            self.close()
-            raise
+    def _step(self, source: Source) -> None:
+        """One id, said to the reply before anybody is told that it is there.
+
+        Runs on the model's thread, where no Ctrl-C arrives: however a wait is interrupted, no id is lost.
+        """
+        token, cost = step.take(source.steps, self._guide)
         with self._lock:
-            self._pending = None
-            source = self._source
-            if source is None:  # closed from another thread while the step ran
+            if self._source is None:  # closed while the step ran
                 return
             if token is None:
                 self._telling.read(source.reused(), cost)
-                return
-            self._guide = self._telling.say(token, cost, source.passes())
-            if self._telling.reason is not None:
-                self._end()
+            else:
+                self._guide = self._telling.say(token, cost, source.passes())
+            self._pending = None  # not where an error came: whoever asks next is told of it
 
-    def _end(self) -> None:
-        """Let go of the model, and tell whoever waits for the reply."""
-        self._source, self._pending = None, None
-        self._on_end(self.reply)
+    def _took(self, result: Callable[[], None]) -> None:
+        """The step that was waited for is done."""
+        try:
+            result()
+        except Exception:  # the model's, not an interrupt of the wait
+            self.close()
+            raise
+        if self._telling.reason is not None:
+            self._end()
+
+    def _end(self, *, silently: bool = False) -> None:
+        """Let go of the model, and tell whoever waits for the reply: once."""
+        with self._lock:
+            source, self._source, self._pending = self._source, None, None
+            if source is not None and silently:
+                self._events.clear()
+        if source is not None:  # not under the lock: what is done then may wait for the model's thread
+            self._on_end(self.reply)
