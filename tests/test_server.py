@@ -71,30 +71,25 @@ def test_raw_has_the_tags_in_the_text(served: Running, reply: Reply):
 
 
 def test_several_choices_have_seeds_of_their_own(served: Running):
-    choices = served.post(CHAT, ASK | {"n": 3}).json["choices"]
-    asked = [served.service.model.ask(QUESTION, seed=seed) for seed in (1, 2, 3)]
-    assert [choice["message"]["content"] for choice in choices] == [reply.answer for reply in asked]
-    assert [choice["index"] for choice in choices] == [0, 1, 2]
-    pieces = served.post(CHAT, ASK | {"n": 3, "stream": True}).events
-    for index, reply in enumerate(asked):
-        own = [p["choices"][0]["delta"] for p in pieces if p["choices"][0]["index"] == index]
-        assert "".join(delta.get("content", "") for delta in own) == reply.answer
+    answers = [served.service.model.ask(QUESTION, seed=seed).answer for seed in (1, 2)]
+    choices = served.post(CHAT, ASK | {"n": 2}).json["choices"]
+    assert [choice["message"]["content"] for choice in choices] == answers
+    assert [choice["index"] for choice in choices] == [0, 1]
+    pieces = [piece["choices"][0] for piece in served.post(CHAT, ASK | {"n": 2, "stream": True}).events]
+    for index, answer in enumerate(answers):
+        own = [piece["delta"] for piece in pieces if piece["index"] == index]
         assert own[0]["role"] == "assistant"
+        assert "".join(delta.get("content", "") for delta in own) == answer
 
 
 @pytest.mark.parametrize(
     ("asked", "options"),
     [
-        ({"temperature": 0}, {"sampling": Sampling(temperature=0)}),
-        ({"top_p": 0.5, "top_k": 3}, {"sampling": Sampling(top_p=0.5, top_k=3)}),
-        ({"max_tokens": 20}, {"max_tokens": 20}),
+        ({"temperature": 0.3, "top_k": 3}, {"sampling": Sampling(temperature=0.3, top_k=3)}),
         ({"max_completion_tokens": 20, "max_tokens": 30}, {"max_tokens": 20}),
         ({"stop": " 37"}, {"stop": " 37"}),
-        ({"stop": ["zzz", "="]}, {"stop": ["zzz", "="]}),
         ({"think_budget": 3}, {"think_budget": 3}),
-        ({"think_budget": 3, "reasoning_effort": "low"}, {"think_budget": 3}),
         ({"reasoning_effort": "none"}, {"think": False}),
-        ({"reasoning_effort": "medium"}, {"think_budget": 8192}),
     ],
     ids=str,
 )

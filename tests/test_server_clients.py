@@ -63,13 +63,12 @@ def test_openai_streams_helper(served: Running, client: OpenAI):
 def test_openai_async(served: Running):
     async def main() -> list[str | None]:
         async with AsyncOpenAI(base_url=f"{served.url}/v1", api_key="EMPTY", max_retries=0) as client:
-            several = (client.chat.completions.create(model="any", **ASK | {"seed": s}) for s in (1, 2))
+            several = (client.chat.completions.create(model="any", **ASK | {"seed": s}) for s in (1, 1))
             answers = [done.choices[0].message.content for done in await asyncio.gather(*several)]
-            stream = await client.chat.completions.create(model="any", **ASK | {"seed": 3}, stream=True)
+            stream = await client.chat.completions.create(model="any", **ASK, stream=True)
             return [*answers, "".join([c.choices[0].delta.content or "" async for c in stream])]
 
-    expected = [served.service.model.ask(QUESTION, seed=seed).answer for seed in (1, 2, 3)]
-    assert asyncio.run(main()) == expected
+    assert asyncio.run(main()) == 3 * [served.service.model.ask(QUESTION, seed=1).answer]
 
 
 def test_openai_completions(client: OpenAI):
