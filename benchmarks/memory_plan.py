@@ -1,11 +1,14 @@
 """Does the memory plan say what happens? Its peak against MLX's own counter, on real runs.
 
-    python benchmarks/memory_plan.py
+    python benchmarks/memory_plan.py [--large]
 
 Three sizes of model with random weights, three contexts each, with the KV cache as it is and in 8 bits; a
 prompt is read and 20 ids are said, each in a process of its own. Prints a table and writes
-`benchmarks/results/memory_plan.json`. On a CPU attention's scores are the greatest part, on Metal they are
-not there at all.
+`benchmarks/results/memory_plan.json`, or with --large `memory_plan_large.json`: an eighth, a quarter and a
+half of Magistral's width with its proportions and vocabulary, up to 16,384 tokens, pieces of prompt as long
+as the library's. They need 10 GB of memory, and too long with the BLAS that MLX brings on Linux: put OpenBLAS
+in front (LD_PRELOAD), which changes no array's size. A run that was stopped goes on where it was; remove the
+file to begin anew. On a CPU attention's scores are the greatest part, on Metal they are not there at all.
 """
 
 import argparse
@@ -14,15 +17,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
 from magistral_mlx.config import ModelConfig
 
-OUT = Path(__file__).parent / "results" / "memory_plan.json"
+RESULTS = Path(__file__).parent / "results"
 REPLY = 20
-CHUNK = 512
-"""Not the library's 2048: a prompt of some thousands, slow on a CPU, is then read in several pieces."""
 
 
 def config(dim: int, n_layers: int, heads: tuple[int, int, int], hidden_dim: int, vocab: int) -> ModelConfig:
@@ -40,11 +42,24 @@ def config(dim: int, n_layers: int, heads: tuple[int, int, int], hidden_dim: int
     )
 
 
-CASES = {
+SMALL = {
     "small": (config(192, 4, (8, 2, 32), 512, 2024), (800, 1600, 3000)),
     "medium": (config(384, 6, (6, 2, 64), 1536, 32768), (400, 800, 1500)),
     "large": (config(1024, 3, (8, 2, 128), 4096, 65536), (150, 300, 600)),
 }
+LARGE = {
+    "an eighth": (config(640, 8, (4, 1, 128), 4096, 131072), (1024, 4096, 16384)),
+    "a quarter": (config(1280, 4, (8, 2, 128), 8192, 131072), (1024, 4096, 16384)),
+    "a half": (config(2560, 2, (16, 4, 128), 16384, 131072), (1024, 4096, 16384)),
+}
+CASES = SMALL | LARGE
+
+
+def chunk_of(size: str) -> int:
+    """The library's, or 512: a prompt of some hundreds is then read in several pieces, too."""
+    from magistral_mlx.engine import PREFILL_CHUNK
+
+    return PREFILL_CHUNK if size in LARGE else 512
 
 
 def run(size: str, context: int, kv_bits: int | None) -> dict:
@@ -78,7 +93,7 @@ def run(size: str, context: int, kv_bits: int | None) -> dict:
     mx.reset_peak_memory()
     caches = model.new_caches(kv_bits)
     prompt = [i * 7919 % shape.vocab_size for i in range(context - REPLY)]
-    reading = prefill(model, prompt, caches, chunk=CHUNK)
+    reading = prefill(model, prompt, caches, chunk=chunk_of(size))
     while True:
         try:
             next(reading)
@@ -95,7 +110,7 @@ def run(size: str, context: int, kv_bits: int | None) -> dict:
         machine=memory.this_machine(),
         itemsize=dtype.size,
         kv_bits=kv_bits,
-        chunk=CHUNK,
+        chunk=chunk_of(size),
     )
     measured = mx.get_peak_memory()
     return {
@@ -116,25 +131,50 @@ def run(size: str, context: int, kv_bits: int | None) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--one", nargs=3, metavar=("SIZE", "CONTEXT", "BITS"), help=argparse.SUPPRESS)
-    if one := parser.parse_args().one:
+    parser.add_argument("--large", action="store_true", help="Magistral's proportions, long contexts")
+    args = parser.parse_args()
+    if one := args.one:
         print(json.dumps(run(one[0], int(one[1]), int(one[2]) or None)))
         return
-    table = Table("model", "context", "KV", "weights MB", "planned MB", "measured MB", "planned / measured")
-    rows = []
-    for size, (_, contexts) in CASES.items():
-        for context in contexts:
-            for bits in (0, 8):
-                command = [sys.executable, __file__, "--one", size, str(context), str(bits)]
-                row = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-                rows.append(row)
-                print(row, file=sys.stderr)
-                shown = [f"{row[key] / 1e6:.1f}" for key in ("weights", "total", "measured")]
-                table.add_row(size, f"{context:,}", str(bits or "full"), *shown, f"{row['ratio']:.3f}")
-    Console().print(table)
+    out = RESULTS / ("memory_plan_large.json" if args.large else "memory_plan.json")
+    rows = json.loads(out.read_text())["rows"] if args.large and out.exists() else []
+    done = {(row["size"], row["context"], row["kv_bits"]) for row in rows}
+    for bits in (None, 8):
+        for size, (_, contexts) in (LARGE if args.large else SMALL).items():
+            for context in contexts:
+                if (size, context, bits) not in done:
+                    command = [sys.executable, __file__, "--one", size, str(context), str(bits or 0)]
+                    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+                    rows.append(json.loads(told))
+                    print(told, file=sys.stderr, end="")
+                    write(out, rows)
+    show(rows)
+
+
+def write(out: Path, rows: list[dict]) -> None:
+    """After each run: with --large a run that was stopped goes on with those that are missing."""
+    out.parent.mkdir(exist_ok=True)
     worst = max(abs(row["ratio"] - 1) for row in rows)
-    print(f"furthest from 1: {worst:.1%}")
-    OUT.parent.mkdir(exist_ok=True)
-    OUT.write_text(json.dumps({"worst": worst, "rows": rows}, indent=1) + "\n")
+    out.write_text(json.dumps({"worst": worst, "rows": rows}, indent=1) + "\n")
+
+
+def show(rows: list[dict]) -> None:
+    columns = (
+        "width",
+        "parameters",
+        "context",
+        "KV cache",
+        "planned, GB",
+        "measured, GB",
+        "planned / measured",
+    )
+    table = Table(*columns, box=MARKDOWN)
+    for row in rows:
+        sizes = [f"{row[key] / 1e9:.3f}" for key in ("total", "measured")]
+        kind, parameters = "8 bit" if row["kv_bits"] else "full", f"{row['parameters'] / 1e6:,.0f} M"
+        table.add_row(row["size"], parameters, f"{row['context']:,}", kind, *sizes, f"{row['ratio']:.3f}")
+    Console(width=160).print(table)
+    print(f"furthest from 1: {max(abs(row['ratio'] - 1) for row in rows):.1%}")
 
 
 if __name__ == "__main__":

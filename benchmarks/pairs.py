@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from magistral_mlx.figures import Json, lower_bound, spread
 from magistral_mlx.machine import this_computer
 
+T = TypeVar("T")
 RESULTS = Path(__file__).parent / "results"
 TRIALS = 8
 """The second smallest of eight is a 95 % lower bound of the median; of five it is the smallest."""
@@ -26,9 +27,9 @@ def seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def in_turn(engines: Mapping[str, Callable[[], float]], trials: int) -> dict[str, list[float]]:
+def in_turn(engines: Mapping[str, Callable[[], T]], trials: int) -> dict[str, list[T]]:
     """A figure of each engine, then of each again: neighbours see the same machine. The first warms up."""
-    found: dict[str, list[float]] = {name: [] for name in engines}
+    found: dict[str, list[T]] = {name: [] for name in engines}
     for trial in range(trials + 1):
         for name, measure in engines.items():
             figure = measure()

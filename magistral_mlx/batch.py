@@ -5,20 +5,20 @@ streams of the model take turns with it, step by step.
 """
 
 import asyncio
-import time
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from . import step
 from .reply import Reply, Telling
-from .wire import Guide
+from .wire import Cost, Guide
 from .worker import Worker
 
 _Drawn: TypeAlias = dict[int, int]
 _Told: TypeAlias = Mapping[int, Guide | None]
-_Step: TypeAlias = tuple[_Drawn | None, float]
-"""Ids by the number of their reply (None: a piece of a prompt was read), and the seconds they took."""
+_Step: TypeAlias = tuple[_Drawn | None, Cost]
+"""Ids by the number of their reply (None: a piece of a prompt was read), and what they cost."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,14 +38,14 @@ class Batch:
         self._source: BatchSource | None = source
         self._tellings = tellings
         self._told: dict[int, Guide | None] = {}
-        self._reading = 0.0  # seconds, of all prompts: each reply waits for them
-        self._waited = [0.0] * len(tellings)  # seconds since a reply's last own id
+        self._reading = Cost()  # of all prompts: each reply waits for them
+        self._waited = [Cost()] * len(tellings)  # since a reply's last own id
 
     def drain(self) -> list[Reply]:
         """Run to the end of all replies, and return them."""
         try:
-            while step := self._ask():
-                self._take(*step.result())
+            while asked := self._ask():
+                self._take(*asked.result())
         finally:
             self._source = None
         return [telling.reply for telling in self._tellings]
@@ -53,8 +53,8 @@ class Batch:
     async def adrain(self) -> list[Reply]:
         """`drain`, for `await`."""
         try:
-            while step := self._ask():
-                self._take(*await asyncio.wrap_future(step))
+            while asked := self._ask():
+                self._take(*await asyncio.wrap_future(asked))
         finally:
             self._source = None
         return [telling.reply for telling in self._tellings]
@@ -63,32 +63,26 @@ class Batch:
         if self._source is None or all(telling.reason for telling in self._tellings):
             return None
         steps, told, self._told = self._source.steps, self._told, {}
-        return self._source.worker.submit(lambda: _timed(steps, told or None))
+        return self._source.worker.submit(lambda: step.take(steps, told or None))
 
-    def _take(self, drawn: _Drawn | None, seconds: float) -> None:
+    def _take(self, drawn: _Drawn | None, cost: Cost) -> None:
         """Account for one step."""
         if drawn is None:
-            self._reading += seconds
+            self._reading = self._reading.then(cost)
             return
         self._read()
         for number, telling in enumerate(self._tellings):
-            self._waited[number] += seconds
+            self._waited[number] = self._waited[number].then(cost)
             if number in drawn:
                 guide = telling.say(drawn[number], self._waited[number])
-                self._waited[number] = 0.0
+                self._waited[number] = Cost()
                 telling.events.clear()  # nobody follows them one by one
                 if telling.reason or guide:
                     self._told[number] = None if telling.reason else guide
 
     def _read(self) -> None:
         """All prompts are read."""
-        if self._reading and self._source:
+        if self._reading.seconds and self._source:
             for number, telling in enumerate(self._tellings):
                 telling.read(self._source.reused[number], self._reading)
-            self._reading = 0.0
-
-
-def _timed(steps: Generator[_Drawn | None, _Told | None, None], told: _Told | None) -> _Step:
-    start = time.perf_counter()
-    drawn = steps.send(told)
-    return drawn, time.perf_counter() - start
+            self._reading = Cost()

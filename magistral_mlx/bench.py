@@ -58,7 +58,7 @@ def run(name: str, settings: Settings, progress: _Progress) -> Json:
     """
     if settings.against_peer and not util.find_spec("mlx_lm"):
         raise MagistralError(f"{PEER} is not installed; get it with: pip install 'magistral_mlx[bench]'")
-    with _place(name) as (place, words):
+    with place_of(name) as (place, words):
         return _run(name, place, words, settings, progress)
 
 
@@ -111,8 +111,7 @@ def _run(name: str, place: str, words: Path, settings: Settings, progress: _Prog
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "machine": {"name": computer.name, **asdict(computer)},
         "bandwidth": {"bytes_per_second": bandwidth, "source": "table" if known else "measured"},
-        "versions": {p: _version(p) for p in ("magistral_mlx", "mlx", "mlx-lm")}
-        | {"python": platform.python_version()},
+        "versions": versions(),
         "model": model,
         "settings": asdict(settings) | {"dtype": job["dtype"], "device": mx.default_device().type.name},
         "skipped": skipped,
@@ -135,7 +134,7 @@ def prompt(encode: Callable[[str], list[int]], length: int) -> list[int]:
 
 
 @contextmanager
-def _place(name: str) -> Generator[tuple[str, Path]]:
+def place_of(name: str) -> Generator[tuple[str, Path]]:
     """What to load, and where its tokenizer is. The demo is converted to 4 bit first, as a user would."""
     from . import convert, hub, sidecars
     from .checkpoint import open_checkpoint
@@ -195,8 +194,14 @@ def _model(name: str, checkpoint: "Checkpoint", dtype: "mx.Dtype") -> Json:
     }
 
 
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+def versions() -> dict[str, str | None]:
+    """Of what figures hang on; None: not installed."""
+
+    def version(package: str) -> str | None:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return None
+
+    found = {package: version(package) for package in ("magistral_mlx", "mlx", "mlx-lm")}
+    return found | {"python": platform.python_version()}

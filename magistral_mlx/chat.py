@@ -20,17 +20,19 @@ import mlx.core as mx
 
 from . import hub, manifest, memory, saving
 from .batch import Batch, BatchSource
+from .callgrammar import with_calls
 from .checkpoint import Checkpoint, load, open_checkpoint
 from .checks import whole_number
 from .constraint import Constraint
 from .conversation import Conversation
-from .errors import ClosedError, ContextError, MagistralWarning, PromptError
-from .generation import BatchGeneration, Generation, Request
+from .errors import CheckpointError, ClosedError, ContextError, MagistralWarning, PromptError
+from .generation import BatchGeneration, Drafting, Generation, Request
 from .grammar import Regex, Vocabulary
 from .logprobs import Scorer
 from .loops import LoopGuard
 from .model import Transformer
-from .options import MAX_TOKENS, Options, Plain, offered
+from .options import MAX_TOKENS, Options, Plain, forced, offered
+from .pace import Pace
 from .prefix import Prefix
 from .prefixes import Prefixes
 from .prompt import Messages
@@ -63,24 +65,35 @@ class Magistral:
         model: Transformer,
         *,
         kv_bits: KVBits | None = None,
+        guard: memory.Guard | None = None,
+        draft: Transformer | None = None,
     ) -> None:
         self._checkpoint = checkpoint
         self.path = checkpoint.path
         self.config = checkpoint.config
         self.tokenizer = tokenizer
         self.kv_bits = kv_bits
-        self._guard = memory.Guard(
-            checkpoint.config, checkpoint.nbytes(model.dtype), itemsize=model.dtype.size
-        )
+        self._guard = guard or _guard(checkpoint, None, model.dtype)
         self._worker = worker
         self._model: Transformer | None = model
+        self._draft = draft
+        self._pace = Pace()
 
     @classmethod
-    def load(cls, name: str | Path, *, dtype: DType | None = None, kv_bits: KVBits | None = None) -> Self:
+    def load(
+        cls,
+        name: str | Path,
+        *,
+        dtype: DType | None = None,
+        kv_bits: KVBits | None = None,
+        draft_model: str | Path | None = None,
+    ) -> Self:
         """Load a model: a directory, a name on the Hub that was downloaded before, or "demo".
 
         dtype: what activations are computed in; by default bfloat16 on a GPU and float32 on a CPU.
         kv_bits: 8 keeps what was read in half the memory; see `magistral-mlx plan`.
+        draft_model: a smaller model with the same vocabulary, which guesses what this one will say; replies
+            then speculate (see `Options`), and are what they are without it.
         Nothing is downloaded. Refuses before reading what would not fit into this machine's memory.
         """
         found = hub.resolve(str(name))
@@ -88,14 +101,24 @@ class Magistral:
         for difference in manifest.wrong_sizes(found.weights):
             warnings.warn(f"{found.weights}: {difference}; convert it again", MagistralWarning, stacklevel=2)
         number = getattr(mx, dtype) if dtype else memory.default_dtype()
-        guard = memory.Guard(checkpoint.config, checkpoint.nbytes(number), itemsize=number.size)
+        drafts = None if draft_model is None else _open_draft(str(draft_model), checkpoint)
+        guard = _guard(checkpoint, drafts, number)
         guard.check_load(str(name), kv_bits=kv_bits)
         worker = Worker(f"magistral {found.weights.name}")
         weights: Future[Transformer] = worker.submit(lambda: load(checkpoint, number))
+        guesser = worker.submit(lambda: drafts and load(drafts, number))
         try:
             tokenizer = Tokenizer.from_directory(found.words)  # a second or two, while the weights are read
             tokenizer.detokenizer()  # looks all pieces up, so that the first stream need not
-            return cls(checkpoint, tokenizer, worker, weights.result(), kv_bits=kv_bits)
+            return cls(
+                checkpoint,
+                tokenizer,
+                worker,
+                weights.result(),
+                kv_bits=kv_bits,
+                guard=guard,
+                draft=guesser.result(),
+            )
         except BaseException:
             worker.close()
             raise
@@ -213,13 +236,21 @@ class Magistral:
         """
         prefix = prefix or self.new_prefix(self.kv_bits)
         telling, request = self._begin(prompt, _seed(options), options, held=prefix.nbytes)
-        generation = Generation(self.transformer, request, prefix)
-        source = Source(worker=self._worker, steps=generation.run(), reused=lambda: generation.reused)
+        drafting = None
+        if options.get("speculate", self._draft is not None) and options.get("schema") is None:
+            drafting = Drafting(pace=self._pace, model=self._draft)
+        generation = Generation(self.transformer, request, prefix, drafting)
+        source = Source(
+            worker=self._worker,
+            steps=generation.run(),
+            reused=lambda: generation.reused,
+            passes=lambda: generation.passes,
+        )
         return Stream(source, telling, on_end=on_end)
 
     def close(self) -> None:
         """Give the memory back. A stream that is still open ends with a `ClosedError`."""
-        self._model = None
+        self._model = self._draft = None
         self._worker.close()
 
     def __enter__(self) -> Self:
@@ -275,13 +306,15 @@ class Magistral:
         self._guard.check_reply(len(prompt), limit, kv_bits=self.kv_bits, held=max(others, 0))
         stop, schema, top = options.get("stop", ()), options.get("schema"), options.get("logprobs")
         shape = None if schema is None else shape_of(schema)
-        constraint = shape and Constraint(shape.grammar, self._vocabulary, think=options.get("think", True))
+        told = offered(options)
+        grammar = with_calls(shape and shape.grammar, self.tokenizer, told=told, forced=forced(options))
+        constraint = grammar and Constraint(grammar, self._vocabulary, think=options.get("think", True))
         scorer = None if top is None else Scorer(top)
         telling = Telling(
             Transcript(
                 self.tokenizer,
                 stop=(stop,) if isinstance(stop, str) else tuple(stop),
-                calls=CallParser(_key(prompt, seed)) if offered(options) else None,
+                calls=CallParser(_key(prompt, seed)) if told else None,
             ),
             self.tokenizer,
             prompt_ids=tuple(prompt),
@@ -334,6 +367,24 @@ class Magistral:
                 "shorten the question or the conversation"
             )
         return min(max_tokens, room)
+
+
+def _open_draft(name: str, target: Checkpoint) -> Checkpoint:
+    """The checkpoint of a draft model: its ids must mean the same."""
+    draft = open_checkpoint(hub.resolve(name).weights)
+    ours, theirs = target.config.vocab_size, draft.config.vocab_size
+    if ours != theirs:
+        raise CheckpointError(
+            f"a draft model has the vocabulary of the model it guesses for: expected {ours} ids, found "
+            f"{theirs} in {name}; use a smaller model of the same family"
+        )
+    return draft
+
+
+def _guard(checkpoint: Checkpoint, draft: Checkpoint | None, dtype: mx.Dtype) -> memory.Guard:
+    """What watches over memory, where these weights are held."""
+    weights = checkpoint.nbytes(dtype) + (draft.nbytes(dtype) if draft else 0)
+    return memory.Guard(checkpoint.config, weights, itemsize=dtype.size)
 
 
 def _repeated(messages: Messages, n: int) -> list[Messages]:

@@ -103,13 +103,19 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """A hash that tells a fine-tune from its original: of each norm, and of a row of each matrix.
 
-        Not of queries and keys, whose rows stand in another order in each layout.
+        Not of queries and keys, whose rows stand in another order in each layout. Reads the files anew.
         """
         digest = hashlib.sha256()
         for name, tensor in sorted(self.tensors.items()):
             if ".q_proj." not in name and ".k_proj." not in name:
                 rows = None if len(tensor.entry.shape) == 1 else 1
-                digest.update(name.encode() + to_bytes(tensor.entry.read(0, rows)))
+                try:
+                    digest.update(name.encode() + to_bytes(tensor.entry.read(0, rows)))
+                except OSError as error:
+                    raise CheckpointError(
+                        f"{tensor.entry.file} was there when the model was loaded, and cannot be read now "
+                        f"({error.strerror}); put it back, or load the model from where it is"
+                    ) from error
         return digest.hexdigest()
 
     def nbytes(self, dtype: mx.Dtype) -> int:
@@ -143,10 +149,10 @@ def load(checkpoint: Checkpoint, dtype: mx.Dtype) -> Transformer:
 
     Tensor by tensor: memory peaks at the model plus one tensor.
     """
-    return Transformer(checkpoint.config, _Reader(checkpoint, dtype))
+    return Transformer(checkpoint.config, Reader(checkpoint, dtype))
 
 
-class _Reader:
+class Reader:
     """Hands a checkpoint's weights to the model, each evaluated and out of the file's lazy arrays."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: mx.Dtype) -> None:

@@ -1,4 +1,4 @@
-"""The command line: ask and chat here; convert, verify, info, plan and bench in files of their own.
+"""The command line: ask and chat here; convert, verify, info, plan, bench and doctor in files of their own.
 
 Turns options into the library's own objects and its errors into one line each. Whatever a command does, the
 library does it; nothing is decided here but what a person is asked and shown.
@@ -10,18 +10,20 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
+from typing import IO, TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack, cast
 
 import click
 
-from . import cli_bench, cli_convert, cli_plan, cli_serve
+from . import cli_bench, cli_convert, cli_doctor, cli_plan, cli_serve
 from .cli_common import first_interrupt_stops_thinking, resolve
 from .errors import MagistralError, MagistralWarning
 
 if TYPE_CHECKING:  # mlx, mistral_common and rich load when a command needs them, not for --help
     from .chat import Magistral
+    from .display import Terminal
     from .options import Options
     from .reply import Reply
+    from .stream import Stream
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
@@ -33,6 +35,8 @@ class _Reply(TypedDict):
     download: bool
     dtype: str | None
     kv_bits: str
+    draft_model: str | None
+    speculate: bool | None
     system: str | None
     system_file: Path | None
     think_budget: int | None
@@ -56,6 +60,12 @@ _REPLY_OPTIONS = (
         "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="What to compute in."
     ),
     click.option("--kv-bits", type=click.Choice(["16", "8"]), default="16", help="8: half the KV cache."),
+    click.option("--draft-model", help="A smaller model of the same vocabulary, which guesses ahead."),
+    click.option(
+        "--speculate/--no-speculate",
+        default=None,
+        help="Guess ahead and check: the same reply, sooner where it quotes. Default: with a draft model.",
+    ),
     click.option("--system", help="Placed before the model's own system prompt."),
     click.option(
         "--system-file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="The same."
@@ -102,7 +112,7 @@ def cli() -> None:
 
 for _command in (
     *(cli_convert.convert, cli_convert.verify, cli_convert.info),
-    *(cli_plan.plan, cli_bench.bench, cli_serve.serve),
+    *(cli_plan.plan, cli_bench.bench, cli_doctor.doctor, cli_serve.serve),
 ):
     cli.add_command(_command)
 
@@ -110,33 +120,46 @@ for _command in (
 @cli.command()
 @click.argument("question", required=False)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: ids, thinking, answer, statistics.")
+@click.option(
+    "--schema", type=click.File(encoding="utf-8"), help="A JSON schema that the answer is held to: a file."
+)
 @_reply_options
-def ask(question: str | None, as_json: bool, **options: Unpack[_Reply]) -> None:
+def ask(question: str | None, as_json: bool, schema: IO[str] | None, **options: Unpack[_Reply]) -> None:
     """Ask one QUESTION ("-" or nothing: from standard input) and print the answer.
 
     Ctrl-C while it thinks ends the thinking and asks for the answer; once more stops it.
     """
-    from .display import Terminal, summary
+    from .display import Terminal
 
     if question is None and sys.stdin.isatty():
         raise click.UsageError('expected a question: magistral-mlx ask "What is 48 + 37?"')
     text = sys.stdin.read() if question is None or question == "-" else question
     settings = _settings(options)
+    if schema is not None:
+        settings["schema"] = _read_schema(schema)
     terminal = Terminal(show_thinking=not options["hide_thinking"])
     with _load(options) as model, model.stream(text, **settings) as stream:
         if as_json:
             for _ in stream:
                 pass
             click.echo(json.dumps(_as_json(stream.reply), ensure_ascii=False))
-            return
-        try:
-            with first_interrupt_stops_thinking(stream):
-                finished = terminal.show(stream)
-        except KeyboardInterrupt:
-            click.echo("\ninterrupted", err=True)
-            sys.exit(130)
-        if finished:
-            terminal.note(summary(finished))
+        else:
+            _show(stream, terminal)
+        if schema is not None:
+            _ = stream.reply.parsed  # an answer that was cut off is an error
+
+
+def _show(stream: "Stream", terminal: "Terminal") -> None:
+    from .display import summary
+
+    try:
+        with first_interrupt_stops_thinking(stream):
+            finished = terminal.show(stream)
+    except KeyboardInterrupt:
+        click.echo("\ninterrupted", err=True)
+        sys.exit(130)
+    if finished:
+        terminal.note(summary(finished))
 
 
 @cli.command()
@@ -155,6 +178,16 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> N
         click.echo(f"note: {message}", err=True)
 
 
+def _read_schema(file: IO[str]) -> dict[str, Any]:
+    try:
+        found: object = json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise click.BadParameter(f"{file.name} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise click.BadParameter(f"{file.name} holds a {type(found).__name__}, not a JSON schema")
+    return cast("dict[str, Any]", found)
+
+
 def _settings(options: _Reply) -> "Options":
     """The library's options from the command line's."""
     from .options import MAX_TOKENS
@@ -165,7 +198,7 @@ def _settings(options: _Reply) -> "Options":
     system = options["system"]
     if options["system_file"] is not None:
         system = options["system_file"].read_text(encoding="utf-8")
-    return {
+    settings: Options = {
         "sampling": Sampling(
             temperature=options["temperature"],
             top_p=options["top_p"],
@@ -181,18 +214,24 @@ def _settings(options: _Reply) -> "Options":
         "system": system,
         "stop": options["stop"],
     }
+    if options["speculate"] is not None:
+        settings["speculate"] = options["speculate"]
+    return settings
 
 
 def _load(options: _Reply) -> "Magistral":
     """The model that was asked for, else the last one, else the one that is chosen now."""
-    from . import hub
+    from . import last_model
     from .chat import Magistral
 
-    name = options["model"] or hub.last_used() or _choose()
+    name = options["model"] or last_model.last_used() or _choose()
     resolve(name, download=options["download"])
     kv_bits = 8 if options["kv_bits"] == "8" else None
-    model = Magistral.load(name, dtype=options["dtype"], kv_bits=kv_bits)  # type: ignore[arg-type]
-    hub.remember(name)
+    draft_model = options["draft_model"]
+    if draft_model is not None:
+        resolve(draft_model, download=options["download"])
+    model = Magistral.load(name, dtype=options["dtype"], kv_bits=kv_bits, draft_model=draft_model)  # type: ignore[arg-type]
+    last_model.remember(name)
     return model
 
 
@@ -216,5 +255,10 @@ def _as_json(reply: "Reply") -> dict[str, Any]:
         "answer": reply.answer,
         "finish_reason": reply.finish_reason,
         "seed": reply.seed,
-        "stats": dataclasses.asdict(reply.stats),
+        "stats": dataclasses.asdict(reply.stats)
+        | {
+            "prefill_tokens_per_second": reply.stats.prefill_tokens_per_second,
+            "decode_tokens_per_second": reply.stats.decode_tokens_per_second,
+            "tokens_per_pass": reply.stats.tokens_per_pass,
+        },
     }

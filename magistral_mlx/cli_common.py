@@ -15,14 +15,17 @@ if TYPE_CHECKING:
     from .stream import Stream
 
 
-def resolve(name: str, *, download: bool) -> hub.Local:
-    """Where a model lies; what is not here is downloaded if the user says so, now or by --download."""
+def resolve(name: str, *, download: bool, then: hub.Needs | None = None) -> hub.Local:
+    """Where a model lies; what is not here is downloaded if the user says so, now or by --download.
+
+    then: what else will be written, so that there is room for both.
+    """
     try:
-        return hub.resolve(name, download=download)
+        return hub.resolve(name, download=download, then=then)
     except HubError as error:
         if download or not sys.stdin.isatty() or not click.confirm(f"{error}\nDownload it now?"):
             raise
-        return hub.resolve(name, download=True)
+        return hub.resolve(name, download=True, then=then)
 
 
 @contextmanager

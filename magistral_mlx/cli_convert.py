@@ -5,6 +5,7 @@ weights (`sidecars`), the target; and tells what became of it.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from .cli_common import resolve, size
 
 if TYPE_CHECKING:  # mlx loads when a command runs, not for --help
     from .config import ModelConfig
+    from .convert import Converted
     from .plan import Plan
     from .recipe import Recipe
 
@@ -64,14 +66,16 @@ def convert(
     import mlx.core as mx
 
     from . import convert as converter
-    from . import hub, manifest, sidecars
+    from . import hub, sidecars
     from .checkpoint import open_checkpoint
     from .display import progress_bar
+    from .job import Job
+    from .journal import work_directory
 
     recipe = _recipe(name, bits, group_size, mode, overrides)
-    found = resolve(source, download=download)
-    job = converter.Job(
-        checkpoint=(checkpoint := open_checkpoint(found.weights)),
+    planned = partial(_planned, source, recipe, dtype, dequantize=dequantize)
+    job_of = partial(
+        Job,
         out=out,
         recipe=recipe,
         dtype=getattr(mx, dtype) if dtype else None,
@@ -81,18 +85,30 @@ def convert(
         verify=not no_verify,
     )
     if dry_run:
-        return _tell(job.plan(), recipe)
+        directory, missing = hub.look(source)
+        plan = (
+            planned(directory)
+            if missing is not None
+            else job_of(checkpoint=open_checkpoint(directory)).plan()
+        )
+        return _tell(plan, recipe, missing)
+    if not work_directory(out).exists():  # what was begun may be there already, but for its end
+        converter.refuse_existing(out)  # before hours of download
+    if upload:
+        hub.check_upload(upload)
+    found = resolve(source, download=download, then=lambda directory: {out: planned(directory).total_bytes})
+    job = job_of(checkpoint=(checkpoint := open_checkpoint(found.weights)))
+    plan = job.plan()
     beside = sidecars.files(
-        found.words, name=source, recipe=str(recipe), context=checkpoint.config.max_context
+        found.words,
+        name=source,
+        recipe=str(recipe),
+        context=checkpoint.config.max_context,
+        size=f"{size(plan.total_bytes)}, {plan.bits_per_weight:.2f} bits per weight",
     )
     with progress_bar("converting") as advance:
         made = converter.convert(job.with_sidecars(beside), lambda p: advance(p.done, p.total))
-    click.echo(
-        f"{out}: {size(made.plan.total_bytes)}, {made.plan.bits_per_weight:.2f} bits per weight ({recipe})"
-    )
-    if worst := manifest.worst(made.errors):
-        listed = ", ".join(f"{path} {error:.2%}" for path, error in worst)
-        click.echo(f"quantization error (relative RMS), the worst: {listed}")
+    _report(out, made, recipe)
     if upload:
         click.echo(f"published: {hub.upload(out, upload)}")
     return None
@@ -161,10 +177,40 @@ def _recipe(
     return chosen.but((pattern, to) for pattern, to in pairs)
 
 
-def _tell(plan: "Plan", recipe: "Recipe") -> None:
+def _report(out: Path, made: "Converted", recipe: "Recipe") -> None:
+    """What was written, and what it lost."""
+    from . import manifest
+
+    click.echo(
+        f"{out}: {size(made.plan.total_bytes)}, {made.plan.bits_per_weight:.2f} bits per weight ({recipe})"
+    )
+    if worst := manifest.worst(made.errors):
+        listed = ", ".join(f"{path} {error:.2%}" for path, error in worst)
+        click.echo(f"quantization error (relative RMS), the worst: {listed}")
+
+
+def _planned(
+    source: str, recipe: "Recipe", dtype: str | None, directory: Path, *, dequantize: bool
+) -> "Plan":
+    """What `source` would become, from its config alone."""
+    import mlx.core as mx
+
+    from .configfile import read_directory
+    from .job import refuse_quantized
+    from .plan import plan
+
+    config, stored = read_directory(directory)
+    if not dequantize:
+        refuse_quantized(config, source)
+    return plan(config, recipe, getattr(mx, dtype or stored))
+
+
+def _tell(plan: "Plan", recipe: "Recipe", missing: int | None) -> None:
     """The dry run: sizes, and which Mac it fits."""
     config = plan.config
     click.echo(f"recipe            {recipe}")
+    if missing:
+        click.echo(f"to download       {size(missing)}")
     click.echo(f"on disk           {size(plan.total_bytes)} in {len(plan.heads)} files")
     click.echo(f"bits per weight   {plan.bits_per_weight:.2f}")
     click.echo(f"read per token    {size(plan.bytes_per_token)}, and the KV cache")

@@ -69,7 +69,7 @@ class _Serving(TypedDict):
 def serve(**options: Unpack[_Serving]) -> None:
     """Serve a model to OpenAI-style clients on this machine, until Ctrl-C."""
     _check(options)
-    from . import hub
+    from . import hub, last_model
     from .chat import Magistral
     from .server.app import create_app
     from .server.host import Host, bind
@@ -87,12 +87,12 @@ def serve(**options: Unpack[_Serving]) -> None:
         origins=frozenset(options["allow_origin"]),
     )
     listening = bind(host, options["port"])
-    name = options["model"] or hub.last_used()
+    name = options["model"] or last_model.last_used()
     if name is None:
         raise click.UsageError(f"no model was used yet: give --model demo, or --model {hub.RECOMMENDED}")
     resolve(name, download=options["download"])
     with listening, Magistral.load(name, kv_bits=8 if options["kv_bits"] == "8" else None) as model:
-        hub.remember(name)
+        last_model.remember(name)
         service = Service(
             model,
             ids=hub.known_as(name),

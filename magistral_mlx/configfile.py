@@ -11,6 +11,7 @@ import math
 import reprlib
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar, cast
 
@@ -93,6 +94,19 @@ def _from_config(top: "_Fields") -> ModelConfig:
         has_vision=kind == "mistral3",
         quantization=_quantization(top),
     )
+
+
+def read_directory(path: Path) -> tuple[ModelConfig, str]:
+    """The config of a directory whose weights may not be there yet, and their dtype: bfloat16 if untold."""
+    if (params := path / "params.json").is_file():
+        return read_params(params), "bfloat16"
+    config = read_config(path / "config.json")
+    raw = read_json(path / "config.json")
+    told = (
+        level.get(name) for level in (raw, raw.get("text_config") or {}) for name in ("dtype", "torch_dtype")
+    )
+    dtype = next((name for name in told if name in ("bfloat16", "float16", "float32")), "bfloat16")
+    return replace(config, tie_embeddings=bool(config.tie_embeddings)), dtype
 
 
 def read_json(path: Path) -> Json:

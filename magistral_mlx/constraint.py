@@ -8,7 +8,7 @@ Three things would bring text into the answer that no grammar has seen, or leave
 - A reply that skips the reasoning: its first ids may open a tag or begin an answer; both are followed, until
   it is clear which.
 - An id that ends the reasoning and begins the answer (`>The`): allowed only where the grammar takes its end.
-- The end of text amid the reasoning: not allowed.
+- The end of text amid the reasoning, or another control token that would end it: not allowed.
 """
 
 import codecs
@@ -34,7 +34,7 @@ class Constraint:
         self._state: Literal["start", "thinking", "answer"] = "start"
         self._said = b""  # at the start all of it, while thinking what may be half a tag
         self._matches = True  # whether what was said at the start could be an answer's beginning
-        self._free = vocabulary.everything & ~bits([vocabulary.eos_id])
+        self._free = vocabulary.text | bits(self._think_ids or ())
         self._last: int | None = None
 
     def mask(self) -> bytes | None:
@@ -86,6 +86,9 @@ class Constraint:
             self._enter_thinking(b"")
             return
         self._matches = self._matches and self._matcher.accept(token)
+        if self._matches and self._vocabulary.pieces[token] is None:  # a tool call begins
+            self._state = "answer"
+            return
         self._said += self._vocabulary.pieces[token] or b""
         body = codecs.getincrementaldecoder("utf-8")("replace").decode(self._said).lstrip()
         if not self._think_ids and body.startswith(OPEN):
@@ -108,9 +111,10 @@ class Constraint:
         return [i for i, tail in self._vocabulary.closing(half) if not self._matcher.would_accept(tail)]
 
     def _think_on(self, token: int) -> None:
+        ends = self._think_ids is not None and token == self._think_ids[1]
+        if self._vocabulary.pieces[token] is None and (ends or self._matcher.accept(token)):
+            self._state = "answer"  # by a tag, or by a tool call
         if self._think_ids:
-            if token == self._think_ids[1]:
-                self._state = "answer"
             return
         self._said += self._vocabulary.pieces[token] or b""
         _, tag, answer = self._said.partition(_CLOSE)

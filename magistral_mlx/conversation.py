@@ -4,19 +4,22 @@ Knows turns, and that prompts of one conversation begin alike. Encoding is the t
 read the `prefix`'s, replies the `stream`'s.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, Unpack
+from typing import Any, Protocol, TypeVar, Unpack, overload
 from weakref import WeakSet
 
 from . import saving
 from .errors import ConversationError, PromptError
-from .options import Options, offered
+from .grammar import Regex
+from .options import Options, Plain, offered
 from .prefix import Prefix
 from .prompt import Messages
 from .reply import Reply
 from .stream import Stream
 from .tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 
 class Speaker(saving.Home, Protocol):
@@ -86,17 +89,37 @@ class Conversation:
         self._streams.add(stream)
         return stream
 
-    def ask(self, message: saving.Said, **options: Unpack[Options]) -> Reply:
-        """The same, waited for."""
-        return self.stream(message, **options).drain()
+    @overload
+    def ask(self, message: saving.Said, *, schema: type[T], **options: Unpack[Plain]) -> T: ...
+    @overload
+    def ask(self, message: saving.Said, *, schema: Mapping[str, Any], **options: Unpack[Plain]) -> Any: ...
+    @overload
+    def ask(self, message: saving.Said, *, schema: Regex, **options: Unpack[Plain]) -> str: ...
+    @overload
+    def ask(self, message: saving.Said, **options: Unpack[Plain]) -> Reply: ...
+    def ask(self, message: saving.Said, **options: Unpack[Options]) -> Any:
+        """The same, waited for; with a `schema`, the value itself (see `Magistral.ask`)."""
+        reply = self.stream(message, **options).drain()
+        return reply if options.get("schema") is None else reply.parsed
 
     def astream(self, message: saving.Said, **options: Unpack[Options]) -> Stream:
         """`stream`, for `async for`."""
         return self.stream(message, **options)
 
-    async def aask(self, message: saving.Said, **options: Unpack[Options]) -> Reply:
+    @overload
+    async def aask(self, message: saving.Said, *, schema: type[T], **options: Unpack[Plain]) -> T: ...
+    @overload
+    async def aask(
+        self, message: saving.Said, *, schema: Mapping[str, Any], **options: Unpack[Plain]
+    ) -> Any: ...
+    @overload
+    async def aask(self, message: saving.Said, *, schema: Regex, **options: Unpack[Plain]) -> str: ...
+    @overload
+    async def aask(self, message: saving.Said, **options: Unpack[Plain]) -> Reply: ...
+    async def aask(self, message: saving.Said, **options: Unpack[Options]) -> Any:
         """`ask`, for `await`."""
-        return await self.stream(message, **options).adrain()
+        reply = await self.stream(message, **options).adrain()
+        return reply if options.get("schema") is None else reply.parsed
 
     def undo(self) -> saving.Said | None:
         """Forget the last exchange; returns what was said in it, to be said again or otherwise."""
@@ -104,8 +127,7 @@ class Conversation:
 
     def fork(self) -> "Conversation":
         """Another conversation with the same past, to go on otherwise; what was read is shared."""
-        prefix = self._prefix.fork() if self._prefix else None
-        return Conversation(self._model, {**self.options}, turns=self._turns, prefix=prefix)
+        return Conversation(self._model, {**self.options}, turns=self._turns, prefix=self._twin())
 
     def save(self, path: str | Path, *, with_cache: bool = True) -> None:
         """Write it to a file that `Magistral.load_conversation` goes on from, in any later process.
@@ -122,7 +144,7 @@ class Conversation:
             raise ConversationError(
                 "a stream of this conversation is open; read it to its end or close it, then save"
             )
-        prefix = self._prefix.fork() if with_cache and self._prefix else None  # a later stream goes its way
+        prefix = self._twin() if with_cache else None  # a later stream goes its way
         saved = saving.Saved(options=self.options, turns=tuple(self._turns), prefix=prefix)
         saving.save(Path(path), saved, self._model)
 
@@ -130,6 +152,10 @@ class Conversation:
         """Forget everything that was said, and what was read."""
         self._turns.clear()
         self._prefix = None
+
+    def _twin(self) -> Prefix | None:
+        """What was read, once more. On the model's thread, where a stream just closed may be in mid-step."""
+        return self._model.run(self._prefix.fork) if self._prefix else None
 
     def _prompt(self, said: saving.Said, options: Options) -> list[int]:
         """Kept reasoning goes on from the ids as they were sampled; encoding its text again could differ.
@@ -141,11 +167,10 @@ class Conversation:
         keeps = options.get("keep_thinking") or not isinstance(said, str)
         if keeps and last and last.token_ids:
             end = [] if last.token_ids[-1] == tokenizer.eos_id else [tokenizer.eos_id]
-            turn = tokenizer.encode_turn(
-                said, calls=last.tool_calls, tools=offered(options), behind=last.prompt_ids
-            )
+            behind = [*last.prompt_ids, *last.token_ids, *end]
+            turn = tokenizer.encode_turn(said, calls=last.tool_calls, tools=offered(options), behind=behind)
             if turn is not None:
-                return [*last.prompt_ids, *last.token_ids, *end, *turn]
+                return behind + turn
         return self._model.encode([*self.messages, *messages], **options)
 
 

@@ -9,30 +9,23 @@ Does not know tokenizers: the files beside the weights (`sidecars`) are handed i
 progress is a call-back.
 """
 
-import hashlib
-import json
 import math
 import os
-import shutil
 import threading
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-import mlx.core as mx
 
 from . import manifest
-from .checkpoint import Checkpoint
 from .errors import ConversionError
+from .job import Job, versions
 from .journal import Journal, fault, flush, flush_directory, work_directory
-from .plan import Plan, plan, to_json
-from .quantize import blocks
-from .recipe import RECIPES, Recipe
-from .tensorfile import NAMES, to_bytes
+from .plan import Plan, to_json
+from .quantize import Loss, blocks
+from .room import shortage
+from .tensorfile import to_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,41 +35,6 @@ class Progress:
     done: int
     total: int
     tensor: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """A conversion to make.
-
-    dtype: of norms, scales, biases and unquantized matrices; None: the source's.
-    source_name: what the manifest calls the source (its Hub name); None: its directory's name.
-    sidecars: relative path → bytes of the files beside the weights.
-    dequantize: take a source that is itself quantized, though that only adds error.
-    allow_nonfinite: take weights that are NaN or Inf.
-    verify: hash source and output, and measure the quantization error, for the manifest.
-    """
-
-    checkpoint: Checkpoint
-    out: Path
-    recipe: Recipe = RECIPES["4bit"]
-    dtype: mx.Dtype | None = None
-    source_name: str | None = None
-    sidecars: Mapping[str, bytes] | None = None
-    dequantize: bool = False
-    allow_nonfinite: bool = False
-    verify: bool = True
-
-    def with_sidecars(self, sidecars: Mapping[str, bytes]) -> "Job":
-        return replace(self, sidecars=sidecars)
-
-    def plan(self) -> Plan:
-        """What would be written."""
-        if self.checkpoint.config.quantization is not None and not self.dequantize:
-            raise ConversionError(
-                f"{self.checkpoint.path} is already quantized, and doing it again only adds error; convert "
-                "from the bf16 checkpoint, use this one as it is, or say --dequantize to take what it holds"
-            )
-        return plan(self.checkpoint.config, self.recipe, self.dtype or self.checkpoint.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,15 +53,16 @@ def convert(job: Job, progress: Callable[[Progress], None] = lambda _: None) -> 
     """
     # A link or "." cannot be renamed over; what it stands for can.
     job = replace(job, out=Path(os.path.realpath(job.out)))
-    planned, beside = job.plan(), dict(job.sidecars or {})
+    planned = job.plan()
     try:
-        journal = Journal(job.out, _fingerprint(job, planned, beside))
+        journal = Journal(job.out, job.fingerprint(planned))
         if not journal.published:
-            _check_target(job, planned.total_bytes + sum(map(len, beside.values())))
+            _check_target(job, planned.total_bytes + sum(map(len, job.sidecars.values())))
         with journal, _hashing(job) as hashes:
+            _check_allowed(job, journal)
             if not journal.published:
                 _write_weights(job, planned, journal, progress)
-                _write_files(journal.out, planned.documents() | beside)
+                _write_files(journal.out, {**planned.documents(), **job.sidecars})
                 _write_files(journal.out, {manifest.PATH: _manifest(job, planned, journal, hashes)})
                 _check_source(job, journal)
             journal.publish()
@@ -114,58 +73,34 @@ def convert(job: Job, progress: Callable[[Progress], None] = lambda _: None) -> 
     return Converted(plan=planned, errors=_errors(journal))
 
 
-def check_room(out: Path, needed: int) -> None:
-    """Refuse what the disk under `out` has no room for, with both figures."""
-    place = next(parent for parent in out.absolute().parents if parent.exists())
-    if (free := shutil.disk_usage(place).free) < needed:
-        raise ConversionError(
-            f"{out} needs {needed / 1e9:.1f} GB more on disk and {place} has {free / 1e9:.1f} GB free; "
-            "make room or choose an --out on another disk"
-        )
+def refuse_existing(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConversionError(f"{out} exists and nothing is overwritten; choose another --out or remove it")
 
 
 def _check_target(job: Job, needed: int) -> None:
     out, source = job.out, job.checkpoint.path
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConversionError(f"{out} exists and nothing is overwritten; choose another --out or remove it")
+    refuse_existing(out)
     if source.resolve() in [out.resolve(), *out.resolve().parents]:
         raise ConversionError(f"{out} lies inside the source {source}; choose an --out beside it")
     written = work_directory(out).rglob("*.safetensors")
-    check_room(out, needed - sum(file.stat().st_blocks * 512 for file in written))
+    if short := shortage({out: needed - sum(file.stat().st_blocks * 512 for file in written)}):
+        raise ConversionError(short)
 
 
-def _fingerprint(job: Job, planned: Plan, beside: Mapping[str, bytes]) -> dict[str, Any]:
-    """What must be as it was for a conversion to go on where another left off.
-
-    Weights that are not numbers may be allowed later: until then nothing of them was written.
-    """
-    config = json.dumps(job.checkpoint.config.to_json(), sort_keys=True).encode()
-    return {
-        "recipe": str(job.recipe),
-        "dtype": NAMES[planned.dtype],
-        "verification": job.verify,
-        **_source(job),
-        "source's configuration": hashlib.sha256(config).hexdigest(),
-        **{f"file {name}": hashlib.sha256(data).hexdigest() for name, data in sorted(beside.items())},
-        **{f"version of {name}": number for name, number in _versions().items()},
-    }
-
-
-def _source(job: Job) -> dict[str, str]:
-    """The source's files as a glance tells them apart."""
-    stats = {file.name: file.stat() for file in job.checkpoint.files}
-    return {
-        f"source {name}": f"{stat.st_size} bytes of time {stat.st_mtime_ns}" for name, stat in stats.items()
-    }
-
-
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("magistral_mlx", "mlx")}
+def _check_allowed(job: Job, journal: Journal) -> None:
+    """Weights that an earlier run was allowed to take are asked about again."""
+    found = [name for name, error in journal.done.items() if error == math.inf]
+    if found and not job.allow_nonfinite:
+        raise ConversionError(
+            f"{found[0]} holds weights that are not numbers (NaN or Inf), which the run that wrote it was "
+            f"told to take; say --allow-nonfinite again, or remove {journal.work} to begin anew"
+        )
 
 
 def _check_source(job: Job, journal: Journal) -> None:
     """What was read, and what the manifest says of it, must be one and the same."""
-    if not _source(job).items() <= journal.fingerprint.items():
+    if not job.source().items() <= journal.fingerprint.items():
         raise ConversionError(
             f"the source {job.checkpoint.path} changed while it was converted; remove {journal.work} and "
             "begin anew"
@@ -191,23 +126,23 @@ def _write_weights(job: Job, planned: Plan, journal: Journal, progress: Callable
             if name in journal.done:
                 done += tensors[name].entry.nbytes
                 continue
-            fd, scheme, lost, had = files[outputs[0].file.name], planned.scheme(name), 0.0, 0.0
+            fd, loss = files[outputs[0].file.name], Loss()
             for block in blocks(
                 job.checkpoint,
                 name,
-                scheme,
+                planned.scheme(name),
                 planned.dtype,
                 measure=job.verify,
                 allow_nonfinite=job.allow_nonfinite,
             ):
                 for entry, part in zip(outputs, block.parts, strict=True):
                     _pwrite(fd, to_bytes(part), entry.offset + block.first * entry.row_bytes)
-                lost, had = lost + block.lost, had + block.had
+                loss.add(block)
                 done += block.rows * tensors[name].row_bytes
                 fault("block")
                 progress(Progress(done=done, total=total, tensor=name))
             flush(fd)
-            journal.record(name, _relative(lost, had) if scheme and job.verify else None)
+            journal.record(name, loss.relative())
 
 
 def _check_kept(planned: Plan, journal: Journal) -> None:
@@ -219,12 +154,6 @@ def _check_kept(planned: Plan, journal: Journal) -> None:
                 f"{file}, of a conversion that was not finished, is missing or was cut off since; remove "
                 f"{journal.work} to begin anew"
             )
-
-
-def _relative(lost: float, had: float) -> float:
-    """The relative RMS error; infinite, too, where weights that are not numbers were allowed."""
-    error = math.sqrt(lost / had) if had else 0.0
-    return error if math.isfinite(error) else math.inf
 
 
 def _pwrite(fd: int, data: memoryview, offset: int) -> None:
@@ -261,7 +190,8 @@ def _hashing(job: Job) -> Generator[dict[Path, "Future[str]"]]:
 def _manifest(job: Job, planned: Plan, journal: Journal, hashes: "Mapping[Path, Future[str]]") -> bytes:
     """The proof, from what is on the disk now."""
     source = {file.name: (file, hashes[file].result() if hashes else None) for file in job.checkpoint.files}
-    names = [*planned.heads, *planned.documents(), *(job.sidecars or {})]
+    beside = job.sidecars.keys() - {"README.md"}  # people edit it, on the Hub too, and downloads leave it out
+    names = [*planned.heads, *planned.documents(), *beside]
     outputs = {name: journal.out / name for name in names}
     return to_json(
         {
@@ -273,7 +203,7 @@ def _manifest(job: Job, planned: Plan, journal: Journal, hashes: "Mapping[Path, 
                 name: manifest.described(file, manifest.sha256(file) if job.verify else None)
                 for name, file in outputs.items()
             },
-            "versions": _versions(),
+            "versions": versions(),
             "relative_rms_error": {  # JSON knows no infinity
                 path: error if math.isfinite(error) else None for path, error in _errors(journal).items()
             },

@@ -63,6 +63,11 @@ class Terminal:
             click.secho(text, dim=True, err=True)
 
 
+def complain(text: str) -> None:
+    """What went wrong: to standard error, whoever looks."""
+    click.echo(text, err=True)
+
+
 def _write(text: str, *, thinking: bool = False) -> None:
     """Text to where it belongs, at once; click leaves styles out where no terminal would show them."""
     is_terminal = sys.stdout.isatty()
@@ -80,6 +85,9 @@ def summary(finished: Finished) -> str:
         parts.append(f"thought {stats.thinking_tokens} tokens for {stats.thinking_seconds:.1f} s{cut}")
     parts.append(f"answered {stats.answer_tokens} tokens in {stats.answer_seconds:.1f} s")
     parts.append(f"{stats.decode_tokens_per_second:.1f} tokens/s")
+    if stats.tokens_per_pass > 1:
+        parts.append(f"{stats.tokens_per_pass:.2f} tokens a forward pass")
+    parts.append(f"{stats.peak_memory / 1e9:.2f} GB at most")
     if finished.reason == "length":
         parts.append("cut off: max_tokens or the context was spent")
     if finished.reason == "loop":

@@ -2,7 +2,8 @@
 
 `ThinkToken`, `AnswerToken` and `ToolCallToken` carry text as it becomes visible and the ids that brought it.
 Ids without visible text of their own (a tag, half a character, the end of text) ride on the next event, so
-the ids of all events, joined, are exactly the ids the model sampled. `Finished` comes last, once.
+the ids of all events, joined, are those of the reply: sampled, but for a closing tag that was said for the
+model, which has an event of its own. `Finished` comes last, once.
 
 Does not know: how text is split into phases (`thinking`), how ids become text (`tokenizer`, `transcript`).
 """
@@ -22,7 +23,8 @@ class ThinkToken:
     """A piece of the reasoning, tags and outer white space stripped.
 
     forced: the ids were not sampled but said for the model: the tag that closes its reasoning early. Such
-        an event has no text.
+        an event has these ids only, and no text; sampled ids that waited for text come before it, on an event
+        that may have no text either.
     """
 
     text: str
@@ -93,8 +95,12 @@ class Stats:
 
     cached_tokens: of the prompt, read in an earlier turn and not again.
     forced_tokens: of the thinking, said for the model to close its reasoning.
+    forward_passes: of the model, for what it said itself: as many as ids, unless it speculates.
     first_token_seconds, first_answer_seconds: from the start to the first id, and to the first of the answer
         (0: there was none).
+    peak_memory: bytes of arrays in this process at their most while this reply's own steps ran, by MLX's
+        counter: the model, this reply's cache and whatever others hold; not what the steps of another stream
+        took in between. For it MLX's counter is set to 0 at every step.
     """
 
     prompt_tokens: int = 0
@@ -102,11 +108,13 @@ class Stats:
     thinking_tokens: int = 0
     answer_tokens: int = 0
     forced_tokens: int = 0
+    forward_passes: int = 0
     prefill_seconds: float = 0.0
     thinking_seconds: float = 0.0
     answer_seconds: float = 0.0
     first_token_seconds: float = 0.0
     first_answer_seconds: float = 0.0
+    peak_memory: int = 0
 
     @property
     def decode_seconds(self) -> float:
@@ -121,6 +129,12 @@ class Stats:
     def decode_tokens_per_second(self) -> float:
         tokens = self.thinking_tokens + self.answer_tokens
         return tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """1 without speculation; with it, as many more as guesses were right."""
+        own = self.thinking_tokens + self.answer_tokens - self.forced_tokens
+        return own / self.forward_passes if self.forward_passes else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,11 +10,23 @@ import mlx.core as mx
 
 from . import engine
 from .cache import KVCache, stacked
+from .drafts import Drafter, DraftModel, PromptLookup
 from .logprobs import Scorer
 from .model import Transformer
+from .pace import Pace
 from .prefix import Prefix
 from .sampling import Sampler
+from .speculation import Speculation
 from .wire import Guide
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drafting:
+    """How a model's replies are drafted."""
+
+    pace: Pace
+    model: Transformer | None
+    """Another one, which guesses; None: what the last ids were followed by before is looked up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,11 +44,20 @@ class Request:
 class Generation:
     """One reply on the model's thread, and how much of its prompt an earlier turn had read."""
 
-    def __init__(self, model: Transformer, request: Request, prefix: Prefix) -> None:
+    def __init__(
+        self, model: Transformer, request: Request, prefix: Prefix, drafting: Drafting | None = None
+    ) -> None:
         self._model = model
         self._request = request
         self._prefix = prefix
+        self._drafting = drafting
+        self._speculation: Speculation | None = None
         self.reused = 0
+
+    @property
+    def passes(self) -> int | None:
+        """Forward passes behind the ids so far; None: one each."""
+        return self._speculation and self._speculation.passes
 
     def run(self) -> Generator[int | None, Guide | None, None]:
         """None for each piece of prompt that is read, then ids; a guide sent in says how it goes on."""
@@ -51,16 +72,7 @@ class Generation:
         prompt = request.prompt
         self.reused = prefix.rewind(prompt)
         logits = yield from _read(model, prompt[self.reused :], prefix.caches)
-        said = engine.decode(
-            model,
-            logits,
-            prefix.caches,
-            sampler=request.sampler,
-            prompt=prompt,
-            limit=request.limit,
-            allowed=request.allowed,
-            scorer=request.scorer,
-        )
+        said = yield from self._decode(logits)
         guide: Guide | None = None
         while True:
             try:
@@ -70,6 +82,42 @@ class Generation:
             prefix.ids.append(token)
             guide = yield token
             prefix.ids += guide.said if guide else ()
+
+    def _decode(self, logits: mx.array) -> Generator[None, object, Generator[int, Guide | None, None]]:
+        """The loop, with drafts or without. A draft model reads the prompt first."""
+        request, caches = self._request, self._prefix.caches
+        if self._drafting:
+            drafter = yield from self._drafter(self._drafting.model)
+            self._speculation = Speculation(drafter, self._drafting.pace)
+            return self._speculation.decode(
+                self._model,
+                logits,
+                caches,
+                sampler=request.sampler,
+                prompt=request.prompt,
+                limit=request.limit,
+                scorer=request.scorer,
+            )
+        return engine.decode(
+            self._model,
+            logits,
+            caches,
+            sampler=request.sampler,
+            prompt=request.prompt,
+            limit=request.limit,
+            allowed=request.allowed,
+            scorer=request.scorer,
+        )
+
+    def _drafter(self, model: Transformer | None) -> Generator[None, object, Drafter]:
+        """Who guesses; what a draft model has read is kept beside the prefix."""
+        prompt = self._request.prompt
+        if model is None:
+            return PromptLookup(prompt)
+        prefix = self._prefix.draft = self._prefix.draft or Prefix(model.new_caches())
+        common = prefix.rewind(prompt)
+        yield from _read(model, prompt[common:], prefix.caches)
+        return DraftModel(model, prefix, self._request.sampler)
 
 
 class BatchGeneration:

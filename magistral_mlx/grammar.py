@@ -7,11 +7,12 @@ llguidance is imported when it is first needed: it is the extra `structured`.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from .errors import SchemaError
 from .thinking import CLOSE, OPEN
@@ -20,15 +21,24 @@ from .tokenizer import Tokenizer
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
-LARGEST = 100_000
-"""Characters of a schema, a pattern or a grammar: a hundred pages."""
+LARGEST = 50_000
+"""Characters of a schema, a pattern or a grammar: fifty pages."""
+
+_FUEL = 100_000
+"""Of llguidance, for reading a grammar; a tenth of its default, which may burn for seconds."""
 
 LEAD = r"LEAD: /\n{1,2}/"
 """What may stand between the closing tag and the answer. The transcript takes it off again."""
 
+_JOINED = 10
+_ELSEWHERE = {"$ref", "anyOf", "oneOf"}
+
 _SPACE = r"\x20|\n\x20{0,32}"
 """White space between the parts of JSON: none, one space, or a new line and its indentation. A model that may
 say any amount of it need not come to an end."""
+
+_PLACE = re.compile(r"^at \d+\(\d+\): ")
+"""A line of the Lark text that we wrote: of no use to a reader."""
 
 _OPEN, _CLOSE = OPEN.encode(), CLOSE.encode()
 
@@ -49,11 +59,7 @@ class Grammar:
     @classmethod
     def from_schema(cls, schema: Mapping[str, Any]) -> Self:
         """JSON as a JSON schema describes it (2020-12). Keys come in the order of `properties`."""
-        try:
-            text = json.dumps({**schema, "x-guidance": {"whitespace_pattern": _SPACE}}, allow_nan=False)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise SchemaError(f"Expected a JSON schema, found what is not JSON: {error}.") from error
-        return cls.from_lark(f"start: LEAD? json\n{LEAD}\njson: %json {text}")
+        return cls.from_lark(f"start: LEAD? json\n{LEAD}\njson: {json_rule(schema)}")
 
     @classmethod
     def from_regex(cls, pattern: str) -> Self:
@@ -67,6 +73,16 @@ class Grammar:
         return cls(_short(lark))
 
 
+def json_rule(schema: Mapping[str, Any]) -> str:
+    """JSON by a schema, as what a rule of a grammar may hold."""
+    try:
+        text = json.dumps({**schema, "x-guidance": {"whitespace_pattern": _SPACE}}, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise SchemaError(f"Expected a JSON schema, found what is not JSON: {error}.") from error
+    _check_joins(schema)
+    return f"%json {text}"
+
+
 class Vocabulary:
     """A tokenizer as matchers need it; building it takes about half a second for 131072 ids."""
 
@@ -74,7 +90,6 @@ class Vocabulary:
         self.tokenizer = tokenizer
         self.pieces = tokenizer.pieces
         self.eos_id = tokenizer.eos_id
-        self.everything = (1 << len(self.pieces)) - 1
         self.opening = cache(self._opening)
         self.closing = cache(self._closing)
 
@@ -85,37 +100,43 @@ class Vocabulary:
     @cached_property
     def byte_ids(self) -> dict[int, int]:
         """Byte → the id that says it alone; a tekken vocabulary has all 256."""
-        return {piece[0]: i for i, piece in self._spoken() if len(piece) == 1}
+        return {piece[0]: i for i, piece in enumerate(self.pieces) if piece and len(piece) == 1}
 
     @cached_property
-    def blank(self) -> int:
-        """Bits of what brings no text of an answer: new lines, and the end."""
-        return bits([*(i for i, piece in self._spoken() if not piece.strip(b"\n")), self.eos_id])
+    def text(self) -> int:
+        """Bits of all but control tokens."""
+        return (1 << len(self.pieces)) - 1 & ~bits(i for i, piece in enumerate(self.pieces) if piece is None)
 
     @cached_property
     def space(self) -> int:
         """Bits of white space."""
-        return bits(i for i, piece in self._spoken() if piece.isspace())
+        return bits(i for i, piece in enumerate(self.pieces) if piece and piece.isspace())
 
     def _opening(self, said: bytes) -> int:
         """Bits of the ids that lead from `said`, the beginning of an opening tag, on towards all of it."""
         allowed = 0 if said else self.space
-        for i, piece in self._spoken():
+        for i, piece in self._of_tags:
             body = said + piece if said else piece.lstrip()
-            if body and (_OPEN.startswith(body) or (body.startswith(_OPEN) and _CLOSE not in body)):
+            if _OPEN.startswith(body) or (body.startswith(_OPEN) and _CLOSE not in body):
                 allowed |= 1 << i
         return allowed
 
     def _closing(self, half: int) -> list[tuple[int, bytes]]:
         """The ids that end the closing tag, `half` of which was said, and what each says behind it."""
         rest = _CLOSE[half:]
-        whole = [(i, piece.partition(_CLOSE)[2]) for i, piece in self._spoken() if _CLOSE in piece]
+        whole = [(i, piece.partition(_CLOSE)[2]) for i, piece in self._of_tags if _CLOSE in piece]
         return whole + [
-            (i, piece[len(rest) :]) for i, piece in self._spoken() if half and piece.startswith(rest)
+            (i, piece[len(rest) :]) for i, piece in self._of_tags if half and piece.startswith(rest)
         ]
 
-    def _spoken(self) -> Iterator[tuple[int, bytes]]:
-        return ((i, piece) for i, piece in enumerate(self.pieces) if piece)
+    @cached_property
+    def _of_tags(self) -> list[tuple[int, bytes]]:
+        """Every id that could say a part of a tag, and few others: looking through all of them takes time."""
+        return [
+            (i, piece)
+            for i, piece in enumerate(self.pieces)
+            if piece and (b"<" in piece or b">" in piece or piece in _OPEN)
+        ]
 
     def to_bytes(self, allowed: int) -> bytes:
         """Bits as a `Guide` carries them."""
@@ -131,17 +152,17 @@ class Matcher:
         self._matcher = llguidance.LLMatcher(
             vocabulary.engine,
             llguidance.LLMatcher.grammar_from_lark(grammar.lark),
-            limits=llguidance.LLParserLimits(verbose_errors=False),
+            limits=llguidance.LLParserLimits(initial_lexer_fuel=_FUEL, verbose_errors=False),
             log_level=0,
         )
-        self._check("it cannot be used")
-        if not (self.mask() & ~vocabulary.blank or self._matcher.is_accepting()):
+        self._check("it cannot use")
+        if not (self.mask() & ~vocabulary.space or self._matcher.is_accepting()):
             raise SchemaError("Expected a schema that something matches; nothing does. Loosen it.")
 
     def mask(self) -> int:
         """Bits of the ids that may come next; the end of text is one of them where the text may end."""
         allowed = int.from_bytes(self._matcher.compute_bitmask(), "little")
-        self._check("it became too much to follow")
+        self._check("became too much for it")
         if not allowed:
             raise SchemaError(
                 "Expected a schema that can be gone on with; nothing matches any more. Loosen it."
@@ -176,8 +197,12 @@ class Matcher:
 
     def _check(self, what: str) -> None:
         if self._matcher.is_error():
-            reason = self._matcher.get_error().partition("\n")[0]
-            raise SchemaError(f"Expected a schema that the grammar engine can follow; {what}: {reason}")
+            first, *more = self._matcher.get_error().splitlines()
+            reasons = [_PLACE.sub("", first), *(line for line in more if line.startswith("error:"))]
+            raise SchemaError(
+                f"Expected a schema that the grammar engine can follow, found one that {what}: "
+                f"{' '.join(reasons)[:500]}"
+            )
 
 
 class _Pieces:
@@ -204,6 +229,27 @@ def bits(ids: Iterable[int]) -> int:
     for i in ids:
         allowed |= 1 << i
     return allowed
+
+
+def _check_joins(schema: Mapping[str, Any]) -> None:
+    """Refuse many patterns that may have to hold at once: what that costs doubles with each."""
+    nodes: list[Any] = [schema]
+    patterns, joined = 0, False
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, Mapping):
+            keys = cast("Mapping[str, Any]", node)
+            patterns += ("pattern" in keys) + len(keys.get("patternProperties") or ())
+            joined = joined or len(keys.get("allOf") or ()) > 1
+            joined = joined or (bool(keys.keys() & _ELSEWHERE) and bool(keys.keys() & {"pattern", "allOf"}))
+            nodes += keys.values()
+        elif isinstance(node, list):
+            nodes += cast("list[Any]", node)
+    if joined and patterns > _JOINED:
+        raise SchemaError(
+            f"Expected at most {_JOINED} patterns in a schema that joins some (allOf), found {patterns}. "
+            "Make one of several."
+        )
 
 
 def _short(text: str) -> str:

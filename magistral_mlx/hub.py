@@ -8,18 +8,19 @@ Weights and words may come from two places: conversions often lack tekken.json, 
 repository's. A repository with both layouts is downloaded in one, Mistral's own: 47 GB and not 94.
 
 Knows names, layouts and huggingface_hub, whose settings (HF_HOME, HF_HUB_OFFLINE, HF_TOKEN …) hold; it is
-imported late. Does not know what is in a file. Also keeps which model was used last.
+imported late. Does not know what is in a file, nor how it gets here (`download`).
 """
 
-import os
 import re
-import sys
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
+from typing import TypeAlias
 
+from .download import Repository, cache
 from .errors import CheckpointError, HubError
+from .room import shortage
 
 RECOMMENDED = "mlx-community/Magistral-Small-2506-4bit"
 RECOMMENDED_GB = 13
@@ -33,9 +34,13 @@ _HF = (
     *("model*.safetensors", "model*.index.json", "config.json", "generation_config.json"),
     *("tokenizer*", "special_tokens_map.json", "chat_template.jinja", *_WORDS, "mistral/*"),
 )
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@.+)?", re.ASCII)
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@.+)?", re.ASCII)
 _FAMILY = re.compile(r"Magistral-Small-\d{4}")
 _BASE = re.compile(r"---\n(?:(?!---\n).*\n)*?base_model: *([\w.-]+/[\w.-]+) *\n", re.ASCII)
+_CONFIGS: dict[tuple[str, ...], str] = {_NATIVE: "params.json", _HF: "config.json"}
+
+Needs: TypeAlias = Callable[[Path], Mapping[Path, int]]
+"""A directory with a model's config → what else will be written, and where: path → bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,34 +54,73 @@ class Local:
     words: Path
 
 
-def resolve(name: str, *, download: bool = False) -> Local:
+def resolve(name: str, *, download: bool = False, then: Needs | None = None) -> Local:
     """Find the model called `name`; without `download`, only what is on this machine is looked at.
 
-    With it, a Hub model is fetched or brought up to date. Where the Hub cannot be reached, what was fetched
-    before will do.
+    With it, a Hub model is fetched or brought up to date, if there is room for it and for what is to be done
+    `then`. Where the Hub cannot be reached, what was fetched before will do.
 
     Raises:
         CheckpointError: neither a directory nor a name that the Hub could have.
-        HubError: not on this machine and not to be downloaded, unknown to the Hub, gated, or out of reach.
+        HubError: not on this machine and not to be downloaded, unknown to the Hub, gated, out of reach, or
+            larger than the disk has room for.
     """
+    if local := _here(name):
+        return local
+    weights = _fetch(name, None, then) if download else _cached(name, None)
+    return Local(weights=weights, words=_words(name, weights, download=download))
+
+
+def look(name: str) -> tuple[Path, int | None]:
+    """The directory of the model called `name`, and None; or one with its config, and what is not here.
+
+    Of a Hub model that is not on this machine nothing but its config is fetched, a few hundred bytes; the
+    number is what a download would take.
+    """
+    if local := _here(name):
+        return local.weights, None
+    with suppress(HubError):
+        return _cached(name, None), None
+    try:
+        wanted, layout = _ask(name)
+        return _snapshot(name, (_CONFIGS[layout],), local_files_only=False), wanted.missing
+    except _failures() as error:
+        raise HubError(f"{name!r} cannot be looked at: {_reason(error)}") from error
+
+
+def _here(name: str) -> Local | None:
+    """The model called `name`, where that is the demo or a directory; a name of no kind is refused."""
     if name == "demo":
         return Local(weights=DEMO, words=DEMO)
-    if directory := _directory(name):
-        return Local(weights=directory, words=directory)
-    if not _HUB_NAME.fullmatch(name) or name.startswith("."):
+    if found := directory(name):
+        return Local(weights=found, words=found)
+    if not HUB_NAME.fullmatch(name) or name.startswith("."):
         raise CheckpointError(
             f'Expected a directory, a Hub name such as "{RECOMMENDED}", or "demo"; found no directory '
             f"{name!r}."
         )
-    weights = (_fetch if download else _cached)(name, None)
-    return Local(weights=weights, words=_words(name, weights, download=download))
+    return None
+
+
+def check_upload(repo: str) -> None:
+    """Refuse a publication that could not be made, before the work that it is to publish."""
+    from huggingface_hub import HfApi
+
+    if not HUB_NAME.fullmatch(repo) or "@" in repo:
+        raise HubError(
+            f'Expected a Hub name such as "you/Magistral-Small-2506-4bit" to publish as, found {repo!r}.'
+        )
+    try:
+        HfApi().whoami()
+    except _failures() as error:
+        raise HubError(f"nothing can be published as {repo!r}: {_reason(error)}") from error
 
 
 def source(name: str) -> str | None:
     """The Hub's name of what the model called `name` was made from, or is; None where nothing tells."""
-    directory = _directory(name)
-    if name == "demo" or directory:
-        card = (directory or DEMO) / "README.md"
+    place = directory(name)
+    if name == "demo" or place:
+        card = (place or DEMO) / "README.md"
         found = _BASE.match(card.read_text(encoding="utf-8")) if card.is_file() else None
         return found.group(1) if found else None
     family = _FAMILY.search(name)
@@ -85,50 +129,31 @@ def source(name: str) -> str | None:
 
 def known_as(name: str) -> list[str]:
     """The names a model answers to, its source's first: clients ask the Hub for its prompt by that."""
-    directory = _directory(name)
-    own = directory.resolve().name if directory and name != "demo" else name
+    place = directory(name)
+    own = place.resolve().name if place and name != "demo" else name
     return list(dict.fromkeys(filter(None, (source(name), own))))
 
 
 def upload(directory: Path, repo: str) -> str:
     """Publish a directory as the Hub model `repo`, made if it is not there; returns its address."""
-    from huggingface_hub import HfApi, errors
+    from huggingface_hub import HfApi
 
-    transport: type[Exception] = vars(errors)["HTTPError"]
     try:
         address = HfApi().create_repo(repo, exist_ok=True)
         HfApi().upload_folder(repo_id=repo, folder_path=directory)
-    except (transport, OSError, ValueError) as error:
-        raise HubError(f"{directory} cannot be published as {repo!r}: {_reason(error)}") from error
+    except (*_failures(), RuntimeError) as error:  # RuntimeError: of one file among several
+        raise HubError(
+            f"{directory} is there, but cannot be published as {repo!r}: {_reason(error)} "
+            f"Then: hf upload {repo} {directory}"
+        ) from error
     return str(address)
 
 
-def last_used() -> str | None:
-    """The name last remembered, if it can be read and, where it is a directory's, is still there."""
-    try:
-        name = _memory().read_text(encoding="utf-8").strip()
-    except (OSError, ValueError, RuntimeError):  # RuntimeError: nobody's home
-        return None
-    known = name == "demo" or _HUB_NAME.fullmatch(name) or (name.startswith("/") and _directory(name))
-    return name if known else None
-
-
-def remember(name: str) -> None:
-    """Keep `name` as the model last used. A convenience: where it cannot be written, nothing happens."""
-    directory = None if name == "demo" else _directory(name)
-    with suppress(OSError, ValueError, RuntimeError):
-        file = _memory()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        beside = file.with_name(f"{file.name}.{os.getpid()}")
-        beside.write_text(f"{directory.resolve() if directory else name}\n", encoding="utf-8")
-        beside.replace(file)
-
-
-def _directory(name: str) -> Path | None:
+def directory(name: str) -> Path | None:
     """`name` as a directory that is there."""
     with suppress(OSError, ValueError, RuntimeError):  # too long, a null byte, an unknown ~user
-        directory = Path(name).expanduser()
-        return directory if name and directory.is_dir() else None  # Path("") is the working directory
+        found = Path(name).expanduser()
+        return found if name and found.is_dir() else None  # Path("") is the working directory
     return None
 
 
@@ -147,17 +172,35 @@ def _cached(name: str, patterns: tuple[str, ...] | None) -> Path:
     )
 
 
-def _fetch(name: str, patterns: tuple[str, ...] | None) -> Path:
+def _fetch(name: str, patterns: tuple[str, ...] | None, then: Needs | None = None) -> Path:
     """A model's snapshot in one layout (or in `patterns`), with what is not here yet downloaded."""
-    from huggingface_hub import errors
-
-    transport: type[Exception] = vars(errors)["HTTPError"]  # of httpx or its successor, whichever is used
     try:
-        return _snapshot(name, patterns or _layout(name), local_files_only=False)
-    except (transport, OSError, ValueError) as error:
+        wanted, layout = (Repository.ask(name).only(patterns), patterns) if patterns else _ask(name)
+        _check_room(name, wanted, layout, then)
+        wanted.fetch_large()
+        return _snapshot(name, layout, local_files_only=False)
+    except _failures() as error:
         with suppress(HubError):
             return _cached(name, patterns)
         raise HubError(f"{name!r} cannot be downloaded: {_reason(error)}") from error
+
+
+def _check_room(name: str, wanted: Repository, layout: tuple[str, ...], then: Needs | None) -> None:
+    """Refuse a download, and what is to come of it, before it starts."""
+    if not wanted.missing:
+        return
+    needed = {cache(): wanted.missing}
+    if then:
+        needed |= then(_snapshot(name, (_CONFIGS[layout],), local_files_only=False))
+    if short := shortage(needed):
+        raise HubError(f"{name!r} is not downloaded: {short}")
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What asking the Hub may end in."""
+    from huggingface_hub import errors
+
+    return vars(errors)["HTTPError"], OSError, ValueError  # of httpx or its successor, whichever is used
 
 
 def _snapshot(name: str, patterns: tuple[str, ...], *, local_files_only: bool) -> Path:
@@ -171,15 +214,12 @@ def _snapshot(name: str, patterns: tuple[str, ...], *, local_files_only: bool) -
     )
 
 
-def _layout(name: str) -> tuple[str, ...]:
-    """The layout to take of a repository: Mistral's own where it has it."""
-    from huggingface_hub import HfApi
-
-    repo, _, revision = name.partition("@")
-    files = HfApi().model_info(repo, revision=revision or None).siblings or []  # fails at once, not in 23 s
+def _ask(name: str) -> tuple[Repository, tuple[str, ...]]:
+    """A repository's files in the layout to take: Mistral's own where it has it."""
+    repository = Repository.ask(name)  # fails at once, not in 23 s
     for layout in (_NATIVE, _HF):
-        if any(fnmatch(file.rfilename, layout[0]) for file in files):
-            return layout
+        if repository.only(layout[:1]).files:
+            return repository.only(layout), layout
     raise HubError(f"{name!r} has no safetensors weights. Choose a model such as {RECOMMENDED!r}.")
 
 
@@ -200,15 +240,19 @@ def _reason(error: BaseException) -> str:
         error = error.__cause__  # "not here either", said of what went wrong before
     what = (str(error) or type(error).__name__).splitlines()[0]
     known = (  # the narrower kind before the wider one
+        (errors.LocalTokenNotFoundError, "nobody is logged in here. `hf auth login`, or set HF_TOKEN."),
         (errors.GatedRepoError, "it is gated. Accept the conditions on its page, then `hf auth login`."),
         (errors.RepositoryNotFoundError, "the Hub has none, or a private one. Check it, or `hf auth login`."),
         (errors.RevisionNotFoundError, "the Hub has it in no such revision. Check what follows the @."),
-        (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set, and it is not here. Unset it to download."),
+        (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set. Unset it to ask the Hub."),
         (errors.HFValidationError, f"it cannot be a Hub name ({what})."),
     )
     for kind, words in known:
         if isinstance(error, kind):
             return words
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+        return f"the Hub does not allow it ({what}). `hf auth login` with a token that may."
     if isinstance(error, OSError) and error.errno is not None:
         return f"this machine cannot keep it ({what}). Make room for it, or set HF_HOME."
     return f"the Hub was not reached, or broke off ({what}). Check the network and try again."
@@ -219,10 +263,3 @@ def _how(name: str, patterns: tuple[str, ...] | None) -> str:
     wanted = patterns or (_NATIVE if repo.startswith("mistralai/") else ())
     options = [f"--revision {revision}"] * bool(revision) + [f"--include '{pattern}'" for pattern in wanted]
     return " ".join(["hf download", repo, *options])
-
-
-def _memory() -> Path:
-    """The file that keeps the last name: in MAGISTRAL_MLX_CACHE, or where the platform keeps caches."""
-    home = Path("~/Library/Caches" if sys.platform == "darwin" else "~/.cache").expanduser()
-    base = Path(os.environ.get("XDG_CACHE_HOME") or home) / "magistral_mlx"
-    return Path(os.environ.get("MAGISTRAL_MLX_CACHE") or base) / "last_model"

@@ -32,8 +32,8 @@ class Scorer:
     def of(self, logits: mx.array, token: mx.array) -> Scores:
         """Computed on the device beside the draw, so that reading them waits for nothing more."""
         x = logits.astype(mx.float32)
-        peak = mx.max(x)
-        whole = peak + mx.log(sum_by_parts(mx.exp(x - peak)))
+        x = x - mx.max(x)  # first, so that likely ids keep all their digits
+        whole = mx.log(sum_by_parts(mx.exp(x)))
         if not self._top:
             return x[token] - whole, mx.zeros(0, mx.int32), mx.zeros(0)
         k = min(self._top, x.size)

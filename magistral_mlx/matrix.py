@@ -39,6 +39,21 @@ class Matrix:
             mode=self.scheme.mode,
         )
 
+    def unpacked(self, first: int = 0, last: int | None = None) -> mx.array:
+        """Rows `first` to `last` as float32: what a packed product is checked by."""
+        weight = self.weight[first:last]
+        if self.scheme is not None:
+            assert self.scales is not None
+            weight = mx.dequantize(
+                weight,
+                self.scales[first:last],
+                None if self.biases is None else self.biases[first:last],
+                group_size=self.scheme.group_size,
+                bits=self.scheme.bits,
+                mode=self.scheme.mode,
+            )
+        return weight.astype(mx.float32)
+
     def rows(self, ids: mx.array) -> mx.array:
         """The rows at `ids`: `(…)` → `(…, in)`, the embedding look-up."""
         if self.scheme is None:

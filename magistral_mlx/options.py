@@ -23,10 +23,14 @@ class Plain(TypedDict, total=False):
     think: False leaves out the prompt that makes the model think: quicker, and worse at hard questions.
     system: placed before the checkpoint's system prompt.
     keep_thinking: earlier reasoning ("thinking" of an assistant's message) is read again, not only answers.
+    speculate: guess several ids ahead and check them in one forward pass, where that is measured to be
+        quicker; for a seed the reply is the same. Off, unless the model was loaded with a draft model.
+        Several replies at once are always written without it.
     stop: a string, or several, that ends the answer and is not part of it; reasoning may contain it.
     tools: functions that the model may call: `{"type": "function", "function": {"name", "description",
         "parameters"}}`, as OpenAI has them. Calls are in `Reply.tool_calls`.
-    tool_choice: "auto": the model calls or answers, as it likes; "none": it is not told of the tools.
+    tool_choice: "auto": the model calls or answers, as it likes; "none": it is not told of the tools;
+        "required": it has to call; or the name of the one that it has to call.
     logprobs: keep the log-probability of each id in `Reply.logprobs`, and of so many likeliest ones, 0 to 20.
     """
 
@@ -38,9 +42,10 @@ class Plain(TypedDict, total=False):
     loop_guard: bool
     system: str | None
     keep_thinking: bool
+    speculate: bool
     stop: str | Sequence[str]
-    tools: tools.Tools
-    tool_choice: str
+    tools: tools.Tools | None
+    tool_choice: str | None
     logprobs: int | None
 
 
@@ -57,4 +62,9 @@ class Options(Plain, total=False):
 
 def offered(options: Options) -> list[dict[str, Any]]:
     """The definitions of the tools that a reply may call."""
-    return tools.offered(options.get("tools", ()), options.get("tool_choice", "auto"))
+    return tools.offered(options.get("tools") or (), options.get("tool_choice") or "auto")
+
+
+def forced(options: Options) -> list[dict[str, Any]]:
+    """The definitions of the tools of which it has to call one."""
+    return tools.forced(options.get("tools") or (), options.get("tool_choice") or "auto")

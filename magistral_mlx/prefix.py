@@ -6,7 +6,7 @@ reply, and the state at the end of that prompt is had back by trimming. Knows id
 
 from collections.abc import Sequence
 
-from .cache import KVCache
+from .cache import KVCache, trim_all
 
 
 class Prefix:
@@ -15,11 +15,13 @@ class Prefix:
     def __init__(self, caches: Sequence[KVCache]) -> None:
         self.caches = list(caches)
         self.ids: list[int] = []
+        self.draft: Prefix | None = None  # of another model, which guesses for this one
 
     def restart(self) -> None:
         """Forget everything."""
         self.caches = [cache.emptied() for cache in self.caches]
         self.ids = []
+        self.draft = None
 
     def rewind(self, prompt: Sequence[int]) -> int:
         """Go back to the longest common beginning with `prompt`; returns its length.
@@ -39,12 +41,19 @@ class Prefix:
         for cache in self.caches:
             cache.trim(cache.offset - len(self.ids))
             cache.shrink()
+        if self.draft:
+            self.draft.cut(length)
 
     def fork(self) -> "Prefix":
         """The same past, independent from here on; the arrays are shared until one side writes."""
         twin = Prefix([cache.fork() for cache in self.caches])
         twin.ids = list(self.ids)
+        twin.draft = self.draft.fork() if self.draft else None
         return twin
+
+    def trim(self) -> None:
+        """Forget what was fed beyond `ids`."""
+        trim_all(self.caches, max(self.caches[0].offset - len(self.ids), 0))
 
     @property
     def length(self) -> int:
@@ -53,7 +62,7 @@ class Prefix:
 
     @property
     def nbytes(self) -> int:
-        return sum(cache.nbytes for cache in self.caches)
+        return sum(cache.nbytes for cache in self.caches) + (self.draft.nbytes if self.draft else 0)
 
 
 def common(one: list[int], other: list[int]) -> int:

@@ -4,6 +4,7 @@ Knows MLX's quantizer and what may not go into it. Does not know files or offset
 nor which scheme a tensor gets (`recipe`).
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,10 +34,33 @@ class Block:
     first: int
     rows: int
     parts: list[mx.array]
+    finite: bool
+    loss: tuple[float, float] | None
+    """Squares of a sample's rounding errors, summed, and of what was rounded, where that was measured."""
+
+
+@dataclass(slots=True)
+class Loss:
+    """What rounding took from a tensor, over its blocks."""
+
     lost: float = 0.0
-    """Squares of a sample's rounding errors, summed,"""
     had: float = 0.0
-    """and of what was rounded."""
+    measured: bool = False
+    finite: bool = True
+
+    def add(self, block: Block) -> None:
+        self.finite = self.finite and block.finite
+        if block.loss:
+            self.measured = True
+            self.lost, self.had = self.lost + block.loss[0], self.had + block.loss[1]
+
+    def relative(self) -> float | None:
+        """The relative RMS error; infinite where weights that are not numbers were allowed."""
+        if not self.finite:
+            return math.inf
+        if not self.measured:
+            return None
+        return math.sqrt(self.lost / self.had) if self.had else 0.0
 
 
 def blocks(
@@ -72,14 +96,15 @@ def blocks(
         parts = [block] if scheme is None else _quantize(block, scheme)
         mx.eval(parts)
         cast_to = [block] if block.dtype != read.dtype else []
-        if not (allow_nonfinite or all(map(_finite, [*cast_to, *parts[1:]]))):
+        fits = all(map(_finite, [*cast_to, *parts[1:]]))
+        if not (allow_nonfinite or fits):
             raise ConversionError(
                 f"{name} holds weights too large for {scheme or 'unquantized weights'} in {NAMES[dtype]}; "
                 "choose another --dtype or --recipe"
             )
-        lost, had = _error(block, parts, scheme) if scheme and measure else (0.0, 0.0)
+        loss = _error(block, parts, scheme) if scheme and measure else None
         del read, block
-        yield Block(first=first, rows=last - first, parts=parts, lost=lost, had=had)
+        yield Block(first=first, rows=last - first, parts=parts, finite=finite and fits, loss=loss)
         del parts
         mx.clear_cache()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .cli_common import first_interrupt_stops_thinking
-from .display import Terminal, summary
+from .display import Terminal, complain, summary
 from .errors import MagistralError
 
 if TYPE_CHECKING:  # the model comes in ready made
@@ -68,7 +68,7 @@ class Repl:
                 elif text:
                     self._reply(text)
             except MagistralError as error:
-                self._say(f"error: {error}")
+                complain(f"error: {error}")
 
     def _reply(self, message: "Said") -> None:
         with self._talk.stream(message) as stream:
@@ -94,7 +94,7 @@ class Repl:
 
     def _budget(self, value: str) -> None:
         if value and not value.isdecimal():
-            return self._say("expected a number of tokens: /budget 2000")
+            return complain("expected a number of tokens: /budget 2000")
         self._talk.options["think_budget"] = int(value) if value else None
         return self._say(f"thinking ends after {value} tokens" if value else "thinking has no limit")
 
@@ -108,29 +108,29 @@ class Repl:
 
     def _save(self, name: str) -> None:
         if not name:
-            return self._say("expected a file name: /save sums.talk")
+            return complain("expected a file name: /save sums.talk")
         self._talk.save(Path(name).expanduser())
         return self._say(f"saved {len(self._talk.messages)} messages to {name}")
 
     def _load(self, name: str) -> None:
         if not name:
-            return self._say("expected a file name: /load sums.talk")
+            return complain("expected a file name: /load sums.talk")
         self._talk = self._model.load_conversation(Path(name).expanduser())
         return self._say(f"loaded {len(self._talk.messages)} messages from {name}")
 
     def _export(self, name: str) -> None:
         if not name:
-            return self._say("expected a file name: /export talk.json")
+            return complain("expected a file name: /export talk.json")
         path = Path(name).expanduser()
         try:
             with path.open("x", encoding="utf-8") as file:  # never over something that is there
                 json.dump(self._talk.messages, file, ensure_ascii=False, indent=1)
         except OSError as error:
-            return self._say(f"error: {path} cannot be written: {error.strerror}")
+            return complain(f"error: {path} cannot be written: {error.strerror}")
         return self._say(f"wrote {len(self._talk.messages)} messages to {path}")
 
     def _unknown(self, _: str) -> None:
-        self._say("no such command; /help lists them")
+        complain("no such command; /help lists them")
 
     def _say(self, text: str) -> None:
         self._terminal.note(text)

@@ -1,7 +1,7 @@
 """One reply: `Reply` is the whole, `Telling` is one as it grows, id by id.
 
 Knows text, phases, and when a reply ends. Does not know arrays, threads, or how its ids are had: all it sees
-of the model is ids and the seconds they took.
+of the model is ids and what they cost.
 """
 
 from collections import deque
@@ -18,7 +18,7 @@ from .shape import Shape
 from .thinking import Phase
 from .tokenizer import Tokenizer
 from .transcript import Transcript
-from .wire import Guide, TokenLogprob
+from .wire import Cost, Guide, TokenLogprob
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,18 +136,22 @@ class Telling:
         """Close the reasoning at the next good place. From any thread."""
         self._closing.ask()
 
-    def read(self, reused: int, seconds: float) -> None:
+    def read(self, reused: int, cost: Cost) -> None:
         """A piece of the prompt was read; `reused` ids of it had been read before."""
-        self._stats = _read(self._stats, reused, seconds)
+        self._stats = _read(self._stats, reused, cost)
 
-    def say(self, token: int, seconds: float) -> Guide | None:
-        """Account for one id. Returns how it is to go on; None: as the model would."""
+    def say(self, token: int, cost: Cost, passes: int | None = None) -> Guide | None:
+        """Account for one id. Returns how it is to go on; None: as the model would.
+
+        passes: of the model, since the reply began; None: one for this id.
+        """
         forced = list[int]()
         self._ids.append(token)
         if self._logprob:
             self.logprobs.append(self._logprob())
         self.events += self._transcript.feed(token)
-        self._stats = _said(self._stats, self._transcript.phase, seconds)
+        passes = self._stats.forward_passes + 1 if passes is None else passes
+        self._stats = replace(_said(self._stats, self._transcript.phase, cost), forward_passes=passes)
         if token == self._tokenizer.eos_id or self._transcript.stopped:
             self._finish("stop")
             return None
@@ -197,26 +201,33 @@ class Telling:
         self.events.append(Finished(reason=self.reason, stats=self._stats, token_ids=leftover))
 
 
-def _read(stats: Stats, reused: int, seconds: float) -> Stats:
+def _read(stats: Stats, reused: int, cost: Cost) -> Stats:
     """A piece of the prompt was read."""
-    return replace(stats, cached_tokens=reused, prefill_seconds=stats.prefill_seconds + seconds)
+    return replace(
+        stats,
+        cached_tokens=reused,
+        prefill_seconds=stats.prefill_seconds + cost.seconds,
+        peak_memory=max(stats.peak_memory, cost.peak),
+    )
 
 
-def _said(stats: Stats, phase: Phase, seconds: float) -> Stats:
+def _said(stats: Stats, phase: Phase, cost: Cost) -> Stats:
     """An id was said; it counts for the phase that it led to."""
-    now = stats.prefill_seconds + stats.decode_seconds + seconds
-    first = stats.first_token_seconds or now
+    now = stats.prefill_seconds + stats.decode_seconds + cost.seconds
+    stats = replace(
+        stats,
+        first_token_seconds=stats.first_token_seconds or now,
+        peak_memory=max(stats.peak_memory, cost.peak),
+    )
     if phase == "thinking":
         return replace(
             stats,
             thinking_tokens=stats.thinking_tokens + 1,
-            thinking_seconds=stats.thinking_seconds + seconds,
-            first_token_seconds=first,
+            thinking_seconds=stats.thinking_seconds + cost.seconds,
         )
     return replace(
         stats,
         answer_tokens=stats.answer_tokens + 1,
-        answer_seconds=stats.answer_seconds + seconds,
-        first_token_seconds=first,
+        answer_seconds=stats.answer_seconds + cost.seconds,
         first_answer_seconds=stats.first_answer_seconds or now,
     )

@@ -40,10 +40,16 @@ def shape_of(schema: Schema) -> Shape:
     return _typed(schema)
 
 
-def json_schema(schema: Schema) -> dict[str, Any]:
-    """Of a JSON schema or a type: as JSON."""
-    assert not isinstance(schema, Regex)
-    return dict(schema) if isinstance(schema, Mapping) else _typed_schema(schema)[1]
+def to_json(schema: Schema) -> dict[str, Any]:
+    """For a file. A type is only its JSON schema then."""
+    if isinstance(schema, Regex):
+        return {"regex": schema.pattern}
+    return {"json": dict(schema) if isinstance(schema, Mapping) else _typed_schema(schema)[1]}
+
+
+def from_json(found: Mapping[str, Any]) -> Schema:
+    """What `to_json` wrote."""
+    return Regex(found["regex"]) if "regex" in found else found["json"]
 
 
 def _typed(kind: type[Any]) -> Shape:

@@ -40,7 +40,7 @@ tags: [mlx, mistral, reasoning]
 # {title}
 
 - Source: {source}.
-- Conversion: {recipe}, by magistral_mlx.
+- Conversion: {recipe}, by magistral_mlx.{size}
 - Licence: {licence}.
 
 With magistral_mlx, which streams the reasoning and the answer apart:
@@ -65,13 +65,13 @@ or the model answers without reasoning.
 """
 
 
-def files(words: Path, *, name: str, recipe: str, context: int) -> dict[str, bytes]:
+def files(words: Path, *, name: str, recipe: str, context: int, size: str = "") -> dict[str, bytes]:
     """All sidecars of a conversion.
 
     `words` is the directory with tekken.json and SYSTEM_PROMPT.txt, in its root or in `mistral/`; without
     a prompt, the model card's text is used, as in loading. `name` is what the user calls the source: a Hub
     name, a directory or "demo". `recipe` says how it was quantized, `context` is its longest context in
-    tokens.
+    tokens, `size` what the weights take.
 
     A source without tekken.json keeps the tokenizer files it has, and a `MagistralWarning` says so: they
     serve mlx-lm, while magistral_mlx will want the tekken.json.
@@ -80,13 +80,14 @@ def files(words: Path, *, name: str, recipe: str, context: int) -> dict[str, byt
         TokenizerError: tekken.json is unreadable, or of a version without Magistral's template.
     """
     demo = name == "demo" or words.resolve() == _DEMO.resolve()
-    card = {"README.md": model_card(name, recipe=recipe, demo=demo).encode()}
+    card = {"README.md": model_card(name, recipe=recipe, demo=demo, size=size).encode()}
     tekken = find_words(words, "tekken.json")
     return card | (_kept(words) if tekken is None else _made(words, tekken, context))
 
 
-def model_card(name: str, *, recipe: str, demo: bool) -> str:
+def model_card(name: str, *, recipe: str, demo: bool, size: str = "") -> str:
     """README.md: what this is, what it came from and how, how to use it. It claims nothing measured."""
+    size = f"\n- Size: {size}." if size else ""
     repo = name.partition("@")[0]
     on_hub = repo.count("/") == 1 and not repo.startswith((".", "~", "/"))
     apache = demo or "magistral-small" in name.lower()  # of other sources we do not know the licence
@@ -98,7 +99,7 @@ def model_card(name: str, *, recipe: str, demo: bool) -> str:
         header += f"base_model: {repo}\n"
         source = f"[{name}](https://huggingface.co/{repo})"
     licence = "Apache-2.0" if apache else "that of the source"
-    return _CARD.format(header=header, title=title, source=source, recipe=recipe, licence=licence)
+    return _CARD.format(header=header, title=title, source=source, recipe=recipe, size=size, licence=licence)
 
 
 def chat_template(tokenizer: Tokenizer) -> str:
@@ -127,16 +128,23 @@ def chat_template(tokenizer: Tokenizer) -> str:
 
 
 def _made(words: Path, tekken: Path, context: int) -> dict[str, bytes]:
-    tokenizer = Tokenizer.from_directory(words)  # first: it finds what is wrong with the file, and says it
+    spoken = _spoken(words)  # first: it finds what is wrong with the file, and says it
     raw = tekken.read_bytes()
     vocabulary = Vocabulary.from_tekken(json.loads(raw))
-    prompt = find_words(words, "SYSTEM_PROMPT.txt")
-    return {
+    return spoken | {
         "tokenizer.json": _json(tokenizer_json(vocabulary)),
         "tokenizer_config.json": _json(_tokenizer_config(vocabulary.specials, context), indent=2),
         "generation_config.json": _json(_generation_config(vocabulary.specials), indent=2),
-        "chat_template.jinja": chat_template(tokenizer).encode(),
         "mistral/tekken.json": raw,
+    }
+
+
+def _spoken(words: Path) -> dict[str, bytes]:
+    """The template and the prompt; the tokenizer that they come from is large, and let go here."""
+    tokenizer = Tokenizer.from_directory(words)
+    prompt = find_words(words, "SYSTEM_PROMPT.txt")
+    return {
+        "chat_template.jinja": chat_template(tokenizer).encode(),
         "mistral/SYSTEM_PROMPT.txt": prompt.read_bytes() if prompt else tokenizer.system_prompt.encode(),
     }
 

@@ -6,20 +6,20 @@ is sent into it says how the reply goes on. What ids say, and when a reply has e
 
 import asyncio
 import threading
-import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Self, TypeAlias
 
+from . import step
 from .events import Event
 from .reply import Reply, Telling
 from .thinking import Phase
-from .wire import Guide, TokenLogprob
+from .wire import Cost, Guide, TokenLogprob
 from .worker import Worker
 
-_Step: TypeAlias = tuple[int | None, float]
-"""An id (None: a piece of the prompt was read) and the seconds it took."""
+_Step: TypeAlias = tuple[int | None, Cost]
+"""An id (None: a piece of the prompt was read) and what it cost."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,8 @@ class Source:
     steps: Generator[int | None, Guide | None, None]
     reused: Callable[[], int]
     """How many ids of the prompt were read before; known when the first step is done."""
+    passes: Callable[[], int | None] = lambda: None
+    """How many forward passes the ids so far took, where they are not one each."""
 
 
 class Stream:
@@ -56,9 +58,9 @@ class Stream:
 
     def __next__(self) -> Event:
         while not self._events:
-            if (step := self._ask()) is None:
+            if (asked := self._ask()) is None:
                 raise StopIteration
-            self._take(step.result)
+            self._take(asked.result)
         return self._events.popleft()
 
     def __aiter__(self) -> Self:
@@ -66,14 +68,14 @@ class Stream:
 
     async def __anext__(self) -> Event:
         while not self._events:
-            if (step := self._ask()) is None:
+            if (asked := self._ask()) is None:
                 raise StopAsyncIteration
             try:
-                await asyncio.wait([asyncio.wrap_future(step)])
+                await asyncio.wait([asyncio.wrap_future(asked)])
             except asyncio.CancelledError:
                 self.close()
                 raise
-            self._take(step.result)
+            self._take(asked.result)
         return self._events.popleft()
 
     def __enter__(self) -> Self:
@@ -145,13 +147,13 @@ class Stream:
         with self._lock:
             if self._source is not None and self._pending is None:
                 steps, guide, self._guide = self._source.steps, self._guide, None
-                self._pending = self._source.worker.submit(lambda: _timed(steps, guide))
+                self._pending = self._source.worker.submit(lambda: step.take(steps, guide))
             return self._pending
 
     def _take(self, result: Callable[[], _Step]) -> None:
         """Account for one step, once it is there, and turn what it brought into events."""
         try:
-            token, seconds = result()
+            token, cost = result()
         except Exception:  # the model's, not an interrupt of the wait
             self.close()
             raise
@@ -161,9 +163,9 @@ class Stream:
             if source is None:  # closed from another thread while the step ran
                 return
             if token is None:
-                self._telling.read(source.reused(), seconds)
+                self._telling.read(source.reused(), cost)
                 return
-            self._guide = self._telling.say(token, seconds)
+            self._guide = self._telling.say(token, cost, source.passes())
             if self._telling.reason is not None:
                 self._end()
 
@@ -171,9 +173,3 @@ class Stream:
         """Let go of the model, and tell whoever waits for the reply."""
         self._source, self._pending = None, None
         self._on_end(self.reply)
-
-
-def _timed(steps: Generator[int | None, Guide | None, None], guide: Guide | None) -> _Step:
-    start = time.perf_counter()
-    token = steps.send(guide)
-    return token, time.perf_counter() - start

@@ -148,15 +148,18 @@ class Tokenizer:
         """The ids that carry a running conversation on, after its end of text.
 
         said: one more user message, or the results of `calls`, which the reply before it made.
-        behind: the prompt of that reply. None is returned where it does not have what it should say of
-            `tools`: they changed, or the template has them before the last question.
+        behind: the prompt and that reply. None is returned where they lack what a template has in them: an id
+            that a result names, or `tools` as they are now, unless they come with the last question.
         """
         if isinstance(said, str):
             said = [{"role": "user", "content": check_text(said, "the message")}]
         reply = {"role": "assistant", "content": "-", "tool_calls": [call.message for call in calls]}
         ids = self._encode(read_messages([{"role": "user", "content": "-"}, reply, *said]), tools)
         turn = ids[len(ids) - ids[::-1].index(self.eos_id) :]
-        return turn if self._tools_in(behind) + self._tools_in(turn) == self._tools_in(ids) else None
+        if self._tools_in(behind) + self._tools_in(turn) != self._tools_in(ids):
+            return None
+        before, now = (self.decode(ids) if calls else "" for ids in (behind, turn))
+        return turn if all(call.id in before for call in calls if call.id in now) else None
 
     def _tools_in(self, ids: Sequence[int]) -> list[int]:
         """What a prompt, or a part of one, says of tools."""

@@ -38,11 +38,18 @@ def offered(tools: object, choice: object) -> list[dict[str, Any]]:
     """The definitions that the model is told of, by a `tool_choice`."""
     found = read_tools(tools)
     names = [tool["function"]["name"] for tool in found]
-    if choice not in ("auto", "none", *names):
+    if choice not in ("auto", "none", *(["required", *names] if names else [])):
         raise PromptError(
-            f"Expected tool_choice to be auto, none, required or one of {names}, found {choice!r}."
+            f"Expected tool_choice to be auto, none, required or the name of a tool, found {choice!r} "
+            f"and the tools {names}."
         )
     return found if choice != "none" else []
+
+
+def forced(tools: object, choice: object) -> list[dict[str, Any]]:
+    """Those of them of which one has to be called; none: the model may answer."""
+    told = offered(tools, choice)
+    return [tool for tool in told if choice in ("required", tool["function"]["name"])]
 
 
 def call_id(text: str) -> str:

@@ -1,4 +1,4 @@
-"""What passes between the two columns beside ids: a guide into `decode`, log-probabilities out of it.
+"""What passes between the two columns beside ids: a guide in, log-probabilities and costs out.
 
 Plain frozen values, known to both. Does not know what an id means, nor arrays.
 """
@@ -31,3 +31,15 @@ class TokenLogprob:
     id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a step took: seconds, and bytes of memory at their most."""
+
+    seconds: float = 0.0
+    peak: int = 0
+
+    def then(self, later: "Cost") -> "Cost":
+        """Of both steps, one after the other."""
+        return Cost(self.seconds + later.seconds, max(self.peak, later.peak))

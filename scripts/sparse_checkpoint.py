@@ -1,11 +1,11 @@
 """Make a checkpoint of Magistral's true shape in a second, and in next to no disk space.
 
-    python scripts/sparse_checkpoint.py DIR [--layout native|hf] [--layers 40]
+    python scripts/sparse_checkpoint.py DIR [--layout native|hf] [--layers 40] [--words DIR]
 
 The header is real and the file has its real size, 47 GB with all 40 layers, but it is sparse: weights are
 zeros that take no room, except for some real random tensors spread over the file, so that a wrong offset,
 order or permutation in whoever reads it cannot go unseen. tekken.json is the demo model's (its vocabulary is
-smaller).
+smaller), unless --words names a directory with another.
 """
 
 import argparse
@@ -91,6 +91,7 @@ def make(
     layers: int = 40,
     config: ModelConfig = MAGISTRAL,
     full: bool = False,
+    words: Path = DEMO,
 ) -> None:
     """Write the checkpoint to `directory`, which must not exist."""
     config = replace(config, n_layers=layers)
@@ -107,7 +108,7 @@ def make(
         write_sparse(directory / "model.safetensors", tensors, real, full=full)
         (directory / "config.json").write_text(json.dumps(config.to_json(), indent=1))
     for name in ("tekken.json", "SYSTEM_PROMPT.txt"):
-        shutil.copy(DEMO / name, directory)
+        shutil.copy((words if (words / name).is_file() else DEMO) / name, directory)
 
 
 def native_name(name: str) -> str:
@@ -131,8 +132,9 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--layout", choices=["native", "hf"], default="native")
     parser.add_argument("--layers", type=int, default=40)
+    parser.add_argument("--words", type=Path, default=DEMO, help="a directory with a tekken.json")
     args = parser.parse_args()
-    make(args.directory, layout=args.layout, layers=args.layers)
+    make(args.directory, layout=args.layout, layers=args.layers, words=args.words)
     files = sorted(args.directory.glob("*.safetensors"))
     size, room = (
         sum(count(file) for file in files)

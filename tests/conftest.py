@@ -2,18 +2,33 @@
 
 from collections.abc import Callable, Iterator
 from functools import cache
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 from magistral_mlx import Magistral
 from magistral_mlx.tokenizer import Tokenizer
+from tests.fake_hub import point_at
 from tests.serving import Running
 from tests.tokenizers import full_tekken, tiny_tekken
 
 # A busy machine is not a failure.
 settings.register_profile("magistral", deadline=None)
 settings.load_profile("magistral")
+
+
+@pytest.fixture
+def no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty cache, and a Hub at a port where nobody listens."""
+    from huggingface_hub import constants  # noqa: PLC0415 -- half a second, and not in every test
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    point_at("http://127.0.0.1:9", monkeypatch)
 
 
 @pytest.fixture(scope="session")

@@ -44,9 +44,9 @@ class Script:
         return mx.arange(len(fed) - L, len(fed)).reshape(1, L, 1) + 1 - end_of_prompt
 
     def logits(self, h: mx.array) -> mx.array:
-        said = int(h[0, -1, 0].item())
-        token = self.ids[said] if said < len(self.ids) else self.tokenizer.eos_id
-        return mx.where(mx.arange(self.tokenizer.vocab_size) == token, 100.0, 0.0).reshape(1, 1, -1)
+        said = mx.clip(h[..., 0].astype(mx.int32), 0, len(self.ids))
+        tokens = mx.array([*self.ids, self.tokenizer.eos_id])[said]  # (1, L)
+        return mx.where(mx.arange(self.tokenizer.vocab_size) == tokens[..., None], 100.0, 0.0)
 
 
 def scripted(
@@ -55,10 +55,11 @@ def scripted(
     *,
     max_context: int = 4096,
     step_seconds: float = 0.0,
+    kind: type[Script] = Script,
 ) -> Magistral:
     """A `Magistral` with the demo's shape, this tokenizer, and one thing to say."""
     ids = tokenizer.encode(reply) if isinstance(reply, str) else reply
     checkpoint = open_checkpoint(Path(DEMO))
     checkpoint = replace(checkpoint, config=replace(checkpoint.config, max_context=max_context))
-    script = Script(ids, tokenizer, step_seconds)
+    script = kind(ids, tokenizer, step_seconds)
     return Magistral(checkpoint, tokenizer, Worker("scripted"), script)  # type: ignore[arg-type]

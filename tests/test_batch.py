@@ -228,6 +228,7 @@ def said(reply: Reply) -> Any:
         answer_seconds=0,
         first_token_seconds=0,
         first_answer_seconds=0,
+        peak_memory=0,
     )
     return replace(reply, stats=stats)
 

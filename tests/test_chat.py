@@ -104,6 +104,33 @@ def test_the_reply_so_far_can_be_read_at_any_time(script: Callable[..., Magistra
         assert stream.reply.thinking + stream.reply.answer == said
 
 
+def test_peak_memory_is_that_of_a_replys_own_steps(demo: Magistral):
+    weights = demo._guard.weights
+    long = "Add up 12, 34, 56. " * 15
+    short_, long_ = demo.ask(QUESTION, max_tokens=5), demo.ask(long, max_tokens=5)
+    peaks = [reply.stats.peak_memory for reply in (short_, long_)]
+    assert weights < peaks[0] < peaks[1]
+    with demo.stream(QUESTION, max_tokens=5) as outer:
+        next(outer)
+        inner = demo.ask(long, max_tokens=5)  # its passes are not the outer reply's
+        finished = list(outer)[-1]
+    assert isinstance(finished, Finished)
+    assert outer.reply.stats.peak_memory == finished.stats.peak_memory < inner.stats.peak_memory
+    together = demo.ask_many([QUESTION, long], max_tokens=5)
+    assert all(reply.stats.peak_memory > peaks[0] for reply in together)
+
+
+def test_past_the_advised_context_a_reply_says_so_once(
+    script: Callable[..., Magistral], monkeypatch: pytest.MonkeyPatch
+):
+    model = script("word " * 40)
+    monkeypatch.setattr("magistral_mlx.memory.USUAL_CONTEXT", len(model.encode(QUESTION)) + 20)
+    with pytest.warns(MagistralWarning, match="tokens of context the model's quality drops") as said:
+        first = model.ask(QUESTION)
+    model.ask(QUESTION)  # said: another warning would be an error here
+    assert (len(said), first.finish_reason, first.answer) == (1, "stop", "word " * 40)
+
+
 def test_demo_thinks_and_answers(demo: Magistral):
     reply = demo.ask(QUESTION, seed=1)
     assert parse(demo.tokenizer.decode(reply.token_ids)) == (reply.thinking, reply.answer)

@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from click.testing import CliRunner, Result
 
 from magistral_mlx import AnswerToken
 from magistral_mlx.cli import cli
+from magistral_mlx.cli_common import first_interrupt_stops_thinking
 from magistral_mlx.display import Terminal as Display
 from magistral_mlx.hub import RECOMMENDED
 
@@ -48,6 +50,8 @@ def test_json_is_one_object_and_nothing_else(run: Run):
     assert set(reply) == {"prompt_ids", "token_ids", "thinking", "answer", "finish_reason", "seed", "stats"}
     assert (reply["seed"], done.stderr) == (1, "")
     assert reply["stats"]["thinking_tokens"] + reply["stats"]["answer_tokens"] == len(reply["token_ids"])
+    assert reply["stats"]["peak_memory"] > 4_000_000
+    assert reply["stats"]["prefill_tokens_per_second"] > 0 < reply["stats"]["decode_tokens_per_second"]
 
 
 @pytest.mark.parametrize("words", [(), ("-",)])
@@ -217,6 +221,22 @@ def test_chat_from_a_pipe(run: Run, tmp_path: Path):
     assert all(m["content"] in done.stdout for m in talk if m["role"] == "assistant")
 
 
+def test_what_goes_wrong_in_a_piped_chat_is_said(run: Run):
+    lines = ["/load none.talk", "/save", "/budget much", "/export /", "/dance", "/undo"]
+    done = run("chat", *ASK[1:], stdin="\n".join(lines))
+    assert (done.exit_code, done.stdout) == (0, "")
+    told = done.stderr.splitlines()
+    assert len(told) == 5
+    assert "error: " in told[0]
+    assert "none.talk" in told[0]
+    assert [line.split(":")[0] for line in told[1:3]] == [
+        "expected a file name",
+        "expected a number of tokens",
+    ]
+    assert "cannot be written" in told[3]
+    assert told[4] == "no such command; /help lists them"
+
+
 class Terminal:
     """A command in a real terminal: what is on its screen, and keys to press."""
 
@@ -267,6 +287,7 @@ def test_in_a_terminal_thinking_is_dim_and_the_answer_is_not(tmp_path: Path):
     assert "**" in plain
     assert "**" not in dim
     assert "tokens/s" in dim
+    assert "GB at most" in dim
 
 
 def test_a_budget_ends_the_thinking(run: Run):
@@ -283,6 +304,28 @@ def test_ctrl_c_in_thinking_asks_for_the_answer(tmp_path: Path):
     terminal.press("\x03")
     assert terminal.ends() == 0
     assert "ended early" in terminal.screen
+
+
+@pytest.mark.parametrize(("phases", "asked"), [(["thinking", "thinking"], 1), (["answer"], 0)])
+def test_the_first_interrupt_asks_for_the_answer_and_the_second_stops(phases: list[str], asked: int):
+    class Fake:
+        phase = "thinking"
+        asked = 0
+
+        def stop_thinking(self) -> None:
+            self.asked += 1
+
+    def press(stream: Fake) -> None:
+        with first_interrupt_stops_thinking(stream):  # type: ignore[arg-type]
+            for stream.phase in phases:
+                signal.raise_signal(signal.SIGINT)
+
+    stream = Fake()
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        press(stream)
+    assert stream.asked == asked
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_ctrl_c_ends_ask_cleanly(tmp_path: Path):

@@ -25,7 +25,7 @@ from magistral_mlx.thinking import CLOSE, OPEN, ThinkParser, parse
 from magistral_mlx.tokenizer import Tokenizer
 from magistral_mlx.transcript import TextEvent, Transcript
 from magistral_mlx.wire import Guide
-from tests.scripted import END_OF_PROMPT, Script, scripted
+from tests.scripted import ENDS_OF_PROMPT, Script, scripted
 from tests.tokenizers import CONTROLS, LANGUAGES
 
 Open = Callable[[str], Tokenizer]
@@ -180,9 +180,10 @@ def test_half_a_late_close_is_text(cut: int):
     assert "".join(piece.text for piece in pieces) == f"b{CLOSE[:cut]}"
 
 
-def test_control_tags_are_forced_and_late_ones_ignored(full_tokenizer: Open):
+@pytest.mark.parametrize("how_many", [150, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_control_tags_are_forced_and_late_ones_ignored(full_tokenizer: Open, how_many: int):
     tokenizer, draw = full_tokenizer("v13"), random.Random(3)
-    for _ in range(150):
+    for _ in range(how_many):
         thought, answer = (tokenizer.encode(draw.choice(texts)) for texts in (THOUGHTS, ANSWERS))
         before, at = [34, *thought[: draw.randrange(len(thought))]], draw.randrange(len(answer))
         after = [*answer[:at], 35, *answer[at:], EOS]
@@ -492,7 +493,7 @@ class Listening(Script):
     def __call__(self, ids: mx.array, caches: Sequence[KVCache], *, last: bool = False) -> mx.array:
         hidden = super().__call__(ids, caches, last=last)
         fed = caches[0].fed  # type: ignore[attr-defined]
-        said = fed[len(fed) - fed[::-1].index(END_OF_PROMPT) :]
+        said = fed[max(at for at, token in enumerate(fed) if token in ENDS_OF_PROMPT) + 1 :]
         for close in self.closes:
             for at in range(len(said) - len(close) + 1):
                 if said[at : at + len(close)] == close:

@@ -426,7 +426,7 @@ def test_a_masked_draw_is_one_from_the_nucleus_of_the_masked_logits():
     above = np.array([weights[scaled > x].sum() for x in scaled])
     inside = np.where((above < sampling.top_p * weights.sum()) & (weights > 0), weights, 0)
     expected = inside / inside.sum()
-    drawing, n = 4000, Counter[int]()
+    drawing, n = 2000, Counter[int]()
     for seed in range(drawing):
         drawn = Drawing(Sampler(sampling, seed), only(*allowed), None).draw(logits, 9, None)
         n[cast("int", drawn.id.item())] += 1

@@ -1,10 +1,10 @@
-"""What a decode step asks of the device, counted against mlx-lm: not timed, so it may be asserted."""
+"""What a decode step asks of the device, counted against mlx-lm; and the arithmetic of the benchmarks."""
 
 from collections import Counter
 
 import mlx.core as mx
 
-from benchmarks import graph_nodes
+from benchmarks import contexts, graph_nodes, pairs
 
 
 def test_primitives_are_counted_one_by_one_and_only_those_not_evaluated():
@@ -22,3 +22,22 @@ def test_a_step_has_at_most_four_fifths_of_mlx_lms_nodes():
     for row in rows:
         assert row["nodes"]["mlx-lm"] > 40 * 25, "layers are missing from the count"
         assert row["ratio"] <= 0.8, row
+
+
+def test_engines_take_turns_and_the_first_turn_is_not_counted():
+    turns = list[str]()
+
+    def engine(name: str) -> float:
+        turns.append(name)
+        return float(len(turns))
+
+    found = pairs.in_turn({name: lambda name=name: engine(name) for name in "ab"}, 5)
+    assert "".join(turns) == "ab" * 6
+    assert found == {"a": [3, 5, 7, 9, 11], "b": [4, 6, 8, 10, 12]}
+    ratio = pairs.ratio(found["b"], found["a"])
+    assert (ratio["median"], ratio["lower_95"]) == (8 / 7, 12 / 11)
+
+
+def test_a_fitted_line():
+    slope, start, r2 = contexts.line([0, 1, 2], [1, 3, 5])
+    assert (round(slope, 9), round(start, 9), round(r2, 9)) == (2, 1, 1)

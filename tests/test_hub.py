@@ -1,26 +1,28 @@
 """Names → directories: on this machine, on a Hub served here on the loopback, and with none at all."""
 
 import errno
-import hashlib
-import json
+import fcntl
 import os
+import random
+import shutil
+import signal
 import subprocess
 import sys
-import threading
 from collections import Counter
 from fnmatch import fnmatch
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from magistral_mlx import hub
+from magistral_mlx import download, hub
 from magistral_mlx.errors import CheckpointError, HubError
+from magistral_mlx.room import shortage
+from tests import fake_hub
+from tests.fake_hub import SHA, point_at
 
 ORIGINAL = "mistralai/Magistral-Small-2506"
-SHA = "0123456789abcdef0123456789abcdef01234567"
 REPOS = {
     ORIGINAL: {
         "consolidated.safetensors": b"native",
@@ -35,91 +37,30 @@ REPOS = {
     hub.RECOMMENDED: {
         "model.safetensors": b"4 bit",
         "config.json": b"{}",
-        "tokenizer.json": b"{}",
+        "tokenizer.json": b"[]",
         "README.md": b"#",
     },
     "someone/words-only": {"config.json": b"{}"},
 }
 
 
+WANTED = {"consolidated.safetensors", "params.json", "tekken.json", "SYSTEM_PROMPT.txt"}
+"""Of the original's: one layout of the two."""
 ODD = ("~nobody-of-this-name/a", "\0", "a" * 9999)
 
 
-class FakeHub(BaseHTTPRequestHandler):
-    """As much of the Hub as huggingface_hub asks for: a commit, its tree, and files."""
-
-    served: Counter[str]
-
-    def do_GET(self):
-        repo, _, rest = self._parts()
-        if repo not in REPOS:
-            self._send(404, b"", {"X-Error-Code": "RepoNotFound"})
-        elif rest.startswith("revision/") and rest not in ("revision/main", f"revision/{SHA}"):
-            self._send(404, b"", {"X-Error-Code": "RevisionNotFound"})
-        elif rest.startswith("tree/"):
-            files = REPOS[repo].items()
-            tree = [{"type": "file", "path": f, "size": len(d), "oid": _etag(d)} for f, d in files]
-            self._send(200, json.dumps(tree).encode())
-        elif rest.startswith("resolve/"):
-            self._file(repo, rest.split("/", 2)[2])
-        else:
-            siblings = [{"rfilename": name} for name in REPOS[repo]]
-            self._send(200, json.dumps({"id": repo, "sha": SHA, "siblings": siblings}).encode())
-
-    do_HEAD = do_GET  # noqa: N815 -- the name that http.server calls
-
-    def log_message(self, *args):
-        pass
-
-    def _parts(self):
-        path = self.path.partition("?")[0].removeprefix("/api/models").lstrip("/")
-        owner, name, *rest = path.split("/", 2)
-        return f"{owner}/{name}", None, "".join(rest)
-
-    def _file(self, repo, name):
-        data = REPOS[repo][name]
-        if self.command == "GET":
-            self.served[f"{repo}/{name}"] += 1
-        self._send(200, data, {"ETag": f'"{_etag(data)}"', "X-Repo-Commit": SHA})
-
-    def _send(self, status, body, headers=()):
-        self.send_response(status)
-        for key, value in dict(headers).items():
-            self.send_header(key, value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-
-def _point_at(endpoint: str, monkeypatch) -> None:
-    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    files = "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", endpoint + files)
-
-
-def _etag(data: bytes) -> str:
-    return hashlib.sha1(data).hexdigest()
+@pytest.fixture
+def fake(no_hub, monkeypatch):
+    """The fake Hub on the loopback."""
+    with fake_hub.running(REPOS) as running:
+        point_at(running.url, monkeypatch)
+        yield running
 
 
 @pytest.fixture
-def no_hub(tmp_path, monkeypatch):
-    """An empty cache, and a Hub at a port where nobody listens."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    _point_at("http://127.0.0.1:9", monkeypatch)
-
-
-@pytest.fixture
-def served(no_hub, monkeypatch):
-    """The fake Hub on the loopback; counts the files fetched from it."""
-    FakeHub.served = Counter()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), FakeHub)
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    _point_at(f"http://127.0.0.1:{server.server_port}", monkeypatch)
-    yield FakeHub.served
-    server.shutdown()
-    server.server_close()
+def served(fake):
+    """Counts the files fetched from it."""
+    return fake.served
 
 
 def test_demo_is_in_the_package():
@@ -150,9 +91,8 @@ def test_a_file_is_no_model(tmp_path):
 def test_only_mistrals_own_layout_is_downloaded(served):
     found = hub.resolve(ORIGINAL, download=True)
     assert found.weights == found.words
-    expected = {"consolidated.safetensors", "params.json", "tekken.json", "SYSTEM_PROMPT.txt"}
-    assert {path.name for path in found.weights.iterdir()} == expected
-    assert served == Counter(f"{ORIGINAL}/{name}" for name in expected)
+    assert {path.name for path in found.weights.iterdir()} == WANTED
+    assert served == Counter(f"{ORIGINAL}/{name}" for name in WANTED)
 
 
 def test_a_conversion_gets_its_words_from_the_original(served):
@@ -170,7 +110,7 @@ def test_what_was_downloaded_is_found_without_a_network(name, served, monkeypatc
     assert hub.resolve(name, download=True) == found
     assert hub.resolve(name) == found
     assert served == fetched, "a second look fetches nothing"
-    _point_at("http://127.0.0.1:9", monkeypatch)
+    point_at("http://127.0.0.1:9", monkeypatch)
     assert hub.resolve(name) == hub.resolve(name, download=True) == found
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert hub.resolve(name) == hub.resolve(name, download=True) == found
@@ -212,9 +152,206 @@ def test_what_the_hub_does_not_have(name, says, served):
         hub.resolve(name, download=True)
 
 
+def test_a_private_model_wants_a_token(fake, monkeypatch):
+    fake.private, fake.token = {ORIGINAL}, "hf_secret"
+    with pytest.raises(HubError, match="the Hub has none, or a private one"):
+        hub.resolve(ORIGINAL, download=True)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setattr(download, "LARGE_BYTES", 1)
+    assert (hub.resolve(ORIGINAL, download=True).weights / "consolidated.safetensors").is_file()
+
+
+# Room, and what breaks off ------------------------------------------------------------------------------
+
+
+BIG = random.Random(3).randbytes(300_000)
+
+
+@pytest.fixture
+def big(fake, monkeypatch):
+    """A repository with a large file, which takes the way of the 47 GB."""
+    fake.repos["someone/big"] = {**REPOS[ORIGINAL], "consolidated.safetensors": BIG}
+    monkeypatch.setattr(download, "LARGE_BYTES", 1000)
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # what a broken line may cost
+    monkeypatch.setattr("time.sleep", lambda _: None)  # between its five tries
+    return fake
+
+
+def free(monkeypatch, nbytes):
+    usage = shutil._ntuple_diskusage(10**12, 10**12 - nbytes, nbytes)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+
+
+def blobs(tmp_path):
+    return tmp_path / "cache" / "models--someone--big" / "blobs"
+
+
+def test_no_room_for_a_download(big, monkeypatch, tmp_path):
+    """Said with both figures, before a byte of it comes."""
+    everything = sum(len(big.repos["someone/big"][name]) for name in WANTED)
+    free(monkeypatch, everything - 1)
+    big.repos["someone/big"]["consolidated.safetensors"] = BIG
+    with pytest.raises(
+        HubError, match=r"'someone/big' is not downloaded: .*cache needs 0\.0 GB more on disk and"
+    ):
+        hub.resolve("someone/big", download=True)
+    assert not big.served
+    free(monkeypatch, everything)
+    assert hub.resolve("someone/big", download=True).weights.is_dir()
+    free(monkeypatch, 0)
+    assert hub.resolve("someone/big", download=True).weights.is_dir(), "all of it is here"
+
+
+def test_the_figures(tmp_path, monkeypatch):
+    free(monkeypatch, 50 * 10**9)
+    needed = {tmp_path / "cache": 47 * 10**9, tmp_path / "not" / "yet": 13.3 * 10**9}
+    assert shortage({tmp_path / "cache": 47 * 10**9}) is None
+    assert shortage(needed) == (
+        f"{tmp_path}/cache needs 47.0 GB more and {tmp_path}/not/yet needs 13.3 GB more on disk and "
+        f"{tmp_path} has 50.0 GB free; make room or use another disk"
+    )
+
+
+def test_two_disks_are_not_summed(tmp_path, monkeypatch):
+    shared_memory = Path("/dev/shm")
+    if not shared_memory.is_dir() or shared_memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("needs a second file system")
+    free(monkeypatch, 50 * 10**9)
+    assert shortage({tmp_path: 47 * 10**9, shared_memory / "out": 13 * 10**9}) is None
+
+
+def test_room_for_the_download_and_what_comes_of_it(big, monkeypatch, tmp_path):
+    """The output's size is known from the config, which is all that was fetched."""
+    everything, seen = sum(len(big.repos["someone/big"][name]) for name in WANTED), []
+
+    def then(directory):
+        seen.extend(path.name for path in directory.iterdir())
+        return {tmp_path / "out": 1000}
+
+    free(monkeypatch, everything + 900)
+    with pytest.raises(HubError, match=r"cache needs .* GB more and .*out needs 0\.0 GB more on disk and"):
+        hub.resolve("someone/big", download=True, then=then)
+    assert seen == ["params.json"]
+    assert big.served == Counter(["someone/big/params.json"])
+    free(monkeypatch, everything + 1000)
+    assert hub.resolve("someone/big", download=True, then=then).weights.is_dir()
+
+
+def test_what_is_here_needs_no_room(big, monkeypatch, tmp_path):
+    """Neither a file that is here, nor the part of one."""
+    big.cuts["consolidated.safetensors"] = [200_000, *[0] * 6]
+    with pytest.raises(HubError, match="broke off"):
+        hub.resolve("someone/big", download=True)
+    free(monkeypatch, 100_100)
+    assert hub.resolve("someone/big", download=True).weights.is_dir()
+
+
+@pytest.mark.parametrize("kept", [1, 70_000, 299_000, 299_999])
+def test_a_download_goes_on_where_it_broke_off(big, monkeypatch, capfd, kept, tmp_path):
+    """In a later run, where the first had lost the line for good: every byte comes once."""
+    big.cuts["consolidated.safetensors"] = [kept, *[0] * 6]
+    with pytest.raises(HubError, match="the Hub was not reached, or broke off"):
+        hub.resolve("someone/big", download=True)
+    [partial] = blobs(tmp_path).glob("*.partial")
+    have = partial.stat().st_size
+    monkeypatch.setenv("TQDM_POSITION", "-1")  # its bar, though this is no terminal
+    assert kept - 1000 < have <= kept
+    big.cuts.clear()
+    big.sent.clear()
+    found = hub.resolve("someone/big", download=True)
+    assert (found.weights / "consolidated.safetensors").read_bytes() == BIG
+    assert big.sent["consolidated.safetensors"] == len(BIG) - have
+    assert not list(blobs(tmp_path).glob("*.partial"))
+    assert "consolidated.safetensors: 100%" in capfd.readouterr().err
+
+
+def test_a_line_that_breaks_is_taken_up_at_once(big):
+    big.cuts["consolidated.safetensors"] = [1000, 2000, 3000]
+    found = hub.resolve("someone/big", download=True)
+    assert (found.weights / "consolidated.safetensors").read_bytes() == BIG
+    assert big.sent["consolidated.safetensors"] == len(BIG)
+
+
+def test_a_killed_download_goes_on(big, tmp_path):
+    """kill -9 in the middle of the large file; what was written of it is not asked for again."""
+    big.cuts["consolidated.safetensors"] = [150_000]
+    code = """
+import os, signal, sys
+from huggingface_hub import constants
+from magistral_mlx import download, hub
+download.LARGE_BYTES = constants.DOWNLOAD_CHUNK_SIZE = 1000
+def lost(_): os.kill(os.getpid(), signal.SIGKILL)  # when it waits before it tries again
+import time; time.sleep = lost
+hub.resolve("someone/big", download=True)
+"""
+    env = os.environ | {"HF_ENDPOINT": big.url, "HF_HUB_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    [partial] = blobs(tmp_path).glob("*.partial")
+    before = partial.stat().st_size
+    assert 0 < before <= 150_000
+    big.sent.clear()
+    found = hub.resolve("someone/big", download=True)
+    assert (found.weights / "consolidated.safetensors").read_bytes() == BIG
+    assert big.sent["consolidated.safetensors"] == len(BIG) - before
+
+
+def test_files_that_came_whole_are_not_fetched_again(big):
+    big.cuts["consolidated.safetensors"] = [100, *[0] * 6]
+    with pytest.raises(HubError, match="broke off"):
+        hub.resolve("someone/big", download=True)
+    big.repos["someone/big"]["consolidated.00.safetensors"] = b"another"
+    hub.resolve("someone/big", download=True)
+    fetched = big.served.copy()
+    hub.resolve("someone/big", download=True)
+    assert big.served == fetched
+
+
+def test_a_hub_that_knows_no_ranges(big):
+    big.cuts["consolidated.safetensors"] = [1000]
+    big.ranges_ignored = True
+    found = hub.resolve("someone/big", download=True)
+    assert (found.weights / "consolidated.safetensors").read_bytes() == BIG
+
+
+def test_two_downloads_at_once(big, tmp_path):
+    name = fake_hub.etag("consolidated.safetensors", BIG)
+    blobs(tmp_path).mkdir(parents=True)
+    with (blobs(tmp_path) / f"{name}.partial").open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(HubError, match="is being downloaded by another process; wait for it"):
+            hub.resolve("someone/big", download=True)
+
+
+# Looked at, not downloaded ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "size"),
+    [(ORIGINAL, "params.json", 6 + 6 + 6), (hub.RECOMMENDED, "config.json", 5 + 2)],
+    ids=["native", "hf"],
+)
+def test_a_look_fetches_the_config_alone(fake, name, config, size):
+    directory, missing = hub.look(name)
+    assert [path.name for path in directory.iterdir()] == [config]
+    assert fake.served == Counter([f"{name}/{config}"])
+    assert missing == size
+    with pytest.raises(HubError, match="hf download"):
+        hub.resolve(name)
+
+
+def test_a_look_at_what_is_here(fake, tmp_path):
+    assert hub.look("demo") == (hub.DEMO, None)
+    assert hub.look(str(tmp_path)) == (tmp_path, None)
+    weights = hub.resolve(ORIGINAL, download=True).weights
+    assert hub.look(ORIGINAL) == (weights, None)
+    with pytest.raises(HubError, match="cannot be looked at: the Hub has none"):
+        hub.look("someone/unknown")
+
+
 def test_a_gated_model(served, monkeypatch):
     gated = {"X-Error-Code": "GatedRepo"}
-    monkeypatch.setattr(FakeHub, "_file", lambda self, *_: self._send(403, b"", gated))
+    monkeypatch.setattr(fake_hub.Handler, "file", lambda self, *_: self._send(403, b"", gated))
     with pytest.raises(HubError, match="it is gated"):
         hub.resolve(ORIGINAL, download=True)
 
@@ -229,7 +366,7 @@ def test_a_full_disk(served, monkeypatch):
 
 
 def test_a_hub_that_breaks_down(served, monkeypatch):
-    monkeypatch.setattr(FakeHub, "_file", lambda self, *_: self._send(500, b""))
+    monkeypatch.setattr(fake_hub.Handler, "file", lambda self, *_: self._send(500, b""))
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)  # between its five tries
     with pytest.raises(HubError, match="not reached, or broke off"):
         hub.resolve(ORIGINAL, download=True)
@@ -248,63 +385,3 @@ def test_no_network(setting, says, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert done.stderr.splitlines()[-1].startswith("magistral_mlx.errors.HubError: 'mistralai/Magistral")
     assert says in done.stderr.splitlines()[-1]
-
-
-@pytest.fixture
-def memory(tmp_path, monkeypatch):
-    monkeypatch.setenv("MAGISTRAL_MLX_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "last_model"
-
-
-def test_the_last_model_is_remembered(memory, tmp_path, monkeypatch):
-    assert hub.last_used() is None
-    (tmp_path / "demo").mkdir()
-    monkeypatch.chdir(tmp_path)
-    for name in ("demo", hub.RECOMMENDED, f"{ORIGINAL}@main"):
-        hub.remember(name)
-        assert hub.last_used() == name
-    hub.remember("./demo")
-    assert hub.last_used() == str(tmp_path / "demo"), "a directory is found from anywhere"
-    assert [path.name for path in memory.parent.iterdir()] == ["last_model"]
-
-
-@pytest.mark.parametrize(
-    "content", [b"", b"\xff\xfe", b"\0", b"gone", b"/gone/away", b"a/b\nc/d", b"x" * 9999]
-)
-def test_a_spoilt_memory_is_none(memory, content):
-    memory.parent.mkdir()
-    memory.write_bytes(content)
-    assert hub.last_used() is None
-
-
-def test_a_memory_without_a_home_is_none(monkeypatch):
-    def homeless(self):
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.delenv("MAGISTRAL_MLX_CACHE", raising=False)
-    monkeypatch.setattr(Path, "expanduser", homeless)
-    hub.remember("demo")
-    assert hub.last_used() is None
-
-
-def test_a_memory_that_cannot_be_written_is_none(memory):
-    memory.parent.touch()
-    hub.remember("demo")
-    assert hub.last_used() is None
-
-
-@pytest.mark.parametrize(
-    ("platform", "xdg", "where"),
-    [
-        ("linux", "", ".cache/magistral_mlx/last_model"),
-        ("linux", "xdg", "xdg/magistral_mlx/last_model"),
-        ("darwin", "", "Library/Caches/magistral_mlx/last_model"),
-    ],
-)
-def test_the_memory_is_where_the_platform_keeps_caches(platform, xdg, where, tmp_path, monkeypatch):
-    monkeypatch.delenv("MAGISTRAL_MLX_CACHE", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / xdg) if xdg else "")
-    monkeypatch.setattr(sys, "platform", platform)
-    hub.remember("demo")
-    assert (tmp_path / where).read_text() == "demo\n"

@@ -31,24 +31,56 @@ FLOORS = (
         "journal",
         "machine",
         "loops",
+        "pace",
+        "room",
+        "download",
         "tools",
         "toolcalls",
     },
-    {"model", "prefix", "recipe", "transcript", "sidecars", "manifest", "logprobs", "drawing", "grammar"},
+    {
+        "model",
+        "prefix",
+        "recipe",
+        "transcript",
+        "sidecars",
+        "manifest",
+        "talkfile",
+        "logprobs",
+        "drawing",
+        "grammar",
+    },
     {
         "options",
+        "callgrammar",
         "constraint",
         "shape",
         "checkpoint",
         "engine",
+        "drafts",
+        "speculation",
         "prefixes",
         "generation",
         "memory",
         "plan",
         "quantize",
+        "real_layer",
+        "job",
         "closing",
     },
-    {"convert", "hub", "worker", "reply", "answers", "stream", "batch", "saving", "conversation", "chat"}
+    {
+        "convert",
+        "hub",
+        "last_model",
+        "worker",
+        "reply",
+        "step",
+        "answers",
+        "stream",
+        "batch",
+        "saving",
+        "conversation",
+        "chat",
+    }
     | {"display", "notebook"},
     {"server/__init__", "server/wire", "server/slots", "server/failures", "server/requests", "server/voices"}
     | {"server/replies", "server/metrics", "server/service", "server/safety", "server/app", "server/host"},
@@ -61,6 +93,8 @@ FLOORS = (
         "trial",
         "bench",
         "cli_bench",
+        "doctor",
+        "cli_doctor",
         "cli",
         "__init__",
         "__main__",
@@ -76,14 +110,20 @@ ARRAYS |= {
     "recipe",
     "plan",
     "quantize",
+    "job",
     "manifest",
     "journal",
     "convert",
     "prefix",
+    "pace",
+    "drafts",
+    "speculation",
     "prefixes",
     "generation",
     "logprobs",
     "drawing",
+    "talkfile",
+    "real_layer",
 }
 WORDS = {
     "events",
@@ -103,6 +143,7 @@ WORDS = {
     "answers",
     "tools",
     "toolcalls",
+    "callgrammar",
 }
 
 PUBLIC = {
@@ -175,6 +216,17 @@ def test_arrays_know_no_words(name: str):
 def test_words_know_no_arrays(name: str):
     assert not IMPORTS[name] & ARRAYS
     assert not {other for other in imported(FILES[name]) if other.split(".")[0] == "mlx"}
+
+
+def test_no_limit_of_memory_is_set_where_a_model_runs():
+    """Not once and not per call: a wired limit that is set again and again has brought Macs down."""
+    reached, new = set[str](), {"chat"}
+    while new:
+        reached |= new
+        new = {other for name in new for other in IMPORTS[name] & FILES.keys()} - reached
+    assert {"engine", "worker", "memory"} <= reached
+    setters = ("set_wired_limit", "set_memory_limit", "set_cache_limit")
+    assert not [name for name in reached if any(word in FILES[name].read_text("utf-8") for word in setters)]
 
 
 def test_the_public_names():

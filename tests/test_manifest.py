@@ -22,7 +22,12 @@ from magistral_mlx.recipe import RECIPES
 from tests import models
 
 SMALL = replace(models.TINY, dim=64, n_layers=1, n_heads=4, n_kv_heads=2, hidden_dim=128, vocab_size=256)
-SIDECARS = {"README.md": b"# A card\n", "mistral/tekken.json": b"{}", "mistral/empty.txt": b""}
+SIDECARS = {
+    "README.md": b"# A card\n",
+    "NOTES.md": b"# A note\n",
+    "mistral/tekken.json": b"{}",
+    "mistral/empty.txt": b"",
+}
 
 
 def converted(source, out, **options):
@@ -63,7 +68,8 @@ def say(directory, content):
 
 def test_what_it_says(source, proven):
     found = said(proven)
-    files = [file for file in proven.rglob("*") if file.is_file() and file != proven / PATH]
+    apart = (proven / PATH, proven / "README.md")  # the card is for people to edit
+    files = [file for file in proven.rglob("*") if file.is_file() and file not in apart]
     assert found == {
         "format": 1,
         "source_name": source.name,
@@ -74,7 +80,7 @@ def test_what_it_says(source, proven):
         "relative_rms_error": found["relative_rms_error"],
     }
     assert set(found["relative_rms_error"]) == {path for path, _ in SMALL.matrices()}
-    assert len(found["outputs"]) == 2 + 2 + len(SIDECARS)
+    assert len(found["outputs"]) == 2 + 2 + len(SIDECARS) - 1
 
 
 def described(file):
@@ -164,7 +170,7 @@ def files_of(directory):
 
 
 FILES = [
-    *("README.md", "config.json", "mistral/empty.txt", "mistral/tekken.json"),
+    *("NOTES.md", "config.json", "mistral/empty.txt", "mistral/tekken.json"),
     *("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"),
 ]
 
@@ -197,11 +203,11 @@ def test_other_sizes(out, name):
 
 
 def test_every_wrong_file_is_named(out):
-    (out / "README.md").unlink()
+    (out / "NOTES.md").unlink()
     (out / "config.json").write_text("{}")
     os.truncate(out / "model-00001-of-00002.safetensors", 100)
     assert [wrong.split()[0] for wrong in verify(out)] == [
-        "README.md",
+        "NOTES.md",
         "config.json",
         "model-00001-of-00002.safetensors",
     ]
@@ -223,8 +229,8 @@ def test_without_verification(source, tmp_path):
     assert all(set(of) == {"bytes"} for of in (*found["outputs"].values(), *found["source"].values()))
     (only,) = verify(out)
     assert "no hashes (it was converted with --no-verify): only sizes were compared" in only
-    os.truncate(out / "README.md", 1)
-    assert verify(out) == ["README.md has 1 bytes, was written with 9", only]
+    os.truncate(out / "NOTES.md", 1)
+    assert verify(out) == ["NOTES.md has 1 bytes, was written with 9", only]
 
 
 def test_no_manifest(out):
@@ -279,7 +285,7 @@ def test_it_never_leaves_the_directory(out, tmp_path, monkeypatch, name):
 ODD = ["", "null", "[]", "[1]", "1", "not JSON", "{", '"x"', "\ud800", "[" * 100_000, '{"outputs": []}']
 ODD += [f'{{"outputs": {of}}}' for of in ("null", "1", '"x"', "[1]", '{"a": 1}', '{"a": null}', '{"a": []}')]
 ODD += [
-    f'{{"outputs": {{"README.md": {of}}}}}'
+    f'{{"outputs": {{"NOTES.md": {of}}}}}'
     for of in (
         "{}",
         '{"bytes": "9"}',
@@ -299,7 +305,7 @@ def test_odd_manifests(out, content):
             look(out)
 
 
-@pytest.mark.parametrize("content", ["{}", '{"outputs": {}}', '{"outputs": {"README.md": {"bytes": -1}}}'])
+@pytest.mark.parametrize("content", ["{}", '{"outputs": {}}', '{"outputs": {"NOTES.md": {"bytes": -1}}}'])
 def test_manifests_that_say_little(out, content):
     say(out, content)
     assert verify(out)

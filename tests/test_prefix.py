@@ -222,6 +222,25 @@ def test_ten_turns_with_reasoning(tiny_tokenizer: Open, keep: bool, version: str
         assert {reply.answer for reply in replies} == {"한 answer."}
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_logits_of_ten_turns_are_those_of_a_fresh_run(tiny: Magistral, keep: bool):
+    """To 1e-4 of their scale, at the end of every prompt."""
+    talk = tiny.conversation(keep_thinking=keep, sampling=GREEDY, max_tokens=12, think=False)
+    model, judged = tiny.transformer, 0
+
+    def judge(twin: Prefix, prompt: list[int]) -> None:
+        assert twin.fork().rewind(prompt) > 0
+        assert_fresh(model, read(model, twin, prompt), prompt)
+
+    for turn in range(10):
+        message = f"turn {turn} of ten"
+        if talk._prefix:
+            tiny.run(functools.partial(judge, talk._prefix.fork(), talk._prompt(message, talk.options)))
+            judged += 1
+        talk.ask(message)
+    assert judged == 9
+
+
 OPTIONS = {"sampling": GREEDY, "max_tokens": 20, "think": False}
 """Without the system prompt, which is long in ids of one byte."""
 
@@ -263,6 +282,41 @@ def test_forks_go_on_both_ways(tiny: Magistral, first: int):
             assert_as_fresh(tiny, reply, **OPTIONS)
     assert len(talk.messages) == len(both[1].messages) == 10
     assert talk.messages != both[1].messages
+
+
+def test_a_fork_waits_for_the_step_that_a_closed_stream_left(
+    tiny: Magistral, monkeypatch: pytest.MonkeyPatch
+):
+    """In mid-step the layers have read unequal numbers of ids: no fork may be taken there."""
+    talk = begin(tiny, "one")
+    stream = talk.stream("two")
+    list(islice(stream, 2))
+    between, go_on = threading.Event(), threading.Event()
+    second, whole = tiny._model.blocks[1], Block.__call__  # type: ignore[union-attr]
+
+    def halting(block: Block, *args: Any, **how: Any) -> mx.array:
+        if block is second:
+            between.set()
+            go_on.wait()
+        return whole(block, *args, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Block, "__call__", halting)
+        stream._ask()
+        between.wait()
+        stream.close()
+        forks: list[Conversation] = []
+        forking = threading.Thread(target=lambda: forks.append(talk.fork()))
+        forking.start()
+        forking.join(0.2)  # it would be done by then, if it did not wait
+        go_on.set()
+        forking.join()
+    prefix = forks[0]._prefix
+    assert prefix is not None
+    assert len({cache.offset for cache in prefix.caches}) == 1
+    assert prefix.length == prefix.caches[0].offset
+    for one in (talk, forks[0]):
+        assert_as_fresh(tiny, one.ask("three"), **OPTIONS)
 
 
 def test_two_streams_of_one_conversation(tiny: Magistral):

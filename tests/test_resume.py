@@ -320,6 +320,17 @@ def test_a_written_file_is_lost(source, whole, tmp_path, harm):
     assert_goes_on(source, out, whole)
 
 
+def test_something_else_takes_the_place(source, tmp_path):
+    """Between a kill and the next run: seen at once, and not at the rename."""
+    out, seen = tmp_path / "out", []
+    killed_at(source, out, "journal", 5)
+    out.mkdir()
+    (out / "precious").touch()
+    with pytest.raises(ConversionError, match="exists and nothing is overwritten"):
+        run(source, out, progress=seen.append)
+    assert not seen
+
+
 def test_published_and_removed(source, whole, tmp_path):
     """What the journal calls finished is not there any more: that is no success."""
     out = tmp_path / "out"
@@ -459,6 +470,34 @@ def test_weights_that_are_no_numbers_may_be_allowed_later(tmp_path):
     assert hashes(tmp_path / "a") == hashes(
         run(source, tmp_path / "b" / "out", sidecars={}, allow_nonfinite=True).parent
     )
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight"])
+@pytest.mark.parametrize("options", [{}, {"verify": False}, {"recipe": named("bf16")}], ids=str)
+@pytest.mark.parametrize("killed", ["before its end", "published"])
+def test_weights_that_are_no_numbers_are_not_taken_unasked(tmp_path, monkeypatch, name, options, killed):
+    """What an earlier run was allowed to take, a later one must be allowed too, wherever they stand."""
+    weights = models.random_weights(SMALL, dtype=mx.bfloat16)
+    weights[name][-1] = float("nan")
+    source = models.write_hf(tmp_path / "source", SMALL)
+    models.save_shards(source, weights, 1)
+    out = tmp_path / "made" / "out"
+    point = "renamed" if killed == "published" else "rename"
+
+    def fault(reached):
+        if reached == point:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(journal, "fault", fault)
+    with pytest.raises(KeyboardInterrupt):
+        run(source, out, allow_nonfinite=True, **options)
+    monkeypatch.setattr(journal, "fault", lambda _: None)
+    with pytest.raises(
+        ConversionError, match=rf"{re.escape(name)} holds .* \(NaN or Inf\), .* say --allow-nonfinite again"
+    ):
+        run(source, out, **options)
+    run(source, out, allow_nonfinite=True, **options)
+    assert not work_directory(out).exists()
 
 
 # To the disk before it is said --------------------------------------------------------------------------

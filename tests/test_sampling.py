@@ -138,6 +138,13 @@ def one_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling_module, "CANDIDATES", 1)
 
 
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.8, 0.9, 0.95, 0.999])
+def test_candidates_are_as_many_as_a_draw_in_a_thousand_needs(top_p: float):
+    count = Sampler(Sampling(top_p=top_p), seed=0)._candidates
+    assert count == sampling_module.CANDIDATES or (1 - top_p) ** count <= 1e-3 < (1 - top_p) ** (count - 1)
+    assert Sampler(Sampling(top_p=top_p, top_k=5), seed=0)._candidates == sampling_module.CANDIDATES
+
+
 @pytest.mark.usefixtures("one_candidate")
 def test_support_equals_the_nucleus_in_float64():
     rng = np.random.default_rng(2506)

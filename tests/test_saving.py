@@ -216,7 +216,7 @@ def test_a_save_that_fails_leaves_the_earlier_one(
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("magistral_mlx.saving.flush", full)
+    monkeypatch.setattr("magistral_mlx.talkfile.flush", full)
     with pytest.raises(ConversationError, match="No space left"):
         talk.save(path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["talk"]
@@ -242,6 +242,21 @@ def test_saving_shares_and_keeps_no_array(model: Magistral, tmp_path: Path):
     before = model.run(mx.get_active_memory)
     talk.save(tmp_path / "talk")
     assert model.run(mx.get_active_memory) - before < 10_000
+
+
+def test_a_model_whose_files_are_gone(tmp_path: Path):
+    """It still speaks from memory; what is asked of its files is told, and nothing is written."""
+    path = write_model(tmp_path / "model")
+    with Magistral.load(path) as model:
+        talk = short(model)
+        talk.ask("one")
+        talk.save(tmp_path / "talk")
+        (path / "model.safetensors").unlink()
+        assert talk.ask("two").answer
+        for act in (lambda: talk.save(tmp_path / "more"), lambda: model.load_conversation(tmp_path / "talk")):
+            with pytest.raises(MagistralError, match=r"model\.safetensors was there .*No such file"):
+                act()
+    assert not (tmp_path / "more").exists()
 
 
 # ------------------------------------------------------------------ what is refused

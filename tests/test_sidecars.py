@@ -3,6 +3,7 @@
 import json
 import logging
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,34 @@ def test_ids_of_the_written_tokenizer_are_mistral_commons(full):
         assert fast.decode(found.ids) == text
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_ids_over_a_large_corpus(full):
+    """Every different line of Python's own library, and soup of many scripts.
+
+    Not texts that spell a control token: other readers make a control token of it.
+    """
+    out, ours = full
+    fast = FastTokenizer.from_file(str(out / "tokenizer.json"))
+    files = sorted(Path(json.__file__).parents[1].rglob("*.py"))
+    sources = [
+        file.read_text(encoding="utf-8", errors="ignore")
+        for file in files
+        if "site-packages" not in str(file)
+    ]
+    lines = sorted({line for source in sources for line in source.splitlines(keepends=True)})
+    specials = re.compile("|".join(map(re.escape, _named(out))))
+    texts = [text for text in (*lines, *soup(30_000), *LANGUAGES, *ODDITIES) if not specials.search(text)]
+    ids = 0
+    for start in range(0, len(texts), 10_000):
+        some = texts[start : start + 10_000]
+        for text, found in zip(some, fast.encode_batch(some, add_special_tokens=False), strict=True):
+            assert found.ids == ours._tekken.encode(text, bos=False, eos=False), text
+            ids += len(found.ids)
+    print(f"{len(texts):,} texts, {ids:,} ids")  # noqa: T201 -- the count, with pytest -s
+    assert len(texts) > 300_000
+
+
 def test_every_id_means_the_same(full):
     out, ours = full
     fast = FastTokenizer.from_file(str(out / "tokenizer.json"))
@@ -249,6 +278,10 @@ def test_the_card_says_what_it_knows(name, has, lacks):
     assert "4 bit, group 64" in card
     assert all(text in card for text in has)
     assert not any(text in card for text in lacks)
+
+
+def _named(out: Path) -> list[str]:
+    return [token["content"] for token in json.loads((out / "tokenizer.json").read_bytes())["added_tokens"]]
 
 
 def _auto(out: Path, monkeypatch, *, has_mistral_common: bool):

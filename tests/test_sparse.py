@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from sparse_checkpoint import MAGISTRAL, make, random_bits, real_names
 
+from benchmarks.convert import right, run
 from magistral_mlx.checkpoint import open_checkpoint
 from magistral_mlx.config import Scheme
 from magistral_mlx.convert import Job, convert
 from magistral_mlx.tensorfile import read_header
 from tests import mlx_lm_reference, models
+from tests.tokenizers import published_tekken
 
 NARROW = replace(
     MAGISTRAL, dim=512, n_layers=4, n_heads=8, n_kv_heads=2, head_dim=128, hidden_dim=1024, vocab_size=2048
@@ -162,3 +164,16 @@ def test_converted(tmp_path, layout):
 def test_converted_at_the_true_width(tmp_path, layout):
     make(tmp_path / "sparse", layout=layout, layers=1)
     assert_converted(tmp_path / "sparse", tmp_path / "out", replace(MAGISTRAL, n_layers=1), layout)
+
+
+@pytest.mark.slow
+def test_memory(tmp_path):
+    """At most 300 MB above a process that has imported mlx, with a tokenizer of the published size."""
+    words = published_tekken(tmp_path / "words", "v11").parent
+    make(tmp_path / "sparse", layers=1, config=replace(MAGISTRAL, vocab_size=8192), words=words)
+    script = Path(__file__).parents[1] / "scripts" / "convert.py"
+    _, idle = run("-c", "import mlx.core as mx; mx.eval(mx.zeros(1))")
+    _, peak = run(script, tmp_path / "sparse", "--out", tmp_path / "out")
+    assert idle < 100
+    assert (peak - idle) * 2**20 < 300e6
+    assert right(tmp_path / "out", replace(MAGISTRAL, n_layers=1, vocab_size=8192)) == "7 of 7"

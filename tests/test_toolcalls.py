@@ -258,7 +258,7 @@ def called(said: str) -> tuple[list[str], int]:
 
 @pytest.mark.parametrize("version", VERSIONS)
 @given(parts=st.lists(st.sampled_from(PARTS), max_size=14))
-@settings(max_examples=150)
+@settings(max_examples=70)
 def test_any_text_equals_the_reference(tiny_tokenizer: Open, version: str, parts: list[str]):
     text = "".join(parts)
     if version == "v7":  # has one control token only
@@ -270,7 +270,7 @@ def test_any_text_equals_the_reference(tiny_tokenizer: Open, version: str, parts
 
 @pytest.mark.parametrize("version", VERSIONS)
 @given(ids=st.lists(st.sampled_from([9, 32, 33, 34, 35, EOS, 10**6, *range(1030, 1130), 1195]), max_size=30))
-@settings(max_examples=100)
+@settings(max_examples=50)
 def test_any_ids_are_accounted_for(tiny_tokenizer: Open, version: str, ids: list[int]):
     play(tiny_tokenizer(version), ids)
 

@@ -1,6 +1,7 @@
 """Tools from end to end: prompts are mistral_common's, replies and conversations carry calls and results."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -307,6 +308,25 @@ def test_kept_reasoning_and_tools(model: Magistral):
     assert (told.prompt_ids[: len(begun)] == begun) == (not first)
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_ids_that_the_model_left_out_are_written_in(tiny_tokenizer: Open, version: str):
+    """A result names its call, where the template has names: so the call has to be read again."""
+    said = re.sub(r"\[CALL_ID\]\w+|, \"id\": \"\w+\"", "", SAID[version])
+    with scripted(
+        tiny_tokenizer(version), ids_of(tiny_tokenizer(version), said), max_context=20_000
+    ) as model:
+        talk = model.conversation(tools=TOOLS)
+        first = talk.ask("a")
+        second = talk.ask([call.result("21") for call in first.tool_calls])
+        behind = (*first.prompt_ids, *first.token_ids)
+        named = first.tool_calls[0].id in model.tokenizer.decode(second.prompt_ids)
+        assert named == (version != "v13")
+        assert (second.prompt_ids[: len(behind)] == behind) == (version == "v13")
+        if named:
+            assert list(second.prompt_ids) == model.encode(talk.messages[:-1], tools=TOOLS)
+            assert model.tokenizer.decode(second.prompt_ids).count(first.tool_calls[0].id) == 2
+
+
 def test_results_that_do_not_fit(model: Magistral):
     talk = model.conversation(tools=TOOLS)
     reply = talk.ask("a")
@@ -345,7 +365,8 @@ def test_a_saved_conversation_keeps_calls_and_results(model: Magistral, tmp_path
 def test_tool_choice(model: Magistral):
     assert 5 in model.encode("a", tools=TOOLS, tool_choice="auto")
     assert model.encode("a", tools=TOOLS, tool_choice="none") == model.encode("a")
-    for wrong in ("any", "sun", 3, None):
+    assert model.encode("a", tools=None, tool_choice=None) == model.encode("a")
+    for wrong in ("any", "sun", 3):
         with pytest.raises(PromptError, match="Expected tool_choice to be"):
             model.stream("a", tools=TOOLS, tool_choice=wrong)  # type: ignore[typeddict-item]
 
@@ -353,7 +374,7 @@ def test_tool_choice(model: Magistral):
 def test_cut_off_calls(model: Magistral):
     """At any length: nothing is lost, and a call is whole or text."""
     whole = model.ask("a", tools=TOOLS, seed=1)
-    lengths = range(1, len(whole.token_ids), 7)
+    lengths = range(1, len(whole.token_ids), 17)
     for before, reply in pairwise(model.ask("a", tools=TOOLS, seed=1, max_tokens=n) for n in lengths):
         assert reply.finish_reason == "length"
         assert reply.tool_calls[: len(before.tool_calls)] == before.tool_calls

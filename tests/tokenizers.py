@@ -42,6 +42,16 @@ def full_tekken(directory: Path, version: str) -> Path:
     return _write(directory, version, shipped["vocab"][: 131072 - CONTROLS], shipped["config"]["pattern"])
 
 
+def published_tekken(directory: Path, version: str) -> Path:
+    """The same ids in a file as long as published ones: 150000 pieces, of which the first 130072 count."""
+    shipped = _shipped()
+    file = _write(directory, version, shipped["vocab"], shipped["config"]["pattern"])
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["config"]["default_vocab_size"] = 131072
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+    return file
+
+
 @cache
 def _shipped() -> dict:
     import mistral_common  # noqa: PLC0415 -- a second to import

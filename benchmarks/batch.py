@@ -1,0 +1,84 @@
+"""What does a batch bring? Tokens per second of 1, 2, 4 and 8 replies decoded at once.
+
+    python benchmarks/batch.py [--trials 8] [--narrow]
+
+The demo model at 4 bits, or with `--narrow` the 40 layers and 131072 ids of Magistral with little width.
+Every line draws with its own seed behind the same prompt. On a GPU a step of eight reads the weights once, as
+a step of one does; a CPU is bound by arithmetic, and shows what host and kernels cost per step.
+"""
+
+import argparse
+import sys
+import tempfile
+from itertools import islice
+from pathlib import Path
+
+import mlx.core as mx
+
+sys.path.append(str(Path(__file__).parent.parent))
+
+from benchmarks.pairs import TRIALS, in_turn, ratio, seconds, told, write
+from benchmarks.tokens_per_second import MAGISTRAL, make, narrowed
+from magistral_mlx import memory
+from magistral_mlx.bench import place_of
+from magistral_mlx.cache import stacked
+from magistral_mlx.checkpoint import load, open_checkpoint
+from magistral_mlx.engine import Line, decode_batch, prefill
+from magistral_mlx.figures import Json, spread
+from magistral_mlx.model import Transformer
+from magistral_mlx.sampling import Sampler, Sampling
+
+SIZES = (1, 2, 4, 8)
+TOKENS = 24
+PROMPT = list(range(1000, 1064))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--trials", type=int, default=TRIALS)
+    parser.add_argument("--narrow", action="store_true", help="40 layers and 131072 ids, 64 wide")
+    args = parser.parse_args()
+    dtype = memory.default_dtype()
+    with tempfile.TemporaryDirectory() as directory:
+        if args.narrow:
+            rows = measured(make(Path(directory), narrowed(MAGISTRAL, 1), dtype), args.trials)
+        else:
+            with place_of("demo") as (place, _):
+                rows = measured(Path(place), args.trials)
+    write("batch-narrow" if args.narrow else "batch", {"tokens_per_line": TOKENS, "rows": rows})
+
+
+def measured(directory: Path, trials: int) -> list[Json]:
+    model = load(open_checkpoint(directory), memory.default_dtype())
+    found = in_turn({str(n): lambda n=n: rate(model, n) for n in SIZES}, trials)
+    rows = [
+        {"batch": int(n), "tokens_per_second": spread(each), "times_one": ratio(each, found["1"])}
+        for n, each in found.items()
+    ]
+    for row in rows:
+        median = row["tokens_per_second"]["median"]
+        print(f"{row['batch']} at once: {median:.1f} tokens/s, times one: {told(row['times_one'])}")
+    return rows
+
+
+def rate(model: Transformer, n: int) -> float:
+    """Tokens per second of all lines together; the first step is not counted."""
+    caches = model.new_caches()
+    try:
+        next(prefill(model, PROMPT, caches))
+    except StopIteration as done:
+        logits: mx.array = done.value
+    lines = [
+        Line(prompt=PROMPT, logits=logits, sampler=Sampler(Sampling(), seed), limit=TOKENS + 2)
+        for seed in range(n)
+    ]
+    side_by_side = [stacked([cache] * n) for cache in caches]
+    steps = decode_batch(model, lines, side_by_side)
+    next(steps)
+    return n * TOKENS / seconds(lambda: list(islice(steps, TOKENS)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""What does context cost? Time and bytes per token up to 16384 positions, KV cache in 16 and in 8 bits.
+
+    python benchmarks/contexts.py [--trials 8]
+
+Heads as Magistral's (32 of queries, 8 of keys, 128 wide), two layers, little width: what is measured is
+attention and its cache. The cache is filled with random keys and values, not read from a prompt; then ids are
+decoded one by one, and a straight line is fitted to the medians. Times are of one layer; bytes are those that
+Magistral's 40 layers hold with 2-byte numbers, beside those held here (a CPU computes in float32). On a GPU 8
+bits are half the bytes to read; on a CPU they are more arithmetic.
+"""
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+
+sys.path.append(str(Path(__file__).parent.parent))
+
+from benchmarks.memory_plan import config
+from benchmarks.pairs import TRIALS, in_turn, ratio, seconds, told, write
+from benchmarks.tokens_per_second import MAGISTRAL
+from magistral_mlx import memory
+from magistral_mlx.cache import KVCache, trim_all
+from magistral_mlx.figures import Json, spread
+from magistral_mlx.matrix import Matrix
+from magistral_mlx.model import Transformer
+
+LAYERS = 2
+SHAPE = config(128, LAYERS, (32, 8, 128), 256, 1024)
+CONTEXTS = (256, 2048, 4096, 8192, 12288, 16384)
+TOKENS = 4
+
+
+class Random:
+    """Where the model takes its weights from."""
+
+    def matrix(self, path: str) -> Matrix:
+        shape = dict(SHAPE.matrices())[path]
+        weight = mx.random.normal(shape, key=mx.random.key(len(path))) * shape[1] ** -0.5
+        return Matrix(weight=weight.astype(memory.default_dtype()))
+
+    def vector(self, _: str) -> mx.array:
+        return mx.ones(SHAPE.dim, memory.default_dtype())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--trials", type=int, default=TRIALS)
+    parser.add_argument("--most", type=int, default=CONTEXTS[-1], help="the longest context")
+    args = parser.parse_args()
+    model = Transformer(SHAPE, Random())
+    rows = [measured(model, context, args.trials) for context in CONTEXTS if context <= args.most]
+    fits = {}
+    for bits in ("16", "8"):
+        times = [row["milliseconds"][bits]["median"] for row in rows]
+        slope, start, r2 = line([row["context"] for row in rows], times)
+        fits[bits] = {"ms_per_1000_positions": 1000 * slope, "ms_at_0": start, "r2": r2}
+        print(f"{bits:>2} bits: {start:.2f} ms + {1000 * slope:.3f} ms per 1000 positions, r² {r2:.4f}")
+    write("contexts", {"layers": LAYERS, "tokens_per_trial": TOKENS, "rows": rows, "fits": fits})
+
+
+def measured(model: Transformer, context: int, trials: int) -> Json:
+    """Milliseconds per token and layer with either cache, and what the caches hold."""
+    caches = {"16": filled(model, context, None), "8": filled(model, context, 8)}
+    ways = {bits: lambda kept=kept: decoded(model, kept) for bits, kept in caches.items()}
+    found = in_turn(ways, trials)
+    milliseconds = {bits: spread([1e3 * s / LAYERS for s in each]) for bits, each in found.items()}
+    nbytes = {bits: sum(cache.nbytes for cache in each) for bits, each in caches.items()}
+    # Of 40 layers in 16-bit numbers: codes are as they are, floats (here maybe of 4 bytes) are 2.
+    whole = {
+        bits: memory.kv_bytes(MAGISTRAL, context, itemsize=2, kv_bits=int(bits) if bits == "8" else None)
+        for bits in caches
+    }
+    faster = ratio(found["16"], found["8"])
+    medians = ", ".join(f"{bits} bits {each['median']:.2f} ms" for bits, each in milliseconds.items())
+    gigabytes = ", ".join(f"{each / 1e9:.2f} GB" for each in whole.values())
+    print(f"{context:6}: {medians} per token and layer; 8 bits times as fast: {told(faster)}; {gigabytes}")
+    return {
+        "context": context,
+        "milliseconds": milliseconds,
+        "cache_bytes_here": nbytes,
+        "cache_bytes_magistral": whole,
+        "times_as_fast_in_8_bits": faster,
+    }
+
+
+def filled(model: Transformer, context: int, kv_bits: int | None) -> list[KVCache]:
+    """Caches that hold so many random positions, with room for those that are decoded."""
+    shape = (1, SHAPE.n_kv_heads, context - TOKENS, SHAPE.head_dim)
+    caches = model.new_caches(kv_bits)
+    for cache in caches:
+        cache.update(*(mx.random.normal(shape).astype(model.dtype) for _ in range(2)))
+        mx.eval(cache.arrays())
+    return caches
+
+
+def decoded(model: Transformer, caches: list[KVCache]) -> float:
+    """Seconds per token; the caches are then as before."""
+
+    def run() -> None:
+        for token in range(TOKENS):
+            mx.eval(model.logits(model(mx.array([[token]]), caches)))
+
+    took = seconds(run) / TOKENS
+    trim_all(caches, TOKENS)
+    return took
+
+
+def line(x: list[float], y: list[float]) -> tuple[float, float, float]:
+    """Least squares: slope, value at 0, and the share of the variance that the line explains."""
+    slope, start = statistics.linear_regression(x, y)
+    return slope, start, statistics.correlation(x, y) ** 2 if len(x) > 1 else 1.0
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""Room on disks: what is to be written, where, against what is free there.
+
+Knows disks. Does not know what is written (`hub`, `convert`).
+"""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+
+def shortage(needed: Mapping[Path, int]) -> str | None:
+    """What a disk has no room for, with all figures; None: there is room.
+
+    needed: path → bytes still to be written there; what lies on one disk is summed.
+    """
+    disks: dict[int, list[Path]] = {}
+    for path in needed:
+        disks.setdefault(_place(path).stat().st_dev, []).append(path)
+    for paths in disks.values():
+        place = _place(paths[0])
+        if (free := shutil.disk_usage(place).free) < sum(needed[path] for path in paths):
+            wanted = " and ".join(f"{path} needs {needed[path] / 1e9:.1f} GB more" for path in paths)
+            return f"{wanted} on disk and {place} has {free / 1e9:.1f} GB free; make room or use another disk"
+    return None
+
+
+def _place(path: Path) -> Path:
+    """What of a path is there already."""
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())

@@ -1,0 +1,103 @@
+"""The doctor, well and ill: every check must be able to fail, by a fault in what it checks."""
+
+import getpass
+import json
+import platform
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from click.testing import CliRunner
+
+from magistral_mlx import bench, doctor, model, real_layer
+from magistral_mlx.chat import Magistral
+from magistral_mlx.cli import cli
+from magistral_mlx.matrix import Matrix
+from magistral_mlx.sampling import Sampler
+from magistral_mlx.transcript import Transcript
+
+DOCS = (Path(__file__).parent.parent / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def demo() -> Iterator[Path]:
+    with bench.place_of("demo") as (place, _):
+        yield Path(place)
+
+
+@pytest.fixture(autouse=True)
+def small_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = replace(real_layer.CONFIG, dim=256, hidden_dim=512, n_heads=4, n_kv_heads=2, head_dim=64)
+    monkeypatch.setattr(real_layer, "CONFIG", small)
+    monkeypatch.setattr(doctor, "CONFIG", small)
+
+
+def test_a_machine_that_is_well(tmp_path: Path):
+    out = tmp_path / "new" / "doctor.json"
+    done = CliRunner().invoke(cli, ["doctor", "--json", str(out)], catch_exceptions=False)
+    assert (done.exit_code, done.output.count("✓"), done.output.count("✗")) == (0, 5, 0), done.output
+    report = json.loads(out.read_text())
+    assert report["right"]
+    assert report["format"] == doctor.FORMAT
+    documented = DOCS.split("## The doctor")[1]
+    assert all(f"`{key}`" in documented for key in [*report, *report["checks"][0]])
+    assert all(f"`{key}`" in documented for check in report["checks"] for key in check["figures"])
+    for private in (platform.node(), str(Path.home()), f'"{getpass.getuser()}"', str(tmp_path)):
+        assert private not in out.read_text()
+
+
+def test_a_machine_that_is_ill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Sampler, "keeps", lambda *_: mx.array(1 / 0))
+    out = tmp_path / "doctor.json"
+    done = CliRunner().invoke(cli, ["doctor", "--json", str(out)])
+    assert (done.exit_code, done.output.count("✓"), done.output.count("✗")) == (1, 4, 1), done.output
+    assert "✗ the nucleus\n  ZeroDivisionError" in done.output
+    assert not json.loads(out.read_text())["right"]
+
+
+def test_wrong_products_show(demo: Path, monkeypatch: pytest.MonkeyPatch):
+    before = Matrix.__call__
+    monkeypatch.setattr(Matrix, "__call__", lambda self, x: before(self, x) * (1.01 if self.scheme else 1))
+    assert not doctor._logits(demo).right
+    assert not doctor._layer(demo).right
+
+
+def test_a_wrong_activation_shows_against_what_does_not_share_it(demo: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(model, "_gated", lambda gate, up: mx.tanh(gate) * up)
+    assert not doctor._layer(demo).right
+    assert not doctor._reply(demo).right
+
+
+def test_what_is_not_a_number_shows(demo: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Matrix, "__call__", lambda self, x: x @ self.unpacked().T * mx.nan)
+    assert not doctor._layer(demo).right
+
+
+@pytest.mark.parametrize("name", ["draw", "keeps"])
+def test_a_wrong_nucleus_shows(name: str, demo: Path, monkeypatch: pytest.MonkeyPatch):
+    wrong = {
+        "draw": lambda _, logits, *__: mx.argmin(logits),
+        "keeps": lambda _, logits, ids: logits[ids] > mx.max(logits) - 1,
+    }
+    monkeypatch.setattr(Sampler, name, wrong[name])
+    assert not doctor._nucleus(demo).right
+
+
+def test_a_tag_in_the_answer_shows(demo: Path, monkeypatch: pytest.MonkeyPatch):
+    answer = Transcript.answer.fget
+    monkeypatch.setattr(Transcript, "answer", property(lambda self: answer(self) + "</think>"))
+    assert not doctor._reply(demo).right
+
+
+def test_memory_that_stays_shows(demo: Path, monkeypatch: pytest.MonkeyPatch):
+    kept, close = [], Magistral.close
+
+    def leak(self: Magistral) -> None:
+        kept.append(mx.ones(2**20))
+        mx.eval(kept)
+        close(self)
+
+    monkeypatch.setattr(Magistral, "close", leak)
+    assert not doctor._memory(demo).right

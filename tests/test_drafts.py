@@ -1,0 +1,164 @@
+"""Who guesses: a look-up against a search through everything, a draft model against a fresh one."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from magistral_mlx.checkpoint import load, open_checkpoint
+from magistral_mlx.drafts import BEHIND, SIZES, DraftModel, PromptLookup, Rate
+from magistral_mlx.engine import decode
+from magistral_mlx.prefix import Prefix
+from magistral_mlx.sampling import Sampler, Sampling
+from tests import models
+from tests.test_cache import feed
+
+FEW_IDS = st.lists(st.integers(0, 2), max_size=60)
+
+
+def guess(drafter: PromptLookup | DraftModel, most: int = 7) -> list[int] | None:
+    found = drafter.propose(most)
+    return None if found is None else found.tolist()  # type: ignore[return-value]
+
+
+def searched(ids: Sequence[int], most: int) -> list[int] | None:
+    """The last place at which the longest run at the end stood before, by looking at every place."""
+    for size in SIZES:
+        for place in range(len(ids) - 1, size - 1, -1):
+            if list(ids[place - size : place]) == list(ids[-size:]):
+                followed = list(ids)
+                for at in range(most):
+                    followed.append(followed[place + at])
+                return followed[len(ids) :]
+    return None
+
+
+@given(prompt=FEW_IDS, reply=FEW_IDS, most=st.integers(1, 7))
+def test_what_followed_the_longest_run(prompt: list[int], reply: list[int], most: int):
+    drafter, ids = PromptLookup(prompt), [*prompt]
+    for id_ in [None, *reply]:
+        if id_ is not None:
+            drafter.extend([id_])
+            ids.append(id_)
+        assert guess(drafter, most) == searched(ids, most)
+        assert (drafter.chance() > 0) == (searched(ids, most) is not None)
+
+
+@given(prompt=FEW_IDS, parts=st.lists(FEW_IDS, max_size=4))
+def test_several_at_once_are_as_one_by_one(prompt: list[int], parts: list[list[int]]):
+    one, several = PromptLookup(prompt), PromptLookup(prompt)
+    for part in parts:
+        several.extend(part)
+        for id_ in part:
+            one.extend([id_])
+    assert guess(one) == guess(several)
+    assert one.chance() == several.chance()
+
+
+@given(prompt=FEW_IDS, unsaid=FEW_IDS, reply=FEW_IDS)
+def test_after_going_back_there_is_a_guess_still(prompt: list[int], unsaid: list[int], reply: list[int]):
+    """What was not said may be guessed, what was never there not."""
+    drafter = PromptLookup(prompt)
+    drafter.extend(unsaid)
+    drafter.rewind(len(unsaid))
+    for id_ in reply:
+        drafter.extend([id_])
+        found = guess(drafter)
+        assert found is None or set(found) <= {*prompt, *unsaid, *reply}
+
+
+def test_what_repeats_goes_round():
+    assert guess(PromptLookup([9, 1, 2, 3, 1, 2, 3]), 7) == [1, 2, 3, 1, 2, 3, 1]
+
+
+def test_rates_follow_what_came_true():
+    good, bad = PromptLookup([1, 2, 3, 4] * 3), PromptLookup([1, 2, 3, 4] * 3)
+    assert good.chance() == bad.chance() == 0.5  # nothing is known yet
+    good.extend([1, 2, 3, 4] * 5)
+    for n in range(20):
+        bad.extend([100 + n, 1, 2, 3])
+    assert good.chance() > 0.9
+    assert bad.chance() < 0.1
+
+
+def test_a_rate_forgets():
+    rate = Rate()
+    for _ in range(200):
+        rate.saw(right=False)
+    assert rate.value < 0.05
+    for _ in range(40):
+        rate.saw(right=True)
+    assert rate.value > 0.8
+
+
+# ------------------------------------------------------------------ a draft model
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return load(open_checkpoint(models.write_hf(tmp_path_factory.mktemp("drafts"))), mx.float32)
+
+
+def drafting(real: Any, prompt: Sequence[int], sampler: Sampler) -> tuple[DraftModel, Prefix]:
+    prefix = Prefix(real.new_caches())
+    prefix.ids = [*prompt]
+    feed(real, prompt[:-1], prefix.caches)
+    return DraftModel(real, prefix, sampler), prefix
+
+
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(temperature=0), Sampling(temperature=1.5, repetition_penalty=1.4)]
+)
+def test_it_guesses_what_it_would_say(real: Any, sampling: Sampling):
+    """Whatever of its guesses was said, all, some or none, and in whatever pieces."""
+    sampler, rng = Sampler(sampling, 5), np.random.default_rng(3)
+    drafter, prefix = drafting(real, PROMPT, sampler)
+    ids = [*PROMPT]
+    for _ in range(12):
+        most = int(rng.integers(1, 8))
+        caches = real.new_caches()
+        logits = feed(real, ids, caches)
+        expected = list(decode(real, logits, caches, sampler=sampler, prompt=ids, limit=most))
+        assert guess(drafter, most) == expected
+        right = int(rng.integers(0, most + 1))
+        said = [*expected[:right], int(rng.integers(320))]
+        drafter.extend(said)
+        ids += said
+        assert prefix.ids == ids
+        assert prefix.length <= len(ids)
+        if rng.random() < 0.3:
+            back = int(rng.integers(0, 3))
+            drafter.rewind(back)
+            ids = ids[: len(ids) - back]
+            drafter.extend([7, 8, 9])
+            ids += [7, 8, 9]
+        assert {cache.offset for cache in prefix.caches} == {prefix.caches[0].offset}
+        assert prefix.caches[0].offset < len(ids)
+
+
+def test_it_knows_how_often_it_was_right(real: Any):
+    drafter, _ = drafting(real, PROMPT, Sampler(Sampling(temperature=0), 0))
+    before = drafter.chance()
+    for _ in range(5):
+        found = guess(drafter, 4)
+        drafter.extend([*found, 1])
+    assert drafter.chance() > before
+    for _ in range(30):
+        found = guess(drafter, 4)
+        drafter.extend([(found[0] + 1) % 320])
+    assert drafter.chance() < 0.4
+
+
+def test_one_that_fell_too_far_behind_stays_there(real: Any):
+    drafter, _ = drafting(real, PROMPT, Sampler(Sampling(), 0))
+    drafter.extend([1] * (BEHIND - 1))
+    assert drafter.chance() > 0
+    drafter.extend([1])
+    assert drafter.chance() == 0

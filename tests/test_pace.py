@@ -1,0 +1,90 @@
+"""How many drafts pay: against the definition, with seconds that a test makes up."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from magistral_mlx.pace import FORGET, MOST, SURE, WORTH, Pace
+
+
+def measured(costs: dict[int, float]) -> Pace:
+    """A pace that has seen passes of these costs, often enough."""
+    pace = Pace()
+    for _ in range(SURE + 1):
+        for drafts, seconds in costs.items():
+            pace.took(drafts, seconds)
+    return pace
+
+
+def speed(chance: float, k: int, seconds: float) -> float:
+    """Ids a second by enumeration: `at` guesses right and the next one wrong, or all right."""
+    wrong = sum((at + 1) * chance**at * (1 - chance) for at in range(k))
+    return (wrong + (k + 1) * chance**k) / seconds
+
+
+@given(
+    costs=st.lists(st.floats(0.5, 4), min_size=MOST, max_size=MOST),
+    chance=st.floats(0.01, 1),
+    most=st.integers(1, 20),
+)
+def test_the_quickest_of_what_was_measured(costs: list[float], chance: float, most: int):
+    all_costs = {0: 1.0} | {k + 1: cost for k, cost in enumerate(costs)}
+    chosen = measured(all_costs).best(chance, most)
+    assert 0 <= chosen <= min(most, MOST)
+    speeds = {k: speed(chance, k, all_costs[k]) for k in range(min(most, MOST) + 1)}
+    if chosen:
+        assert speeds[chosen] >= max(speeds.values()) * (1 - 1e-9)
+        assert speeds[chosen] > WORTH * speeds[0]
+    else:
+        assert max(speeds.values()) <= WORTH * speeds[0] * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("chance", [0.3, 0.6, 0.9, 1.0])
+def test_off_where_each_row_costs_a_pass(chance: float):
+    assert measured({k: k + 1.0 for k in range(MOST + 1)}).best(chance) == 0
+
+
+def test_on_where_rows_cost_nothing():
+    pace = measured(dict.fromkeys(range(MOST + 1), 1.0))
+    assert pace.best(0.9) == MOST
+    assert pace.best(0.01) == 0
+    assert pace.best(0.9, most=3) == 3
+    assert pace.best(0.0) == pace.best(0.9, most=0) == 0
+
+
+def test_nothing_is_tried_before_a_plain_pass_is_known():
+    pace = Pace()
+    for _ in range(SURE):
+        pace.took(0, 1.0)  # the first is not counted: it may have compiled kernels
+        assert pace.best(1.0) == 0
+    pace.took(0, 1.0)
+    assert pace.best(1.0) > 0
+
+
+def test_unmeasured_counts_are_tried_little_by_little_and_only_where_guesses_are_good():
+    pace = measured({0: 1.0})
+    assert pace.best(0.5) == 0
+    tried = list[int]()
+    while not tried or tried[-1] < MOST:
+        tried.append(pace.best(0.95))
+        pace.took(tried[-1], 1.05)
+    assert tried == [2, 2, 4, 4, 7]
+
+
+def test_one_slow_try_is_enough_to_stop():
+    pace = measured({0: 1.0})
+    pace.took(2, 9.0)
+    assert pace.best(0.95) == 2  # compiling, perhaps
+    pace.took(2, 3.0)
+    assert pace.best(0.95) == 0
+
+
+def test_what_is_old_is_measured_anew():
+    pace = measured({0: 1.0, 1: 3.0, 2: 4.0})
+    for _ in range(FORGET + 1):
+        assert pace.best(1.0) == 0
+        pace.took(0, 1.0)
+    assert pace.best(1.0) == 2  # it may be quicker now
+    for _ in range(FORGET + 1):
+        pace.took(2, 1.1)
+    assert pace.best(1.0) == 0  # and this needs a plain pass to compare with

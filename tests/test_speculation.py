@@ -1,0 +1,604 @@
+"""Speculation changes when ids come, never which: against the plain loop, whatever is guessed."""
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from magistral_mlx import CheckpointError, Magistral, Sampling, pace, prefix
+from magistral_mlx import sampling as sampling_module
+from magistral_mlx.cache import KVCache, stacked, trim_all
+from magistral_mlx.checkpoint import load, open_checkpoint
+from magistral_mlx.convert import Job, convert
+from magistral_mlx.drafts import Drafter, PromptLookup
+from magistral_mlx.engine import decode
+from magistral_mlx.grammar import Regex
+from magistral_mlx.hub import DEMO
+from magistral_mlx.pace import MOST, Pace
+from magistral_mlx.sampling import Sampler
+from magistral_mlx.sidecars import files
+from magistral_mlx.speculation import Speculation
+from magistral_mlx.tokenizer import Tokenizer
+from magistral_mlx.wire import Guide
+from tests import models
+from tests.scripted import scripted
+from tests.test_engine import NARROW, PROMPT, Remembering, V, remembered, start
+from tests.test_sampling import reference
+
+sys.path.append(str(Path(__file__).parent.parent / "scripts"))
+from demo_problems import held_out_problems
+
+GREEDY = Sampling(temperature=0)
+FORCED = [7, 3, 11, 11, 2]
+
+
+class Schedule(Pace):
+    """Drafts as many as a test says, whatever it costs."""
+
+    def __init__(self, *counts: int) -> None:
+        super().__init__()
+        self.counts = cycle(counts)
+
+    def best(self, chance: float, most: int = MOST) -> int:
+        return min(next(self.counts), most) if chance else 0
+
+
+class Knowing:
+    """Guesses what will be said, and errs at times: each guess is right with a chance."""
+
+    def __init__(self, truth: Sequence[int], right: float, seed: int = 0) -> None:
+        self.truth = truth
+        self.right = right
+        self.said = list[int]()
+        self.rng = np.random.default_rng(seed)
+
+    def extend(self, ids: Sequence[int]) -> None:
+        self.said += ids
+
+    def rewind(self, n: int) -> None:
+        del self.said[len(self.said) - n :]
+
+    def chance(self) -> float:
+        return 0.5
+
+    def propose(self, most: int) -> mx.array | None:
+        follows = [*self.truth[len(self.said) :], *[0] * most][:most]
+        return mx.array([id_ if self.rng.random() < self.right else (id_ + 1) % V for id_ in follows])
+
+
+def say(
+    decode: Callable[..., Any],
+    model: Any,
+    sampler: Sampler,
+    limit: int,
+    sent: dict[int, list[int]] | None = None,
+    *,
+    check: Callable[[list[int], list[KVCache]], None] = lambda *_: None,
+) -> tuple[list[int], list[KVCache]]:
+    """All ids of a reply in which, after so many of its own, those of `sent` were said in its place."""
+    logits, caches = start(model, PROMPT)
+    ids, drawn, guide = list[int](), 0, None
+    steps = decode(model, logits, caches, sampler=sampler, prompt=PROMPT, limit=limit)
+    while True:
+        try:
+            ids.append(steps.send(guide))
+        except StopIteration:
+            return ids, caches
+        check(ids, caches)
+        drawn += 1
+        forced = (sent or {}).get(drawn, [])
+        guide = Guide(said=forced) if forced else None
+        if len(ids) < limit:
+            ids += forced
+
+
+def speculating(drafter: Drafter, *counts: int) -> Callable[..., Any]:
+    return Speculation(drafter, Schedule(*counts)).decode
+
+
+SAMPLINGS = {
+    "greedy": GREEDY,
+    "sampled": Sampling(),
+    "often unsettled": NARROW,
+    "penalty": replace(NARROW, repetition_penalty=1.5),
+    "all": Sampling(temperature=2, top_p=1.0),
+}
+
+
+@given(
+    seed=st.integers(0, 2**40),
+    sampling=st.sampled_from([*SAMPLINGS.values()]),
+    counts=st.lists(st.integers(0, MOST), min_size=1, max_size=6),
+    right=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+    sent=st.dictionaries(
+        st.integers(1, 9), st.lists(st.integers(0, V - 1), min_size=1, max_size=6), max_size=3
+    ),
+    limit=st.integers(0, 20),
+)
+@settings(max_examples=25)
+def test_the_same_ids_whatever_is_guessed_when(  # noqa: PLR0917 -- hypothesis passes them by name
+    seed: int,
+    sampling: Sampling,
+    counts: list[int],
+    right: float,
+    sent: dict[int, list[int]],
+    limit: int,
+):
+    """Also where ids are sent in amid a draft, or the limit is in one; and the caches hold what was said."""
+
+    def check(ids: list[int], caches: list[KVCache]) -> None:
+        assert drafter.said[: len(ids)] == ids
+        for cache in caches:
+            said = [*PROMPT, *ids][: cache.offset]
+            assert remembered(cache)[: len(said)] == said
+            assert (
+                len(PROMPT) + len(ids) - 1
+                <= cache.offset
+                <= len(PROMPT) + limit + sum(map(len, sent.values()))
+            )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling_module, "CANDIDATES", 1)
+        expected, _ = say(decode, Remembering(), Sampler(sampling, seed), limit, sent)
+        drafter = Knowing(expected, right, seed)
+        found, _ = say(
+            speculating(drafter, *counts), Remembering(), Sampler(sampling, seed), limit, sent, check=check
+        )
+    assert found == expected
+
+
+@given(
+    ticks=st.lists(st.floats(0, 1), min_size=1, max_size=40),
+    seed=st.integers(0, 2**40),
+    period=st.integers(1, 9),
+)
+@settings(max_examples=10)
+def test_the_same_ids_however_the_clock_goes(ticks: list[float], seed: int, period: int):
+    """The real pace, by a clock that a test makes up; its look-ups find much in a prompt that repeats."""
+    at, steps = 0.0, cycle(ticks)
+
+    def clock() -> float:
+        nonlocal at
+        at += next(steps)
+        return at
+
+    sampler = Sampler(Sampling(temperature=0.4, top_p=1), seed)
+    expected, _ = say(decode, Periodic(period), sampler, 40)
+    speculation = Speculation(PromptLookup(PROMPT), Pace(), clock)
+    found, _ = say(speculation.decode, Periodic(period), sampler, 40)
+    assert found == expected
+    assert math.ceil(40 / (MOST + 1)) <= speculation.passes <= 40
+
+
+class Periodic(Remembering):
+    """Likes to say again what it said so many ids before."""
+
+    def __init__(self, period: int) -> None:
+        super().__init__()
+        self.period = period
+
+    def __call__(self, ids: mx.array, caches: Sequence[KVCache], *, last: bool = False) -> mx.array:
+        k = ids.astype(mx.float32).reshape(1, 1, -1, 1)
+        for cache in caches:
+            cache.update(k, k)
+        past = remembered(caches[0])
+        ends = range(len(past) - ids.shape[1], len(past))
+        hidden = mx.array([past[max(end + 1 - self.period, 0)] for end in ends]).reshape(1, -1, 1)
+        return hidden[:, -1:] if last else hidden
+
+    def logits(self, h: mx.array) -> mx.array:
+        return mx.where(mx.arange(V) == h, 3.0, self.table[h[..., 0] % 97] * 0.3)
+
+
+def test_passes_when_every_guess_is_right():
+    model = Remembering()
+    expected, _ = say(decode, model, Sampler(GREEDY, 0), 22)
+    speculation = Speculation(Knowing(expected, 1.0), Schedule(4))
+    model.calls.clear()
+    found, caches = say(speculation.decode, model, Sampler(GREEDY, 0), 22)
+    assert found == expected
+    # The first id is the prompt's; then five a pass, as long as there is room for five.
+    assert model.calls == [len(PROMPT), 5, 5, 5, 5, 1]
+    assert speculation.passes == 6
+    assert remembered(caches[0]) == [*PROMPT, *found[:-1]]
+
+
+def test_passes_when_every_guess_is_wrong():
+    model = Remembering()
+    expected, _ = say(decode, model, Sampler(Sampling(), 1), 12)
+    speculation = Speculation(Knowing(expected, 0.0), Schedule(3))
+    found, _ = say(speculation.decode, model, Sampler(Sampling(), 1), 12)
+    assert found == expected
+    assert speculation.passes == 12  # never more than without
+
+
+def test_without_guesses_it_is_one_step_ahead():
+    """The same calls as the plain loop, at the same time: each id is fed before it is handed out."""
+    plain, ours = Remembering(), Remembering()
+
+    def ahead(ids: list[int], caches: list[KVCache]) -> None:
+        assert caches[0].offset == len(PROMPT) + min(len(ids), 11)
+
+    assert (
+        say(decode, plain, Sampler(Sampling(), 1), 12, check=ahead)[0]
+        == say(speculating(Knowing([], 0), 0), ours, Sampler(Sampling(), 1), 12, check=ahead)[0]
+    )
+    assert plain.calls == ours.calls
+
+
+@pytest.mark.parametrize("sent_after", range(1, 8))
+def test_ids_sent_in_amid_a_draft(sent_after: int):
+    """What was guessed beyond them is forgotten; one pass feeds them."""
+    expected, _ = say(decode, Remembering(), Sampler(GREEDY, 0), 16, {sent_after: FORCED})
+    model = Remembering()
+    found, caches = say(
+        speculating(Knowing(expected, 1.0), 7), model, Sampler(GREEDY, 0), 16, {sent_after: FORCED}
+    )
+    assert found == expected
+    assert len(FORCED) in model.calls
+    assert remembered(caches[0])[: len(PROMPT) + 15] == [*PROMPT, *found[:-1]]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), GREEDY, Sampling(top_p=1.0)])
+@pytest.mark.parametrize("at", [4, 5, 8])
+def test_numbers_that_fail_amid_a_draft_are_refused(sampling: Sampling, at: int):
+    class Failing(Remembering):
+        def __call__(self, ids: mx.array, caches: Sequence[KVCache], *, last: bool = False) -> mx.array:
+            start = caches[0].offset
+            h = super().__call__(ids, caches, last=last)
+            places = start + mx.arange(ids.shape[1]).reshape(1, -1, 1)
+            return mx.where((places[:, -1:] if last else places) < len(PROMPT) + at, h, math.nan)
+
+        def logits(self, h: mx.array) -> mx.array:
+            return mx.where(mx.isnan(h), math.nan, super().logits(mx.where(mx.isnan(h), 0, h)))
+
+    expected, _ = say(decode, Remembering(), Sampler(sampling, 0), 20)
+    model = Failing()
+    logits, caches = start(model, PROMPT)
+    ids = speculating(Knowing(expected, 1.0), 3)(
+        model, logits, caches, sampler=Sampler(sampling, 0), limit=20
+    )
+    found = list[int]()
+    with pytest.raises(CheckpointError, match="weights are damaged"):
+        found += iter(lambda: next(ids), None)
+    assert found == expected[: len(found)]
+
+
+@pytest.mark.parametrize("kind", ["likeliest", "random"])
+def test_what_is_said_is_distributed_as_the_nucleus(kind: str):
+    """Against frequencies in float64, with a guesser that would like it otherwise."""
+    rng = np.random.default_rng(1)
+    scores = rng.normal(size=24).astype(np.float32) * 1.5
+    sampling = Sampling(temperature=0.9, top_p=0.8)
+
+    class Constant(Remembering):
+        def __call__(self, ids: mx.array, caches: Sequence[KVCache], *, last: bool = False) -> mx.array:
+            k = mx.zeros((1, 1, ids.shape[1], 1))
+            for cache in caches:
+                cache.update(k, k)
+            return mx.zeros((1, 1 if last else ids.shape[1], 1))
+
+        def logits(self, h: mx.array) -> mx.array:
+            return mx.broadcast_to(mx.array(scores), (*h.shape[:2], scores.size))
+
+    class Biased(Knowing):
+        def propose(self, most: int) -> mx.array | None:
+            if kind == "likeliest":
+                return mx.array([int(scores.argmax())] * most)
+            return mx.array(self.rng.integers(0, scores.size, size=most))
+
+    n = 1000
+    speculation = Speculation(Biased([], 0), Schedule(2))
+    found, _ = say(speculation.decode, Constant(), Sampler(sampling, 11), n)
+    if kind == "likeliest":
+        assert speculation.passes < 0.9 * n
+    verdict = reference(sampling, scores)
+    expected = np.where(verdict.inside, verdict.p, 0)
+    expected = n * expected / expected.sum()
+    counts = np.bincount(found, minlength=scores.size)
+    assert not counts[~verdict.inside].any()
+    inside = verdict.inside
+    chi = ((counts - expected)[inside] ** 2 / expected[inside]).sum()
+    freedom = inside.sum() - 1
+    # Wilson and Hilferty: the cube root of chi² / freedom is nearly normal; 3.3 deviations are one in 2000.
+    spread = 2 / (9 * freedom)
+    assert ((chi / freedom) ** (1 / 3) - (1 - spread)) / spread**0.5 < 3.3
+
+
+def test_caches_side_by_side_trim_as_well(tmp_path: Path):
+    """Several replies are written without speculation, but nothing in their caches stands in its way."""
+    model = load(open_checkpoint(models.write_hf(tmp_path)), mx.float32)
+    rows = [start(model, PROMPT[:length])[1] for length in (3, 5, 8)]
+    whole = [stacked(layer) for layer in zip(*rows, strict=True)]
+    fed = mx.array([[5, 6, 7, 8]] * 3)
+    expected = model.logits(model(fed, whole))
+    trim_all(whole, 4)
+    model(mx.array([[5, 6, 99, 98]] * 3), whole)
+    trim_all(whole, 2)
+    found = model.logits(model(fed[:, 2:], whole))
+    np.testing.assert_allclose(np.array(found), np.array(expected[:, 2:]), atol=2e-4, rtol=1e-4)
+
+
+class Costing:
+    """Says a given text, and moves a clock by what its passes are made to cost."""
+
+    def __init__(self, prompt: Sequence[int], text: Sequence[int], each_row: float) -> None:
+        self.ids = mx.array([*prompt, *text, 0])
+        self.each_row = each_row
+        self.seconds = 0.0
+
+    def new_caches(self) -> list[KVCache]:
+        return [KVCache()]
+
+    def __call__(self, ids: mx.array, caches: Sequence[KVCache], *, last: bool = False) -> mx.array:
+        L, start = ids.shape[1], caches[0].offset
+        caches[0].offset += L
+        self.seconds += 1 + self.each_row * (L - 1)
+        follows = self.ids[start + 1 : start + L + 1].reshape(1, -1, 1)
+        return follows[:, -1:] if last else follows
+
+    def logits(self, h: mx.array) -> mx.array:
+        return mx.where(mx.arange(256) == h, 9.0, 0.0)
+
+
+SOURCE = [*Path(__file__).read_bytes()[:2000]]
+TEXTS = {
+    "unlike": (SOURCE[:200], SOURCE[1000:1600]),
+    "the prompt again": (SOURCE[:600], SOURCE[:600]),
+    "at random": ([1, 2, 3], np.random.default_rng(0).integers(0, 256, size=600).tolist()),
+    "round and round": ([1, 2, 3], SOURCE[700:740] * 15),
+}
+
+
+@pytest.mark.parametrize("each_row", [0.0, 0.3, 0.7, 1.0, 3.0])
+@pytest.mark.parametrize("text", TEXTS)
+def test_it_costs_next_to_nothing_where_it_does_not_pay(text: str, each_row: float):
+    """By a clock of the test's own: no reply takes a twentieth longer; copies are quick where rows are."""
+    prompt, said = TEXTS[text]
+    model = Costing(prompt, said, each_row)
+    caches = model.new_caches()
+    logits = model.logits(model(mx.array([prompt]), caches, last=True))[0, 0]
+    model.seconds = 0.0
+    speculation = Speculation(PromptLookup(prompt), Pace(), lambda: model.seconds)
+    found = speculation.decode(model, logits, caches, sampler=Sampler(GREEDY, 0), limit=len(said))
+    assert list(found) == said
+    assert (len(said) - 1) / model.seconds > 0.95
+    if each_row <= 0.3 and text in ("the prompt again", "round and round"):
+        assert len(said) / speculation.passes > 3
+        assert (len(said) - 1) / model.seconds > 1.5
+
+
+# ------------------------------------------------------------------ whole replies
+
+
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draft wherever there is a guess, whatever it costs on this machine."""
+    monkeypatch.setattr(pace.Pace, "best", lambda _, chance, most: min(most, 5) if chance else 0)
+
+
+@pytest.fixture(scope="module")
+def demo() -> Iterator[Magistral]:
+    with Magistral.load("demo") as model:
+        yield model
+
+
+def asked_again(model: Magistral, question: str, **options: Any) -> list[int]:
+    """A prompt in which the question was asked and answered before: much of the reply is in it."""
+    talk = model.conversation(keep_thinking=True, **options)
+    talk.ask(question)
+    return talk._prompt(question, talk.options)
+
+
+def same_ids(model: Magistral, prompts: Sequence[Sequence[int]], **options: Any) -> tuple[int, int]:
+    """Each prompt at temperatures 0 and 0.7, with and without; returns tokens and passes."""
+    tokens = passes = 0
+    for seed, prompt in enumerate(prompts):
+        for temperature in (0.0, 0.7):
+            chosen = {"sampling": Sampling(temperature=temperature), "seed": seed, **options}
+            plain = model.stream_ids(prompt, **chosen, speculate=False).drain()
+            drafted = model.stream_ids(prompt, **chosen, speculate=True).drain()
+            assert drafted.token_ids == plain.token_ids
+            assert plain.stats.tokens_per_pass == 1
+            tokens += len(drafted.token_ids)
+            passes += drafted.stats.forward_passes
+    return tokens, passes
+
+
+@pytest.mark.usefixtures("always")
+def test_the_demo_says_the_same(demo: Magistral):
+    questions = [problem.question for problem in held_out_problems(3, 50)]
+    same_ids(demo, [demo.encode(question) for question in questions[:2]], max_tokens=30)
+    again = asked_again(demo, questions[2], seed=1, max_tokens=150)
+    tokens, passes = same_ids(demo, [again], max_tokens=40)
+    assert tokens / passes > 1.5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.usefixtures("always")
+def test_the_demo_says_the_same_to_200_prompts(demo: Magistral):
+    questions = [problem.question for problem in held_out_problems(200, 51)]
+    prompts = [demo.encode(question) for question in questions[:100]]
+    prompts += [asked_again(demo, question, seed=2, max_tokens=200) for question in questions[100:]]
+    tokens, passes = same_ids(demo, prompts, max_tokens=400)
+    assert tokens / passes > 1.5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_the_demo_says_the_same_at_its_own_pace(demo: Magistral):
+    questions = [problem.question for problem in held_out_problems(40, 52)]
+    same_ids(demo, [asked_again(demo, question, seed=2, max_tokens=200) for question in questions])
+
+
+def both(model: Magistral, prompt: Sequence[int], **options: Any) -> tuple[Any, Any]:
+    plain = model.stream_ids(prompt, **options, speculate=False).drain()
+    return plain, model.stream_ids(prompt, **options, speculate=True).drain()
+
+
+@pytest.fixture(scope="module")
+def prompt(demo: Magistral) -> list[int]:
+    return asked_again(demo, "What is 48 + 37?", seed=1)
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"think_budget": budget} for budget in (0, 7, 20)),
+        *({"max_tokens": most} for most in (1, 2, 13, 14)),
+        {"stop": "= **"},
+        {"sampling": Sampling(repetition_penalty=1.1), "max_tokens": 40},
+    ],
+    ids=str,
+)
+def test_a_reply_ends_where_it_did(demo: Magistral, prompt: list[int], options: dict[str, Any]):
+    """Budgets, limits and stop strings that fall into a draft."""
+    plain, drafted = both(demo, prompt, seed=3, **options)
+    assert (drafted.token_ids, drafted.finish_reason) == (plain.token_ids, plain.finish_reason)
+    assert (drafted.thinking, drafted.answer) == (plain.thinking, plain.answer)
+    assert drafted.stats.forward_passes <= plain.stats.forward_passes
+    if plain.stats.forward_passes > 10 and "sampling" not in options:
+        assert drafted.stats.forward_passes < plain.stats.forward_passes
+
+
+@pytest.mark.usefixtures("always")
+def test_log_probabilities_of_what_was_drafted(demo: Magistral, prompt: list[int]):
+    plain, drafted = both(demo, prompt, seed=3, max_tokens=30, logprobs=2)
+    assert drafted.stats.tokens_per_pass > 1.5
+    assert [score.id for score in drafted.logprobs] == list(drafted.token_ids)
+    for ours, theirs in zip(drafted.logprobs, plain.logprobs, strict=True):
+        assert [id_ for id_, _ in ours.top] == [id_ for id_, _ in theirs.top]
+        assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-3)
+
+
+@pytest.mark.usefixtures("always")
+def test_an_answer_held_to_a_schema_is_written_without(demo: Magistral, prompt: list[int]):
+    plain, drafted = both(demo, prompt, seed=3, think_budget=10, max_tokens=80, schema=Regex("[0-9]{1,4}"))
+    assert drafted.token_ids == plain.token_ids
+    assert drafted.stats.tokens_per_pass == 1
+
+
+@pytest.mark.usefixtures("always")
+def test_thinking_that_is_stopped_amid_a_draft(demo: Magistral, prompt: list[int]):
+    def ids(speculate: bool) -> tuple[int, ...]:
+        with demo.stream_ids(prompt, seed=3, speculate=speculate) as stream:
+            for n, _ in enumerate(stream):
+                if n == 10:
+                    stream.stop_thinking()
+        return stream.reply.token_ids
+
+    assert ids(speculate=True) == ids(speculate=False)
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("kv_bits", [None, 8])
+def test_what_was_read_is_right_after_speculation(demo: Magistral, prompt: list[int], kv_bits: int | None):
+    """Ended, or cancelled amid a draft: the logits behind what was said are those of a fresh run."""
+    for ids_until in (None, 9, 11):
+        held = demo.new_prefix(kv_bits)
+        with demo.stream_ids(prompt, prefix=held, seed=3, speculate=True, max_tokens=50) as stream:
+            for _ in stream:
+                if ids_until and len(stream.reply.token_ids) >= ids_until:
+                    break
+        said = list(stream.reply.token_ids)
+        assert held.ids == prompt + said
+        following = [*prompt, *said, 7, 8, 9]
+        found, expected = demo.run(
+            lambda h=held, f=following: (after(demo, h, f), after(demo, None, f, kv_bits))
+        )
+        np.testing.assert_allclose(found, expected, atol=1e-3 if kv_bits is None else 3e-2, rtol=0)
+
+
+def after(
+    demo: Magistral, held: prefix.Prefix | None, ids: list[int], kv_bits: int | None = None
+) -> np.ndarray:
+    """The logits behind `ids`, reading what `held` lacks of them."""
+    model, held = demo.transformer, held or demo.new_prefix(kv_bits)
+    common = held.rewind(ids)
+    assert len(ids) - common <= 5 or common == 0
+    hidden = model(mx.array([ids[common:]]), held.caches, last=True)
+    return np.array(model.logits(hidden)[0, 0])
+
+
+@pytest.mark.usefixtures("always")
+def test_a_conversation_that_speculates(demo: Magistral):
+    def told(speculate: bool) -> list[Any]:
+        talk = demo.conversation(sampling=GREEDY, speculate=speculate)
+        return [talk.ask(text) for text in ("What is 48 + 37?", "Now add 12 to that.", "Now add 5 to that.")]
+
+    for drafted, plain in zip(told(speculate=True), told(speculate=False), strict=True):
+        assert drafted.token_ids == plain.token_ids
+        assert drafted.stats.cached_tokens == plain.stats.cached_tokens
+
+
+@pytest.mark.usefixtures("always")
+def test_eight_bit_caches(prompt: list[int]):
+    with Magistral.load("demo", kv_bits=8) as model:
+        plain, drafted = both(model, prompt, sampling=GREEDY, seed=0, max_tokens=60)
+    assert drafted.token_ids == plain.token_ids
+    assert drafted.stats.tokens_per_pass > 1.5
+
+
+@pytest.mark.usefixtures("always")
+def test_up_to_the_last_place_of_the_context(tiny_tokenizer: Callable[[str], Tokenizer]):
+    tokenizer = tiny_tokenizer("v11")
+    with scripted(tokenizer, "<think>\n" + "again and " * 60, max_context=1000) as model:
+        prompt = model.encode("hello")
+        plain, drafted = both(model, prompt, seed=0)
+    assert len(prompt) + len(drafted.token_ids) == 1000
+    assert drafted.token_ids == plain.token_ids
+    assert drafted.finish_reason == "length"
+    assert drafted.stats.tokens_per_pass > 3
+
+
+# ------------------------------------------------------------------ a draft model
+
+
+@pytest.fixture(scope="module")
+def four_bit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("speculation") / "4bit"
+    words = files(DEMO, name="demo", recipe="4bit", context=4096)
+    convert(Job(checkpoint=open_checkpoint(DEMO), out=path, sidecars=words))
+    return path
+
+
+@pytest.mark.usefixtures("always")
+def test_a_draft_model_that_is_the_model_itself(demo: Magistral):
+    """Drawn with the same noise, each of its guesses is right."""
+    with Magistral.load("demo", draft_model="demo") as model:
+        for seed, sampling in enumerate((GREEDY, Sampling())):
+            prompt = model.encode("What is 48 + 37?")
+            plain = demo.stream_ids(prompt, seed=seed, sampling=sampling, max_tokens=61).drain()
+            drafted = model.stream_ids(prompt, seed=seed, sampling=sampling, max_tokens=61).drain()
+            assert drafted.token_ids == plain.token_ids
+            assert drafted.stats.forward_passes == 1 + math.ceil((len(plain.token_ids) - 1) / 6)
+
+
+@pytest.mark.usefixtures("always")
+def test_a_draft_model_of_fewer_bits(demo: Magistral, four_bit: Path):
+    """A conversation: what the draft model has read stays read, too."""
+    with Magistral.load("demo", draft_model=four_bit) as model:
+        talk, twin = model.conversation(seed=5), demo.conversation(seed=5)
+        for text in ("What is 48 + 37?", "Now add 12 to that."):
+            drafted, plain = talk.ask(text), twin.ask(text)
+            assert drafted.token_ids == plain.token_ids
+            assert drafted.stats.tokens_per_pass > 1.5
+        assert talk._prefix.draft.length > 100
+        assert talk.ask("What is 1 + 1?", speculate=False).stats.tokens_per_pass == 1
+
+
+def test_a_draft_model_of_another_vocabulary_is_refused(tmp_path: Path):
+    path = models.write_hf(tmp_path)
+    with pytest.raises(CheckpointError, match=r"expected \d+ ids, found 320"):
+        Magistral.load("demo", draft_model=path)

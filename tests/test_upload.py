@@ -1,0 +1,159 @@
+"""Publishing: converted, uploaded to a fake Hub, fetched from it again, and what stands in the way."""
+
+import hashlib
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from huggingface_hub import ModelCard, constants
+
+from magistral_mlx import hub, manifest
+from magistral_mlx.cli import cli
+from magistral_mlx.errors import HubError
+from tests import fake_hub
+from tests.fake_hub import point_at
+
+REPO = "someone/demo-4bit"
+
+
+@pytest.fixture
+def fake(no_hub, monkeypatch, tmp_path):
+    with fake_hub.running({}) as running:
+        point_at(running.url, monkeypatch)
+        running.token = "hf_secret"
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        monkeypatch.setenv("HF_ENDPOINT", running.url)
+        monkeypatch.setattr("time.sleep", lambda _: None)  # between its tries
+        monkeypatch.chdir(tmp_path)
+        yield running
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """The demo model in 4 bit, as the command writes it."""
+    out = tmp_path_factory.mktemp("converted") / "out"
+    assert run("convert", "demo", "--out", out).exit_code == 0
+    return out
+
+
+def run(*words):
+    return CliRunner().invoke(cli, [str(word) for word in words])
+
+
+def contents(directory):
+    return {
+        str(file.relative_to(directory)): file.read_bytes()
+        for file in directory.rglob("*")
+        if file.is_file() and not file.is_relative_to(directory / ".cache")
+    }
+
+
+def test_converted_and_published(fake, tmp_path):
+    """One command; what the Hub has then is what was written, and serves whoever downloads it."""
+    done = run("convert", "demo", "--out", "out", "--upload", REPO)
+    assert done.exit_code == 0, done.stderr
+    assert f"published: {fake.url}/{REPO}" in done.stdout
+    assert fake.repos[REPO] == contents(tmp_path / "out")
+    assert len(fake.commits) == 1
+    assert fake.puts == [hashlib.sha256(Path("out/model.safetensors").read_bytes()).hexdigest()]
+    assert set(fake.cards) == {Path("out/README.md").read_text()}
+    found = hub.resolve(REPO, download=True)
+    assert found.weights == found.words
+    assert manifest.verify(found.weights) == []
+    fetched = contents(found.weights)
+    assert fetched == {name: data for name, data in fake.repos[REPO].items() if name != "README.md"}
+
+
+def test_what_is_there_is_not_sent_again(fake, converted):
+    hub.upload(converted, REPO)
+    hub.upload(converted, REPO)
+    assert len(fake.puts) == 1
+    assert fake.repos[REPO] == contents(converted)
+
+
+def test_an_upload_that_breaks_off(fake, converted):
+    """The conversion is not lost; what to do is said, and it can be done."""
+    fake.put_status = [500] * 10
+    with pytest.raises(HubError) as caught:
+        hub.upload(converted, REPO)
+    said = str(caught.value)
+    assert said.startswith(f"{converted} is there, but cannot be published as '{REPO}': ")
+    command = shlex.split(said.partition("Then: ")[2])
+    assert fake.repos[REPO] == {}
+    fake.put_status.clear()
+    hf = [str(Path(sys.executable).with_name(command[0])), *command[1:]]
+    env = os.environ | {"HF_HUB_DISABLE_XET": "1", "HF_HOME": str(converted.parent / "home")}
+    subprocess.run(hf, env=env, check=True, capture_output=True)
+    assert fake.repos[REPO] == contents(converted)
+
+
+@pytest.mark.parametrize(
+    ("token", "repo", "says"),
+    [
+        (None, REPO, "nothing can be published as .*: nobody is logged in here"),
+        ("hf_wrong", REPO, "nothing can be published as .*: the Hub does not allow it"),
+        ("hf_secret", "demo-4bit", 'Expected a Hub name such as "you/'),
+        ("hf_secret", f"{REPO}@main", 'Expected a Hub name such as "you/'),
+    ],
+)
+def test_refused_before_the_work(fake, monkeypatch, token, repo, says):
+    monkeypatch.setenv("HF_TOKEN", token) if token else monkeypatch.delenv("HF_TOKEN")
+    done = run("convert", "demo", "--out", "out", "--upload", repo)
+    assert done.exit_code == 1
+    assert re.search(says, done.stderr), done.stderr
+    assert not Path("out").exists()
+
+
+def test_refused_without_a_network(fake, monkeypatch):
+    point_at("http://127.0.0.1:9", monkeypatch)
+    with pytest.raises(HubError, match=r"nothing can be published as .*: the Hub was not reached"):
+        hub.check_upload(REPO)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match=r"nothing can be published as .*: HF_HUB_OFFLINE is set"):
+        hub.check_upload(REPO)
+
+
+def test_a_place_of_another(fake, converted):
+    with pytest.raises(
+        HubError,
+        match=r"cannot be published as .*: the Hub does not allow it .*Then: hf upload mistralai/demo-4bit",
+    ):
+        hub.upload(converted, "mistralai/demo-4bit")
+
+
+# The model card -----------------------------------------------------------------------------------------
+
+
+def test_the_cards_claims(converted):
+    """Source, recipe and size as they are; and the Hub's reader of cards understands its head."""
+    text = (converted / "README.md").read_text()
+    proof = manifest.read(converted)
+    weights = sum(of["bytes"] for name, of in proof["outputs"].items() if name.endswith(".safetensors"))
+    parameters = json.loads((converted / "model.safetensors.index.json").read_text())["metadata"]
+    bits = 8 * parameters["total_size"] / parameters["total_parameters"]
+    assert f"- Size: {weights / 1e6:.1f} MB, {bits:.2f} bits per weight." in text
+    assert f"- Conversion: {proof['recipe']}, by magistral_mlx." in text
+    head = ModelCard(text).data
+    assert (head.license, head.library_name, head.pipeline_tag) == ("apache-2.0", "mlx", "text-generation")
+
+
+def test_the_cards_python(converted, capsys):
+    [code] = re.findall(r"```python\n(.*?)```", (converted / "README.md").read_text(), re.DOTALL)
+    exec(code.replace("path/to/this/directory", str(converted)), {})
+    assert "85" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_cards_command(converted):
+    [code] = re.findall(r"```sh\n(.*?)```", (converted / "README.md").read_text(), re.DOTALL)
+    code = code.replace("\\\n", " ").replace("path/to/this/directory", str(converted))
+    [name, *words] = shlex.split(code)
+    command = [str(Path(sys.executable).with_name(name)), *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "85" in done.stdout
