@@ -19,7 +19,7 @@ from magistral_mlx.server.safety import Rules
 from magistral_mlx.server.service import Service
 
 HUB_ID = "mistralai/Magistral-Small-2506"
-QUESTION = "What is 48 + 37?"
+QUESTION = "What is 3 + 4?"
 ASK = {"messages": [{"role": "user", "content": QUESTION}], "seed": 1}
 
 
