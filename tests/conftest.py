@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from magistral_mlx import Magistral
+from magistral_mlx import Magistral, Reply
 from magistral_mlx.tokenizer import Tokenizer
 from tests.fake_hub import point_at
-from tests.serving import Running
+from tests.serving import QUESTION, Running
 from tests.tokenizers import full_tekken, tiny_tekken
 
 # A busy machine is not a failure.
@@ -48,3 +48,9 @@ def served() -> Iterator[Running]:
     """The demo model behind HTTP, started once a session; for tests that leave it as it was."""
     with Magistral.load("demo") as model, Running(model) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def reply(served: Running) -> Reply:
+    """What the library says to the server's usual question."""
+    return served.service.model.ask(QUESTION, seed=1)

@@ -16,12 +16,6 @@ from tests.serving import ASK, HUB_ID, QUESTION, Answer, Running, until
 CHAT, RAW = "/v1/chat/completions", "/raw/v1/chat/completions"
 
 
-@pytest.fixture(scope="module")
-def reply(served: Running) -> Reply:
-    """What the library says to the same question with the same seed."""
-    return served.service.model.ask(QUESTION, seed=1)
-
-
 def raw_text(reply: Reply) -> str:
     return f"<think>\n{reply.thinking}\n</think>\n\n{reply.answer}"
 
@@ -73,30 +67,25 @@ def test_raw_has_the_tags_in_the_text(served: Running, reply: Reply):
 
 
 def test_several_choices_have_seeds_of_their_own(served: Running):
-    choices = served.post(CHAT, ASK | {"n": 3}).json["choices"]
-    asked = [served.service.model.ask(QUESTION, seed=seed) for seed in (1, 2, 3)]
-    assert [choice["message"]["content"] for choice in choices] == [reply.answer for reply in asked]
-    assert [choice["index"] for choice in choices] == [0, 1, 2]
-    pieces = served.post(CHAT, ASK | {"n": 3, "stream": True}).events
-    for index, reply in enumerate(asked):
-        own = [p["choices"][0]["delta"] for p in pieces if p["choices"][0]["index"] == index]
-        assert "".join(delta.get("content", "") for delta in own) == reply.answer
+    answers = [served.service.model.ask(QUESTION, seed=seed).answer for seed in (1, 2)]
+    choices = served.post(CHAT, ASK | {"n": 2}).json["choices"]
+    assert [choice["message"]["content"] for choice in choices] == answers
+    assert [choice["index"] for choice in choices] == [0, 1]
+    pieces = [piece["choices"][0] for piece in served.post(CHAT, ASK | {"n": 2, "stream": True}).events]
+    for index, answer in enumerate(answers):
+        own = [piece["delta"] for piece in pieces if piece["index"] == index]
         assert own[0]["role"] == "assistant"
+        assert "".join(delta.get("content", "") for delta in own) == answer
 
 
 @pytest.mark.parametrize(
     ("asked", "options"),
     [
-        ({"temperature": 0}, {"sampling": Sampling(temperature=0)}),
-        ({"top_p": 0.5, "top_k": 3}, {"sampling": Sampling(top_p=0.5, top_k=3)}),
-        ({"max_tokens": 20}, {"max_tokens": 20}),
+        ({"temperature": 0.3, "top_k": 3}, {"sampling": Sampling(temperature=0.3, top_k=3)}),
         ({"max_completion_tokens": 20, "max_tokens": 30}, {"max_tokens": 20}),
-        ({"stop": " 37"}, {"stop": " 37"}),
-        ({"stop": ["zzz", "="]}, {"stop": ["zzz", "="]}),
+        ({"stop": " 4"}, {"stop": " 4"}),
         ({"think_budget": 3}, {"think_budget": 3}),
-        ({"think_budget": 3, "reasoning_effort": "low"}, {"think_budget": 3}),
         ({"reasoning_effort": "none"}, {"think": False}),
-        ({"reasoning_effort": "medium"}, {"think_budget": 8192}),
     ],
     ids=str,
 )
@@ -110,14 +99,13 @@ def test_options_mean_what_the_librarys_mean(served: Running, asked: dict[str, A
     assert body["usage"]["completion_tokens_details"]["reasoning_tokens"] == reply.stats.thinking_tokens
 
 
-def test_completions_go_on_with_the_text_as_it_stands(served: Running):
+def test_completions_go_on_with_the_text_as_it_stands(served: Running, reply: Reply):
     tokenizer = served.service.model.tokenizer
     chat = served.service.model.encode(QUESTION)
     body = served.post("/v1/completions", {"prompt": chat, "seed": 1, "max_tokens": 200}).json
-    reply = served.service.model.ask(QUESTION, seed=1, max_tokens=200)
     assert body["choices"][0]["text"] == tokenizer.decode(reply.token_ids)
-    cut = served.post("/v1/completions", {"prompt": chat, "seed": 1, "max_tokens": 200, "stop": "48+37"}).json
-    text, _, _ = tokenizer.decode(reply.token_ids).partition("48+37")
+    cut = served.post("/v1/completions", {"prompt": chat, "seed": 1, "max_tokens": 200, "stop": "3+4"}).json
+    text, _, _ = tokenizer.decode(reply.token_ids).partition("3+4")
     assert cut["choices"][0] | {"logprobs": None} == {
         "index": 0,
         "text": text,

@@ -15,6 +15,7 @@ from pydantic_ai import Agent, ThinkingPart
 from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
+from magistral_mlx import Reply
 from magistral_mlx.hub import DEMO
 from magistral_mlx.server.safety import Rules
 from tests.serving import ASK, HUB_ID, QUESTION, Running
@@ -28,8 +29,7 @@ def client(served: Running) -> OpenAI:
     return OpenAI(base_url=f"{served.url}/v1", api_key="EMPTY", max_retries=0)
 
 
-def test_openai(served: Running, client: OpenAI):
-    reply = served.service.model.ask(QUESTION, seed=1)
+def test_openai(reply: Reply, client: OpenAI):
     done = client.chat.completions.create(model=client.models.list().data[0].id, **ASK)
     assert done.model == HUB_ID
     message = done.choices[0].message
@@ -40,8 +40,7 @@ def test_openai(served: Running, client: OpenAI):
     assert done.usage.completion_tokens_details.reasoning_tokens == reply.stats.thinking_tokens
 
 
-def test_openai_streaming(served: Running, client: OpenAI):
-    reply = served.service.model.ask(QUESTION, seed=1)
+def test_openai_streaming(reply: Reply, client: OpenAI):
     chunks = list(
         client.chat.completions.create(
             model="any", **ASK, stream=True, stream_options={"include_usage": True}, reasoning_effort="high"
@@ -54,22 +53,20 @@ def test_openai_streaming(served: Running, client: OpenAI):
     assert chunks[-1].usage.prompt_tokens == reply.stats.prompt_tokens
 
 
-def test_openai_streams_helper(served: Running, client: OpenAI):
-    reply = served.service.model.ask(QUESTION, seed=1)
+def test_openai_streams_helper(reply: Reply, client: OpenAI):
     with client.chat.completions.stream(model="any", **ASK) as stream:
         assert stream.get_final_completion().choices[0].message.content == reply.answer
 
 
-def test_openai_async(served: Running):
+def test_openai_async(served: Running, reply: Reply):
     async def main() -> list[str | None]:
         async with AsyncOpenAI(base_url=f"{served.url}/v1", api_key="EMPTY", max_retries=0) as client:
-            several = (client.chat.completions.create(model="any", **ASK | {"seed": s}) for s in (1, 2))
+            several = (client.chat.completions.create(model="any", **ASK | {"seed": s}) for s in (1, 1))
             answers = [done.choices[0].message.content for done in await asyncio.gather(*several)]
-            stream = await client.chat.completions.create(model="any", **ASK | {"seed": 3}, stream=True)
+            stream = await client.chat.completions.create(model="any", **ASK, stream=True)
             return [*answers, "".join([c.choices[0].delta.content or "" async for c in stream])]
 
-    expected = [served.service.model.ask(QUESTION, seed=seed).answer for seed in (1, 2, 3)]
-    assert asyncio.run(main()) == expected
+    assert asyncio.run(main()) == 3 * [reply.answer]
 
 
 def test_openai_completions(client: OpenAI):
@@ -147,14 +144,14 @@ def test_another_system_prompt_does_not_switch_the_thinking_off(served: Running)
 
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="no curl here")
-def test_curl(served: Running):
+def test_curl(served: Running, reply: Reply):
     body = json.dumps(ASK | {"stream": True})
     address = f"{served.url}/v1/chat/completions"
     words = ["curl", "-sSN", address, "-H", "Content-Type: application/json", "-d", body]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
     *_, last = done.stdout.split()
     assert last == "[DONE]"
-    assert served.service.model.ask(QUESTION, seed=1).answer[-1] in done.stdout
+    assert reply.answer[-1] in done.stdout
 
 
 def test_an_agent_framework(served: Running):
@@ -175,7 +172,7 @@ def test_an_agent_framework(served: Running):
         return [said async for said in main()]
 
     answer, thinking, again, streamed = asyncio.run(collected())
-    assert "85" in answer
+    assert "7" in answer
     assert thinking
     assert again
     assert streamed == answer

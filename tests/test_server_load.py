@@ -83,7 +83,7 @@ def serve(server: Running, right: Right, clients: int, requests: int) -> None:
 
 
 def test_a_crowd(loaded: Running):
-    serve(loaded, answers(loaded, think=(False,)), clients=8, requests=40)
+    serve(loaded, answers(loaded, think=(False,)), clients=8, requests=32)
 
 
 @pytest.mark.slow

@@ -49,7 +49,7 @@ def attack(served: Running, method: str, path: str, examples: int) -> None:
     given(case=schema[path][method].as_strategy())(asked)()
 
 
-@pytest.mark.parametrize(("method", "path"), OPERATIONS)
+@pytest.mark.parametrize(("method", "path"), [o for o in OPERATIONS if o[1].startswith("/v1/c")])
 def test_no_server_error(served: Running, method: str, path: str):
     attack(served, method, path, 5)
 

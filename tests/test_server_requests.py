@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from magistral_mlx import AnswerToken, Finished, Stats, ThinkToken, ToolCallToken
 from magistral_mlx.hub import DEMO
+from magistral_mlx.sampling import Sampling
 from magistral_mlx.server import requests
 from magistral_mlx.server.failures import RefusedError
 from magistral_mlx.server.voices import Apart, Heard, Tagged, Verbatim
@@ -66,6 +67,33 @@ def test_an_assistants_message_in_any_of_its_shapes(tokenizer: Tokenizer):
         {"role": "assistant", "tool_calls": [call]},
         {"role": "tool", "content": "1", "tool_call_id": "abcdefghi"},
     ]
+
+
+@pytest.mark.parametrize(
+    ("asked", "meant"),
+    [
+        ({}, {"max_tokens": 40960, "think": True, "think_budget": None, "stop": (), "sampling": Sampling()}),
+        ({"temperature": 0.0, "top_p": 0.5}, {"sampling": Sampling(temperature=0, top_p=0.5)}),
+        ({"min_p": 0.1, "top_k": 3}, {"sampling": Sampling(min_p=0.1, top_k=3)}),
+        ({"max_tokens": 20}, {"max_tokens": 20}),
+        ({"max_tokens": 20, "max_completion_tokens": 30}, {"max_tokens": 30}),
+        ({"stop": "x"}, {"stop": ("x",)}),
+        ({"stop": ["x", "y"]}, {"stop": ("x", "y")}),
+        ({"seed": 7}, {"seed": 7}),
+        ({"seed": -1}, {"seed": 2**63 - 1}),
+        ({"reasoning_effort": "none"}, {"think": False}),
+        ({"reasoning_effort": "low"}, {"think": True, "think_budget": 1024}),
+        ({"reasoning_effort": "high"}, {"think": True, "think_budget": None}),
+        ({"reasoning_effort": "low", "think_budget": 3}, {"think_budget": 3}),
+        ({"logprobs": True}, {"logprobs": 0}),
+        ({"logprobs": True, "top_logprobs": 5}, {"logprobs": 5}),
+        ({"response_format": {"type": "json_object"}}, {"schema": {"type": "object"}}),
+    ],
+    ids=str,
+)
+def test_options(tokenizer: Tokenizer, asked: dict[str, Any], meant: dict[str, Any]):
+    _, options = translate(tokenizer, USER, **asked)
+    assert {name: options[name] for name in meant} == meant
 
 
 @pytest.mark.parametrize(

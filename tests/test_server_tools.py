@@ -8,7 +8,7 @@ from openai import OpenAI
 
 from magistral_mlx.tokenizer import Tokenizer
 from tests.scripted import scripted
-from tests.serving import Running
+from tests.serving import ASK, Running
 from tests.test_toolcalls import ids_of
 
 TOOLS = [
@@ -85,3 +85,30 @@ def test_without_tools_there_are_no_calls(client: OpenAI):
     )
     assert done.choices[0].message.tool_calls is None
     assert done.choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "add"}}])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_that_has_to_be(served: Running, choice: object, stream: bool):
+    digits = {"type": "integer", "minimum": 0, "maximum": 99}
+    parameters = {
+        "type": "object",
+        "properties": {"a": digits, "b": digits},
+        "required": ["a", "b"],
+        "additionalProperties": False,
+    }
+    tools = [{"type": "function", "function": {"name": "add", "parameters": parameters}}]
+    asked = ASK | {"tools": tools, "tool_choice": choice, "stream": stream, "think_budget": 20}
+    answer = served.post("/v1/chat/completions", asked)
+    if stream:
+        pieces = [piece["choices"][0] for piece in answer.events]
+        calls = [call for piece in pieces for call in piece["delta"].get("tool_calls", ())]
+        name = calls[0]["function"]["name"]
+        arguments = "".join(call["function"]["arguments"] for call in calls if call["index"] == 0)
+        reason = pieces[-1]["finish_reason"]
+    else:
+        [choice_] = answer.json["choices"]
+        first, reason = choice_["message"]["tool_calls"][0], choice_["finish_reason"]
+        name, arguments = first["function"]["name"], first["function"]["arguments"]
+    assert (name, reason) == ("add", "tool_calls")
+    assert set(json.loads(arguments)) == {"a", "b"}

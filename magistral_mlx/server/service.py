@@ -127,11 +127,13 @@ class Service:
         return stream
 
     async def _behind(self, prefix: Prefix, prompt: list[int], options: Options) -> Stream:
+        lent = [prefix]  # a stream that has ended may be remembered, its arrays are not
+
         def ended(reply: Reply) -> None:
             self.metrics.replied(reply)
             # The next prompt of this conversation holds the answer, but no reasoning that led to no call.
             said = 0 if reply.thinking and not reply.tool_calls else len(reply.token_ids)
-            self._keep(prefix, len(prompt) + said)
+            self._keep(lent.pop(), len(prompt) + said)
 
         try:
             begin = partial(self.model.stream_ids, prompt, prefix=prefix, on_end=ended, **options)
