@@ -1,6 +1,7 @@
 """The routes, as any client meets them: shapes, options, the queue, and the end."""
 
 import json
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from magistral_mlx import Magistral, Reply, Sampling
+from tests.scripted import scripted
 from tests.serving import ASK, HUB_ID, QUESTION, Answer, Running, until
 
 CHAT, RAW = "/v1/chat/completions", "/raw/v1/chat/completions"
@@ -307,3 +309,23 @@ def test_what_is_not_there(served: Running):
     assert served.get("/v1/nothing").error["type"] == "not_found_error"
     assert served.get(CHAT).status == 405
     assert served.get(CHAT).error
+
+
+def test_reasoning_is_ended_by_its_id(tiny_tokenizer):
+    """The scripted model goes on with what it has to say: from then on as its answer."""
+    said = "<think>\n" + "On and on.\n" * 100 + "</think>\nDone."
+    with scripted(tiny_tokenizer("v11"), said, step_seconds=0.002) as model, Running(model) as server:
+        with begin(server, ASK | {"stream": True, "max_tokens": 400}) as line:
+            received = b""
+            while received.count(b"reasoning_content") < 3:
+                received += line.recv(4096)
+            [id_] = set(re.findall(rb'"id": "(chatcmpl-\w+)"', received))
+            path = f"{CHAT}/{id_.decode()}/stop_thinking"
+            assert (server.post(path, {}).status, server.post(f"{RAW}/none/stop_thinking", {}).status) == (
+                204,
+                404,
+            )
+            while b"[DONE]" not in received:
+                received += line.recv(4096)
+        assert received.count(b"reasoning_content") < 200 < received.count(b'"delta": {"content"')
+        assert server.post(path, {}).error["code"] == "not_running"

@@ -12,6 +12,7 @@ OPERATIONS = (
     ("GET", "/v1/models/{id_}"),
     ("POST", "/v1/chat/completions"),
     ("POST", "/raw/v1/chat/completions"),
+    ("POST", "/v1/chat/completions/{id_}/stop_thinking"),
     ("POST", "/v1/completions"),
     ("POST", "/v1/tokenize"),
     ("POST", "/v1/detokenize"),

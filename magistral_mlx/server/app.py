@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from magistral_mlx.errors import MagistralError
 from magistral_mlx.stream import Stream
 
-from . import failures, requests
+from . import failures, requests, web
 from .failures import GONE, RefusedError
 from .metrics import CONTENT_TYPE
 from .replies import DONE, Chat, Completion, Ended, Shape, usage
@@ -41,6 +41,7 @@ def create_app(service: Service, rules: Rules) -> ASGIApp:
     for base, raw in (("/v1", False), ("/raw/v1", True)):
         app.include_router(_interface(service, raw=raw), prefix=base)
     app.include_router(_about(service))
+    app.router.routes += web.routes()
     for kind in (Exception, MagistralError, RefusedError, FullError, ClosingError):
         app.add_exception_handler(kind, _failed)
     for kind in (HTTPException, RequestValidationError):  # in place of the framework's own
@@ -76,8 +77,16 @@ def _interface(service: Service, *, raw: bool) -> APIRouter:
         messages, options = requests.chat(body, tokenizer)
         prompt = await asyncio.to_thread(service.model.encode, messages, **options)
         options.pop("system", None)
-        job = Job(prompts=[prompt], options=options, voice=Tagged if raw else Apart, n=body.n or 1)
-        return await _answer(service, request, body, job, Chat(name, tokenizer))
+        shape = Chat(name, tokenizer)
+        voice = Tagged if raw else Apart
+        job = Job(prompts=[prompt], options=options, voice=voice, n=body.n or 1, id=shape.id)
+        return await _answer(service, request, body, job, shape)
+
+    @router.post("/chat/completions/{id_}/stop_thinking", status_code=204)
+    async def stop_thinking(id_: str) -> None:
+        """End the reasoning of a reply that is being streamed; the answer follows."""
+        if not service.stop_thinking(id_):
+            raise RefusedError(404, "no reply of that id is being written", code="not_running")
 
     @router.post("/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:

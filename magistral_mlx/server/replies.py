@@ -83,6 +83,10 @@ class Shape:
         about = json.dumps({**self._about, "object": self.piece_kind})
         self._head = f'data: {about[:-1]}, "choices": '
 
+    @property
+    def id(self) -> str:
+        return str(self._about["id"])
+
     def opening(self, index: int) -> bytes:
         """Sent before anything is read."""
         raise NotImplementedError

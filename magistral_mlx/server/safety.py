@@ -18,6 +18,7 @@ from .failures import RefusedError
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 OPEN_PATHS = frozenset({"/", "/health"})
+OPEN_FILES = "/page/"
 """What may be had without the key: the page that asks for it, and whether the server is well."""
 
 
@@ -76,7 +77,8 @@ class Safety:
         origin = headers.get(b"origin")
         if origin is not None and origin not in self._rules.origins and not _same(origin, host):
             raise RefusedError(403, "requests of other sites' pages are refused", code="foreign_origin")
-        if self._rules.key is None or scope["path"] in OPEN_PATHS or scope["method"] == "OPTIONS":
+        unlocked = scope["path"] in OPEN_PATHS or scope["path"].startswith(OPEN_FILES)
+        if self._rules.key is None or unlocked or scope["method"] == "OPTIONS":
             return
         kind, _, token = headers.get(b"authorization", "").partition(" ")
         given = token.strip() if kind.lower() == "bearer" else headers.get(b"x-api-key", "")

@@ -10,7 +10,7 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
-from weakref import WeakSet
+from weakref import WeakSet, WeakValueDictionary
 
 from magistral_mlx.chat import Magistral
 from magistral_mlx.errors import ClosedError, MagistralError, MemoryLimitError
@@ -38,6 +38,8 @@ class Job:
     options: Options
     voice: Callable[[], Voice]
     n: int = 1
+    id: str = ""
+    """By which its reasoning can be ended."""
 
 
 class Service:
@@ -58,6 +60,7 @@ class Service:
         self.prefixes = model.new_prefixes(prefix_bytes)
         self.metrics = Metrics(self.slots, self.prefixes)
         self._streams: WeakSet[Stream] = WeakSet()
+        self._by_id: WeakValueDictionary[str, Stream] = WeakValueDictionary()
 
     async def begin(self, job: Job) -> Stream:
         """The stream of the first choice: whatever is wrong with a job, is told here."""
@@ -69,6 +72,7 @@ class Service:
             voice = job.voice()
             reason: FinishReason | None = None
             async with first if index == 0 else await self._open(job, index) as stream:
+                self._by_id[job.id] = stream
                 told = 0  # ids
                 async for event in stream:
                     before, told = told, told + len(event.token_ids)
@@ -96,6 +100,14 @@ class Service:
                     done.append(Choice(heard, said))
                     heard = []
         return done
+
+    def stop_thinking(self, id_: str) -> bool:
+        """End the reasoning of a job's reply; False: nothing of that id runs."""
+        stream = self._by_id.get(id_)
+        if stream is None or not stream.is_open:
+            return False
+        stream.stop_thinking()
+        return True
 
     def close(self) -> None:
         """End what runs, and send away who waits."""
