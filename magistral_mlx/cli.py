@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack, cast
 
 import click
 
-from . import cli_bench, cli_convert, cli_doctor, cli_plan, cli_serve
+from . import cli_bench, cli_convert, cli_doctor, cli_plan, cli_serve, cli_service
 from .cli_common import first_interrupt_stops_thinking, resolve
 from .errors import MagistralError, MagistralWarning
 
@@ -112,7 +112,7 @@ def cli() -> None:
 
 for _command in (
     *(cli_convert.convert, cli_convert.verify, cli_convert.info),
-    *(cli_plan.plan, cli_bench.bench, cli_doctor.doctor, cli_serve.serve),
+    *(cli_plan.plan, cli_bench.bench, cli_doctor.doctor, cli_serve.serve, cli_service.service),
 ):
     cli.add_command(_command)
 

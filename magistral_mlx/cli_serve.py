@@ -5,6 +5,7 @@ import re
 import socket
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TypedDict, Unpack
 
 import click
@@ -36,6 +37,7 @@ class _Serving(TypedDict):
     host: str
     port: int
     api_key: str | None
+    api_key_file: Path | None
     max_running: int
     queue: int
     prefix_cache: int | None
@@ -56,6 +58,11 @@ class _Serving(TypedDict):
     envvar="MAGISTRAL_API_KEY",
     help="What clients must send. Or MAGISTRAL_API_KEY, unseen by `ps`.",
 )
+@click.option(
+    "--api-key-file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A file that holds it.",
+)
 @click.option("--max-running", default=4, show_default=True, type=click.IntRange(1), help="Requests at once.")
 @click.option("--queue", default=32, show_default=True, type=click.IntRange(0), help="Requests that wait.")
 @click.option(
@@ -68,7 +75,7 @@ class _Serving(TypedDict):
 @click.option("--allow-origin", multiple=True, help="A site whose pages may ask, such as https://my.site.")
 def serve(**options: Unpack[_Serving]) -> None:
     """Serve a model to OpenAI-style clients on this machine, until Ctrl-C."""
-    _check(options)
+    key = check(options)
     from . import hub, last_model
     from .chat import Magistral
     from .server.app import create_app
@@ -81,7 +88,7 @@ def serve(**options: Unpack[_Serving]) -> None:
     if host not in _LOOPBACK:
         hosts |= {socket.gethostname().lower(), f"{socket.gethostname().lower()}.local"}
     rules = Rules(
-        key=options["api_key"],
+        key=key,
         hosts=frozenset(name.lower() for name in hosts),
         any_address=host in _ANY,
         origins=frozenset(options["allow_origin"]),
@@ -111,16 +118,33 @@ def serve(**options: Unpack[_Serving]) -> None:
     sys.stdout.flush()
 
 
-def _check(options: _Serving) -> None:
+def check(options: _Serving) -> str | None:
+    """Whether it can be served like that, before anything is loaded; returns the key that is needed."""
     if missing := [name for name in _NEEDED if find_spec(name) is None]:
         raise ServerError(
             f'the server needs {", ".join(missing)}, not installed here: pip install "magistral_mlx[server]"'
         )
-    key = options["api_key"]
+    key = _key(options)
     if options["host"] not in _LOOPBACK and not key:
         raise ServerError(
             f"{options['host']} can be reached by other machines: expected a key for them, found none. Give "
-            "MAGISTRAL_API_KEY or --api-key, or keep to 127.0.0.1"
+            "MAGISTRAL_API_KEY or --api-key-file, or keep to 127.0.0.1"
         )
     if key is not None and not (key and key.isascii() and key.isprintable() and key == key.strip()):
         raise ServerError("a key is printable ASCII without spaces around it, and not empty")
+    return key
+
+
+def _key(options: _Serving) -> str | None:
+    file = options["api_key_file"]
+    if file is None:
+        return options["api_key"]
+    if options["api_key"] is not None:
+        raise click.UsageError("--api-key (or MAGISTRAL_API_KEY) and --api-key-file exclude each other")
+    try:
+        key = file.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise ServerError(f"the key in {file} cannot be read: {error}") from error
+    if not key:
+        raise ServerError(f"{file} is empty; it should hold the key")
+    return key

@@ -83,9 +83,19 @@ FLOORS = (
     }
     | {"display", "notebook"},
     {"server/__init__", "server/wire", "server/slots", "server/failures", "server/requests", "server/voices"}
-    | {"server/replies", "server/metrics", "server/service", "server/safety", "server/app", "server/host"},
+    | {
+        "server/replies",
+        "server/metrics",
+        "server/service",
+        "server/safety",
+        "server/app",
+        "server/host",
+        "server/web",
+    },
     {
         "cli_serve",
+        "cli_service",
+        "launchd",
         "repl",
         "cli_common",
         "cli_convert",
