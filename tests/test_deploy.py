@@ -72,7 +72,7 @@ def test_what_the_image_copies_is_there_and_let_through():
 def test_the_image_is_of_a_python_that_the_package_runs_on():
     assert {line.split()[0] for line in instructions("FROM")} == {"python:3.12-slim-bookworm"}
     assert 'requires-python = ">=3.11"' in (ROOT / "pyproject.toml").read_text()
-    assert "[server]" in DOCKERFILE
+    assert ".[server,structured]" in DOCKERFILE
 
 
 def test_compose_builds_and_feeds_the_image():
