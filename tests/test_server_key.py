@@ -1,4 +1,4 @@
-"""The command serve: which keys it takes, before anything is loaded."""
+"""The key of a server: whence it comes, and which it takes, before anything is loaded."""
 
 from pathlib import Path
 
