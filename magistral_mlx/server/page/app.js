@@ -72,7 +72,8 @@ function take({ id, choices: [choice], usage }) {
   if (usage) {
     turn.tokens = usage.completion_tokens;
     turn.thought = usage.completion_tokens_details?.reasoning_tokens ?? turn.thought;
-    if (running.since) turn.rate = (1000 * turn.tokens) / (now - running.since);
+    const seconds = (now - running.since) / 1000;
+    if (seconds > 0.2) turn.rate = turn.tokens / seconds; // less says how the page was served, not the model
   }
   const { reasoning_content: reasoning, content } = choice?.delta ?? {};
   if (reasoning || content) running.since ??= now;
