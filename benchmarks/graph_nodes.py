@@ -26,6 +26,7 @@ from typing import Any
 from unittest.mock import patch
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.utils import load_model
@@ -82,7 +83,7 @@ def nodes(ids: Iterator[int]) -> Counter[str]:
 def primitives(arrays: Any) -> Counter[str]:
     """How often each primitive stands in a graph that is not evaluated yet."""
     text = StringIO()
-    mx.export_to_dot(text, arrays)
+    mx.export_to_dot(text, [array for _, array in tree_flatten(arrays) if array is not None])
     # By the line and not by the id: what was compiled once is one primitive wherever it stands.
     return Counter(re.findall(r'\[label ="(.*?)", shape=rectangle\]', text.getvalue()))
 
