@@ -8,10 +8,12 @@ Three things would bring text into the answer that no grammar has seen, or leave
 - A reply that skips the reasoning: its first ids may open a tag or begin an answer; both are followed, until
   it is clear which.
 - An id that ends the reasoning and begins the answer (`>The`): allowed only where the grammar takes its end.
-- The end of text amid the reasoning, or another control token that would end it: not allowed.
+- The end of text amid the reasoning, or another control token that would end it: not allowed, unless the
+  grammar begins with it, as where a tool is called.
 """
 
 import codecs
+from functools import cached_property
 from typing import Literal
 
 from .grammar import Grammar, Matcher, Vocabulary, bits
@@ -68,7 +70,7 @@ class Constraint:
         if self._state == "answer":
             return self._matcher.mask()
         if self._state == "thinking":
-            return self._free & ~bits(self._ends_badly())
+            return (self._free | self._calls) & ~bits(self._ends_badly())
         allowed = self._matcher.mask() if self._matches else 0
         return allowed | self._opens() if self._think else allowed
 
@@ -102,6 +104,11 @@ class Constraint:
         self._matcher.reset()
 
     # ---------------------------------------------------------------- while it thinks
+
+    @cached_property
+    def _calls(self) -> int:
+        """The control tokens that the grammar may begin with; asked for while it has not begun."""
+        return self._matcher.mask() & ~self._vocabulary.text & ~bits([self._vocabulary.eos_id])
 
     def _ends_badly(self) -> list[int]:
         """The ids that would end the reasoning with text that cannot begin the answer."""

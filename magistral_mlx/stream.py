@@ -49,7 +49,7 @@ class Stream:
         self._on_end = on_end
         self._pending: Future[None] | None = None
         self._guide: Guide | None = None  # how it goes on at the next step
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def __iter__(self) -> Self:
         return self
@@ -142,7 +142,7 @@ class Stream:
         if self._telling.reason is not None:
             self._end()
         with self._lock:
-            if self._source is not None and self._pending is None:
+            if self._source is not None and (self._pending is None or _went_well(self._pending)):
                 self._pending = self._source.worker.submit(partial(self._step, self._source))
             return self._pending
 
@@ -159,7 +159,6 @@ class Stream:
                 self._telling.read(source.reused(), cost)
             else:
                 self._guide = self._telling.say(token, cost, source.passes())
-            self._pending = None  # not where an error came: whoever asks next is told of it
 
     def _took(self, result: Callable[[], None]) -> None:
         """The step that was waited for is done."""
@@ -179,3 +178,8 @@ class Stream:
                 self._events.clear()
         if source is not None:  # not under the lock: what is done then may wait for the model's thread
             self._on_end(self.reply)
+
+
+def _went_well(done: Future[None]) -> bool:
+    """False while it is under way; and after an error, so that whoever asks next is told of it."""
+    return done.done() and done.exception() is None

@@ -76,14 +76,14 @@ def test_a_question_is_answered_kept_and_forgotten(visit, served):
     expect(page.locator("#question")).to_be_focused()
     expect(page.locator("#model")).to_have_text(HUB_ID)
     reply = written(ask(page, QUESTION))
-    expect(reply.locator(".text")).to_contain_text("85")
+    expect(reply.locator(".text")).to_contain_text("7")
     expect(reply.locator("summary")).to_contain_text("Thought for")
     expect(reply.locator("summary")).to_contain_text("tokens")
     expect(reply.locator(".reasoning")).to_be_hidden()
     reply.locator("summary").click()
-    expect(reply.locator(".reasoning")).to_contain_text("48")
+    expect(reply.locator(".reasoning")).to_contain_text("3")
     page.reload()
-    expect(page.locator(".assistant .text")).to_contain_text("85")
+    expect(page.locator(".assistant .text")).to_contain_text("7")
     page.locator("#new").click()
     expect(page.locator("#turns > li")).to_have_count(0)
     expect(page.locator("#welcome")).to_be_visible()
@@ -134,7 +134,7 @@ def test_a_message_is_edited(visit, served):
     page.fill("#question", QUESTION)
     page.press("#question", "Enter")
     expect(page.locator("#turns > li")).to_have_count(2)
-    expect(written(page.locator(".assistant")).locator(".text")).to_contain_text("85")
+    expect(written(page.locator(".assistant")).locator(".text")).to_contain_text("7")
 
 
 def test_keys(visit, served):
@@ -240,7 +240,7 @@ def test_what_goes_wrong_is_told_and_may_be_tried_again(visit, served):
             ask(page, QUESTION)
         expect(page.locator(".assistant .problem")).to_contain_text(told)
     page.locator(".assistant .problem button").click()
-    expect(written(page.locator(".assistant")).locator(".text")).to_contain_text("85")
+    expect(written(page.locator(".assistant")).locator(".text")).to_contain_text("7")
     expect(page.locator(".problem:visible")).to_have_count(0)
 
 

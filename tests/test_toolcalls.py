@@ -230,7 +230,7 @@ def reference(text: str, *, tags: bool) -> tuple[str, str, list[str]]:
         found, end = called(said)
         calls += found
         behind = without_markers(said[end:])
-        answer += behind if behind.strip() else ""
+        answer += behind if behind.strip() or not found else ""
     return thinking, answer.lstrip(), calls
 
 
