@@ -6,14 +6,13 @@ streams of the model take turns with it, step by step.
 
 import asyncio
 from collections.abc import Generator, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from . import step
 from .reply import Reply, Telling
 from .wire import Cost, Guide
-from .worker import Worker
+from .worker import Pending, Worker
 
 _Drawn: TypeAlias = dict[int, int]
 _Told: TypeAlias = Mapping[int, Guide | None]
@@ -45,7 +44,7 @@ class Batch:
         """Run to the end of all replies, and return them."""
         try:
             while asked := self._ask():
-                self._take(*asked.result())
+                self._take(*asked.wait())
         finally:
             self._source = None
         return [telling.reply for telling in self._tellings]
@@ -59,7 +58,7 @@ class Batch:
             self._source = None
         return [telling.reply for telling in self._tellings]
 
-    def _ask(self) -> "Future[_Step] | None":
+    def _ask(self) -> "Pending[_Step] | None":
         if self._source is None or all(telling.reason for telling in self._tellings):
             return None
         steps, told, self._told = self._source.steps, self._told, {}

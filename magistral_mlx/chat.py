@@ -44,7 +44,7 @@ from .tensorfile import NAMES
 from .tokenizer import Tokenizer
 from .toolcalls import CallParser
 from .transcript import Transcript
-from .worker import Worker
+from .worker import Pending, Worker
 
 T = TypeVar("T")
 DType: TypeAlias = Literal["bfloat16", "float16", "float32"]
@@ -105,7 +105,7 @@ class Magistral:
         guard = _guard(checkpoint, drafts, number)
         guard.check_load(str(name), kv_bits=kv_bits)
         worker = Worker(f"magistral {found.weights.name}")
-        weights: Future[Transformer] = worker.submit(lambda: load(checkpoint, number))
+        weights: Pending[Transformer] = worker.submit(lambda: load(checkpoint, number))
         guesser = worker.submit(lambda: drafts and load(drafts, number))
         try:
             tokenizer = Tokenizer.from_directory(found.words)  # a second or two, while the weights are read
@@ -114,10 +114,10 @@ class Magistral:
                 checkpoint,
                 tokenizer,
                 worker,
-                weights.result(),
+                weights.wait(),
                 kv_bits=kv_bits,
                 guard=guard,
-                draft=guesser.result(),
+                draft=guesser.wait(),
             )
         except BaseException:
             worker.close()

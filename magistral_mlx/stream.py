@@ -7,7 +7,6 @@ is sent into it says how the reply goes on. What ids say, and when a reply has e
 import asyncio
 import threading
 from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import Self
@@ -17,7 +16,7 @@ from .events import Event
 from .reply import Reply, Telling
 from .thinking import Phase
 from .wire import Guide, TokenLogprob
-from .worker import Worker
+from .worker import Pending, Worker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +46,7 @@ class Stream:
         self._telling = telling
         self._events = telling.events
         self._on_end = on_end
-        self._pending: Future[None] | None = None
+        self._pending: Pending[None] | None = None
         self._guide: Guide | None = None  # how it goes on at the next step
         self._lock = threading.RLock()
 
@@ -58,7 +57,7 @@ class Stream:
         while not self._events:
             if (asked := self._ask()) is None:
                 raise StopIteration
-            self._took(asked.result)
+            self._receive(asked)
         return self._events.popleft()
 
     def __aiter__(self) -> Self:
@@ -73,7 +72,7 @@ class Stream:
             except asyncio.CancelledError:
                 self.close()
                 raise
-            self._took(asked.result)
+            self._receive(asked)
         return self._events.popleft()
 
     def __enter__(self) -> Self:
@@ -137,7 +136,7 @@ class Stream:
         """Where they are asked for, of each id so far: in step with the ids of the events, joined."""
         return self._telling.logprobs
 
-    def _ask(self) -> Future[None] | None:
+    def _ask(self) -> Pending[None] | None:
         """The step under way, or a new one; None: nothing is to come."""
         if self._telling.reason is not None:
             self._end()
@@ -160,10 +159,10 @@ class Stream:
             else:
                 self._guide = self._telling.say(token, cost, source.passes())
 
-    def _took(self, result: Callable[[], None]) -> None:
-        """The step that was waited for is done."""
+    def _receive(self, asked: Pending[None]) -> None:
+        """Wait for the step, if it is not done yet."""
         try:
-            result()
+            asked.wait()
         except Exception:  # the model's, not an interrupt of the wait
             self.close()
             raise
@@ -180,6 +179,6 @@ class Stream:
             self._on_end(self.reply)
 
 
-def _went_well(done: Future[None]) -> bool:
+def _went_well(done: Pending[None]) -> bool:
     """False while it is under way; and after an error, so that whoever asks next is told of it."""
-    return done.done() and done.exception() is None
+    return done.here and done.exception() is None

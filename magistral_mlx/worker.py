@@ -19,7 +19,33 @@ import mlx.core as mx
 from .errors import ClosedError
 
 T = TypeVar("T")
-_Queue: TypeAlias = "queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]"
+_Queue: TypeAlias = "queue.SimpleQueue[tuple[Pending[Any], Callable[[], Any]] | None]"
+
+
+class Pending(Future[T]):
+    """A job's future, for a thread that Ctrl-C may interrupt at any moment: wait for it by `wait`.
+
+    `Future.result`, `done` and `add_done_callback` hold a lock in Python code. An interrupt there may leave
+    it locked for ever, and with it the worker that wants to set the result. This waits in C, and asks for
+    the result when the worker has let go of it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self.here = False
+        """Whether the job is done; the result, or the error, is there."""
+
+    def ring(self) -> None:
+        """The worker has done with it."""
+        self.here = True
+        self._bell.put(None)
+
+    def wait(self) -> T:
+        """The result, when it is there. May be called again, also after an interrupt."""
+        while not self.here:
+            self._bell.get()
+        return self.result()
 
 
 class Worker:
@@ -37,17 +63,17 @@ class Worker:
         self.close = weakref.finalize(self, _stop, self._jobs, thread)
         """Finish the jobs in the queue and end the thread. May be called again."""
 
-    def submit(self, job: Callable[[], T]) -> "Future[T]":
+    def submit(self, job: Callable[[], T]) -> "Pending[T]":
         """Queue a job; what it returns or raises is the future's."""
         if not self.close.alive:
             raise ClosedError("this model was closed; load it again")
-        future: Future[T] = Future()
+        future: Pending[T] = Pending()
         self._jobs.put((future, job))
         return future
 
     def run(self, job: Callable[[], T]) -> T:
         """Run a job and wait for it."""
-        return self.submit(job).result()
+        return self.submit(job).wait()
 
 
 def _work(jobs: _Queue) -> None:
@@ -61,6 +87,7 @@ def _work(jobs: _Queue) -> None:
             else:
                 future.set_result(result)
                 del result
+        future.ring()
         del item, future, job  # nothing is kept alive while waiting for the next
     mx.clear_streams()
 

@@ -9,7 +9,6 @@ import random
 import re
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future
 from itertools import islice, pairwise
 from typing import Any
 
@@ -25,6 +24,7 @@ from magistral_mlx.thinking import CLOSE, OPEN, ThinkParser, parse
 from magistral_mlx.tokenizer import Tokenizer
 from magistral_mlx.transcript import TextEvent, Transcript
 from magistral_mlx.wire import Guide
+from magistral_mlx.worker import Pending
 from tests.scripted import ENDS_OF_PROMPT, Script, scripted
 from tests.tokenizers import CONTROLS, LANGUAGES
 
@@ -239,9 +239,10 @@ def test_where_a_reader_would_pause(tiny_tokenizer: Open, text: str, pause: bool
 class Inline:
     """A worker without a thread: a step is done when it is asked for."""
 
-    def submit(self, job: Callable[[], Any]) -> "Future[Any]":
-        future: Future[Any] = Future()
+    def submit(self, job: Callable[[], Any]) -> Pending[Any]:
+        future: Pending[Any] = Pending()
         future.set_result(job())
+        future.ring()
         return future
 
 

@@ -370,7 +370,7 @@ def test_closed_after_some_of_the_prompt(tiny: Magistral):
         for _ in range(steps):
             step = stream._ask()
             assert step
-            stream._took(step.result)
+            stream._receive(step)
         stream.close()
         assert not stream.reply.token_ids
         assert len(talk.messages) == 2
