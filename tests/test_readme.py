@@ -1,4 +1,4 @@
-"""What the README shows is run, in one go, as a reader would type it."""
+"""What the README and the guide show is run, each in one go, as a reader would type it."""
 
 import re
 import shlex
@@ -10,21 +10,29 @@ from click.testing import CliRunner
 from magistral_mlx.cli import cli
 from tests.serving import Running
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, file: str = "README.md") -> list[str]:
+    text = (ROOT / file).read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
+@pytest.mark.parametrize(
+    ("file", "told"), [("README.md", r"\[stop, \d+ \+ \d+ tokens\]"), ("docs/guide.md", r"\d+\n")]
+)
 def test_python_examples_run(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, served: Running
+    file: str,
+    told: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    served: Running,
 ):
     monkeypatch.chdir(tmp_path)
-    code = "\n".join(blocks("python")).replace("http://127.0.0.1:8000", served.url)
-    exec(compile(code, "README.md", "exec"), {})
-    printed = capsys.readouterr().out
-    assert re.search(r"\[stop, \d+ \+ \d+ tokens\]", printed)
+    code = "\n".join(blocks("python", file)).replace("http://127.0.0.1:8000", served.url)
+    exec(compile(code, file, "exec"), {})
+    assert re.search(told, capsys.readouterr().out)
 
 
 def test_commands_and_options_exist():
@@ -43,6 +51,6 @@ def test_commands_and_options_exist():
 
 
 def test_make_targets_exist():
-    makefile = (Path(__file__).parent.parent / "Makefile").read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"^make (\w+)", "\n".join(blocks("sh")), re.MULTILINE):
         assert f"\n{target}:" in makefile
