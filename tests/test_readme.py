@@ -22,6 +22,7 @@ def blocks(language: str, file: str = "README.md") -> list[str]:
     ("file", "told"), [("README.md", r"\[stop, \d+ \+ \d+ tokens\]"), ("docs/guide.md", r"\d+\n")]
 )
 def test_python_examples_run(
+    *,
     file: str,
     told: str,
     capsys: pytest.CaptureFixture[str],
