@@ -20,6 +20,7 @@ from magistral_mlx.figures import spread
 from magistral_mlx.reply import Telling
 from magistral_mlx.tokenizer import Tokenizer
 from magistral_mlx.transcript import Transcript
+from magistral_mlx.wire import Cost
 from tests.tokenizers import full_tekken
 
 TOKENS = 4000
@@ -66,7 +67,7 @@ def telling(tokenizer: Tokenizer, ids: list[int]) -> Callable[[], float]:
             think_budget=TOKENS,
         )
         for token in ids:
-            one.say(token, 0.001)
+            one.say(token, Cost(0.001))
             one.events.clear()
 
     return lambda: seconds(run)

@@ -151,7 +151,7 @@ class Telling:
             self.logprobs.append(self._logprob())
         self.events += self._transcript.feed(token)
         passes = self._stats.forward_passes + 1 if passes is None else passes
-        self._stats = replace(_said(self._stats, self._transcript.phase, cost), forward_passes=passes)
+        self._stats = _said(self._stats, self._transcript.phase, cost, passes)
         if token == self._tokenizer.eos_id or self._transcript.stopped:
             self._finish("stop")
             return None
@@ -211,22 +211,24 @@ def _read(stats: Stats, reused: int, cost: Cost) -> Stats:
     )
 
 
-def _said(stats: Stats, phase: Phase, cost: Cost) -> Stats:
-    """An id was said; it counts for the phase that it led to."""
+def _said(stats: Stats, phase: Phase, cost: Cost, passes: int) -> Stats:
+    """An id was said; it counts for the phase that it led to. Once an id: one value is made, not three."""
     now = stats.prefill_seconds + stats.decode_seconds + cost.seconds
-    stats = replace(
-        stats,
-        first_token_seconds=stats.first_token_seconds or now,
-        peak_memory=max(stats.peak_memory, cost.peak),
-    )
+    first, peak = stats.first_token_seconds or now, max(stats.peak_memory, cost.peak)
     if phase == "thinking":
         return replace(
             stats,
+            forward_passes=passes,
+            first_token_seconds=first,
+            peak_memory=peak,
             thinking_tokens=stats.thinking_tokens + 1,
             thinking_seconds=stats.thinking_seconds + cost.seconds,
         )
     return replace(
         stats,
+        forward_passes=passes,
+        first_token_seconds=first,
+        peak_memory=peak,
         answer_tokens=stats.answer_tokens + 1,
         answer_seconds=stats.answer_seconds + cost.seconds,
         first_answer_seconds=stats.first_answer_seconds or now,
