@@ -259,7 +259,8 @@ def shown(page: Page, text: str) -> Locator:
         """async (text) => {
             const { show } = await import('/page/markdown.js');
             const here = Object.assign(document.createElement('div'), { id: 'here', className: 'text' });
-            document.body.replaceChildren(here);
+            document.getElementById('here')?.remove();
+            document.body.append(here); // beside the page's own, which may still be at work
             show(here, text);
         }""",
         text,
