@@ -237,7 +237,7 @@ class Magistral:
         prefix = prefix or self.new_prefix(self.kv_bits)
         telling, request = self._begin(prompt, _seed(options), options, held=prefix.nbytes)
         drafting = None
-        if options.get("speculate", self._draft is not None) and options.get("schema") is None:
+        if options.get("speculate", self._draft is not None):
             drafting = Drafting(pace=self._pace, model=self._draft)
         generation = Generation(self.transformer, request, prefix, drafting)
         source = Source(

@@ -5,6 +5,7 @@ Knows the engine and the prefix it works on. Does not know text, or who asks.
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import mlx.core as mx
 
@@ -85,27 +86,19 @@ class Generation:
 
     def _decode(self, logits: mx.array) -> Generator[None, object, Generator[int, Guide | None, None]]:
         """The loop, with drafts or without. A draft model reads the prompt first."""
-        request, caches = self._request, self._prefix.caches
-        if self._drafting:
+        request = self._request
+        decode = partial(engine.decode, allowed=request.allowed)
+        if self._drafting and request.allowed is None:  # drafts know nothing of what may be drawn
             drafter = yield from self._drafter(self._drafting.model)
             self._speculation = Speculation(drafter, self._drafting.pace)
-            return self._speculation.decode(
-                self._model,
-                logits,
-                caches,
-                sampler=request.sampler,
-                prompt=request.prompt,
-                limit=request.limit,
-                scorer=request.scorer,
-            )
-        return engine.decode(
+            decode = self._speculation.decode
+        return decode(
             self._model,
             logits,
-            caches,
+            self._prefix.caches,
             sampler=request.sampler,
             prompt=request.prompt,
             limit=request.limit,
-            allowed=request.allowed,
             scorer=request.scorer,
         )
 

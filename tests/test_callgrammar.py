@@ -115,6 +115,17 @@ def test_a_schema_beside_tools(tiny_tokenizer: Open):
             assert reply.tool_calls or reply.parsed in ("sunny", "rainy")
 
 
+def test_calls_that_have_to_be_made_are_not_drafted(tiny_tokenizer: Open):
+    with noisy(tiny_tokenizer("v11"), "<think>") as model:
+        plain, drafted = (
+            model.ask("a", tools=BOUND, tool_choice="required", seed=1, think_budget=2, speculate=speculate)
+            for speculate in (False, True)
+        )
+    assert drafted.tool_calls
+    assert drafted.token_ids == plain.token_ids
+    assert drafted.stats.tokens_per_pass == plain.stats.tokens_per_pass
+
+
 def test_choices_that_cannot_be_made(tiny_tokenizer: Open):
     with scripted(tiny_tokenizer("v11"), "a") as model:
         for choice in ("required", "weather"):

@@ -137,8 +137,9 @@ class Service:
 
         try:
             begin = partial(self.model.stream_ids, prompt, prefix=prefix, on_end=ended, **options)
-            # A schema is compiled, which may take a while.
-            return await asyncio.to_thread(begin) if options.get("schema") else begin()
+            # A grammar, of a schema or of calls that have to be made, may take a while to compile.
+            compiles = options.get("schema") or options.get("tools")
+            return await asyncio.to_thread(begin) if compiles else begin()
         except MemoryLimitError:
             raise
         except MagistralError:  # a mistake in the request: what was taken is as it was
