@@ -23,13 +23,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from magistral_mlx.config import ModelConfig
+from magistral_mlx.config import MAGISTRAL, ModelConfig
 from magistral_mlx.sidecars import files
 
 HERE = Path(__file__).parent
 sys.path += [str(HERE.parent), str(HERE.parent / "scripts")]
 
-from sparse_checkpoint import MAGISTRAL, make, random_bits, real_names  # noqa: E402 -- not in the package
+from sparse_checkpoint import make, random_bits, real_names  # noqa: E402 -- not in the package
 
 from tests.tokenizers import published_tekken  # noqa: E402
 

@@ -24,7 +24,7 @@ import mlx.core as mx
 from magistral_mlx import MagistralError, figures, machine, memory
 from magistral_mlx.checkpoint import open_checkpoint
 from magistral_mlx.cli_bench import bench as command
-from magistral_mlx.config import ModelConfig
+from magistral_mlx.config import MAGISTRAL, ModelConfig
 from magistral_mlx.convert import Job, convert
 from magistral_mlx.hub import DEMO
 from magistral_mlx.plan import plan, to_json
@@ -32,9 +32,7 @@ from magistral_mlx.recipe import named
 from magistral_mlx.sidecars import files
 
 HERE = Path(__file__).parent
-sys.path.append(str(HERE.parent / "scripts"))
 
-from sparse_checkpoint import MAGISTRAL  # noqa: E402 -- a script, not a part of the package
 
 SHAPES = {"24b": MAGISTRAL}
 BEST_SHARE = 0.76

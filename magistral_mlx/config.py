@@ -177,3 +177,18 @@ class ModelConfig:
             "bos_token_id": 1,
             "eos_token_id": 2,
         } | ({"quantization": quantization, "quantization_config": quantization} if quantization else {})
+
+
+MAGISTRAL = ModelConfig(
+    dim=5120,
+    n_layers=40,
+    n_heads=32,
+    n_kv_heads=8,
+    head_dim=128,
+    hidden_dim=32768,
+    vocab_size=131072,
+    norm_eps=1e-5,
+    rope_theta=1e9,
+    max_context=131072,
+)
+"""The 24B itself, of 2506 as of its successors: what this library is for."""

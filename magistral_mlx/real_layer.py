@@ -6,26 +6,16 @@ unpacked block by block so that 0.3 GB of weights do not become 2 GB. Knows no f
 
 import math
 import zlib
+from dataclasses import replace
 
 import mlx.core as mx
 
 from .cache import KVCache
-from .config import ModelConfig, Scheme
+from .config import MAGISTRAL, Scheme
 from .matrix import Matrix
 from .model import Block
 
-CONFIG = ModelConfig(
-    dim=5120,
-    n_layers=1,
-    n_heads=32,
-    n_kv_heads=8,
-    head_dim=128,
-    hidden_dim=32768,
-    vocab_size=131072,
-    norm_eps=1e-5,
-    rope_theta=1e9,
-    max_context=131072,
-)
+CONFIG = replace(MAGISTRAL, n_layers=1)
 SCHEME = Scheme(bits=4, group_size=64, mode="affine")
 _PATH = "model.layers.0"
 _BLOCK = 2048

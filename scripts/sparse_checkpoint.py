@@ -16,22 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from magistral_mlx.config import ModelConfig
+from magistral_mlx.config import MAGISTRAL, ModelConfig
 from magistral_mlx.hub import DEMO
 from magistral_mlx.tensorfile import Entry, plan_file
 
-MAGISTRAL = ModelConfig(
-    dim=5120,
-    n_layers=40,
-    n_heads=32,
-    n_kv_heads=8,
-    head_dim=128,
-    hidden_dim=32768,
-    vocab_size=131072,
-    norm_eps=1e-5,
-    rope_theta=1e9,
-    max_context=131072,
-)
 NATIVE = {
     "model.embed_tokens": "tok_embeddings",
     "model.norm": "norm",

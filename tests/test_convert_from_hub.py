@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from sparse_checkpoint import MAGISTRAL, params
+from sparse_checkpoint import params
 
 from magistral_mlx import manifest
 from magistral_mlx.cli import cli
-from magistral_mlx.config import Quantization, Scheme
+from magistral_mlx.config import MAGISTRAL, Quantization, Scheme
 from magistral_mlx.hub import DEMO
 from tests import fake_hub, models
 from tests.fake_hub import point_at

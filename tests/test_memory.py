@@ -8,11 +8,10 @@ import mlx.core as mx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sparse_checkpoint import MAGISTRAL
 
 from magistral_mlx import Magistral, memory
 from magistral_mlx.checkpoint import open_checkpoint
-from magistral_mlx.config import ModelConfig, Quantization
+from magistral_mlx.config import MAGISTRAL, ModelConfig, Quantization
 from magistral_mlx.engine import decode
 from magistral_mlx.errors import MagistralWarning, MemoryLimitError
 from magistral_mlx.matrix import Matrix

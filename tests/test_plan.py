@@ -6,10 +6,9 @@ from dataclasses import replace
 
 import mlx.core as mx
 import pytest
-from sparse_checkpoint import MAGISTRAL
 
 from magistral_mlx import memory, plan
-from magistral_mlx.config import Scheme
+from magistral_mlx.config import MAGISTRAL, Scheme
 from magistral_mlx.engine import PREFILL_CHUNK
 from magistral_mlx.plan import SHARD_BYTES
 from magistral_mlx.recipe import RECIPES, named, uniform

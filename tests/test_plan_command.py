@@ -10,12 +10,12 @@ from click.testing import CliRunner, Result
 
 from magistral_mlx import memory
 from magistral_mlx.cli_plan import plan, table
+from magistral_mlx.config import MAGISTRAL
 from magistral_mlx.errors import MagistralError
 from magistral_mlx.plan import plan as plan_directory
 from magistral_mlx.recipe import named
 from magistral_mlx.tensorfile import Entry
 from tests import models
-from tests.test_memory import MAGISTRAL
 
 DOCS = Path(__file__).parent.parent / "docs" / "memory.md"
 Run = Callable[..., Result]

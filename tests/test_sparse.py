@@ -8,11 +8,11 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from sparse_checkpoint import MAGISTRAL, make, random_bits, real_names
+from sparse_checkpoint import make, random_bits, real_names
 
 from benchmarks.convert import right, run
 from magistral_mlx.checkpoint import open_checkpoint
-from magistral_mlx.config import Scheme
+from magistral_mlx.config import MAGISTRAL, Scheme
 from magistral_mlx.convert import Job, convert
 from magistral_mlx.tensorfile import read_header
 from tests import mlx_lm_reference, models
