@@ -20,13 +20,13 @@ sys.path.append(str(Path(__file__).parent.parent))
 from benchmarks.pairs import TRIALS, in_turn, ratio, seconds, told, write
 from benchmarks.tokens_per_second import MAGISTRAL, make, narrowed
 from magistral_mlx import memory
-from magistral_mlx.bench import place_of
-from magistral_mlx.cache import stacked
-from magistral_mlx.checkpoint import load, open_checkpoint
-from magistral_mlx.engine import Line, decode_batch, prefill
-from magistral_mlx.figures import Json, spread
-from magistral_mlx.model import Transformer
-from magistral_mlx.sampling import Sampler, Sampling
+from magistral_mlx.decoder.cache import stacked
+from magistral_mlx.decoder.engine import Line, decode_batch, prefill
+from magistral_mlx.decoder.model import Transformer
+from magistral_mlx.decoder.sampling import Sampler, Sampling
+from magistral_mlx.disk.checkpoint import load, open_checkpoint
+from magistral_mlx.measure.bench import place_of
+from magistral_mlx.measure.figures import Json, spread
 
 SIZES = (1, 2, 4, 8)
 TOKENS = 24

@@ -19,8 +19,8 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parent.parent))
 
 from benchmarks.pairs import TRIALS, in_turn, ratio, told, write
-from magistral_mlx.bench import place_of
-from magistral_mlx.figures import spread
+from magistral_mlx.measure.bench import place_of
+from magistral_mlx.measure.figures import spread
 
 OURS = """
 from magistral_mlx import Magistral
@@ -44,8 +44,11 @@ import mlx.core
 tell("import mlx")
 import mistral_common.protocol.instruct.request, mistral_common.tokens.tokenizers.mistral
 tell("import mistral_common")
-from magistral_mlx import chat, checkpoint, hub, memory, tokenizer
-from magistral_mlx.worker import Worker
+from magistral_mlx import chat, memory
+from magistral_mlx.disk import checkpoint
+from magistral_mlx.fetch import hub
+from magistral_mlx.text import tokenizer
+from magistral_mlx.talk.worker import Worker
 tell("import magistral_mlx")
 found = hub.resolve(PLACE)
 words = tokenizer.Tokenizer.from_directory(found.words)

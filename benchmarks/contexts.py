@@ -22,10 +22,10 @@ from benchmarks.memory_plan import config
 from benchmarks.pairs import TRIALS, in_turn, ratio, seconds, told, write
 from benchmarks.tokens_per_second import MAGISTRAL
 from magistral_mlx import memory
-from magistral_mlx.cache import KVCache, trim_all
-from magistral_mlx.figures import Json, spread
-from magistral_mlx.matrix import Matrix
-from magistral_mlx.model import Transformer
+from magistral_mlx.decoder.cache import KVCache, trim_all
+from magistral_mlx.decoder.matrix import Matrix
+from magistral_mlx.decoder.model import Transformer
+from magistral_mlx.measure.figures import Json, spread
 
 LAYERS = 2
 SHAPE = config(128, LAYERS, (32, 8, 128), 256, 1024)

@@ -20,11 +20,11 @@ from rich.console import Console
 from rich.table import Table
 
 from magistral_mlx import Magistral, Sampling
-from magistral_mlx.checkpoint import Checkpoint, load, open_checkpoint
 from magistral_mlx.config import ModelConfig
-from magistral_mlx.hub import DEMO
-from magistral_mlx.tokenizer import Tokenizer
-from magistral_mlx.worker import Worker
+from magistral_mlx.disk.checkpoint import Checkpoint, load, open_checkpoint
+from magistral_mlx.fetch.hub import DEMO
+from magistral_mlx.talk.worker import Worker
+from magistral_mlx.text.tokenizer import Tokenizer
 
 HERE = Path(__file__).parent
 GREEDY = Sampling(temperature=0)

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from magistral_mlx.config import MAGISTRAL, ModelConfig
-from magistral_mlx.sidecars import files
+from magistral_mlx.text.sidecars import files
 
 HERE = Path(__file__).parent
 sys.path += [str(HERE.parent), str(HERE.parent / "scripts")]

@@ -25,9 +25,9 @@ sys.path.append(str(Path(__file__).parent.parent))
 
 from benchmarks.pairs import TRIALS, in_turn, ratio, told, write
 from benchmarks.tokens_per_second import MAGISTRAL, make, narrowed
-from magistral_mlx.checkpoint import load, open_checkpoint
-from magistral_mlx.figures import spread
-from magistral_mlx.sampling import Sampler, Sampling
+from magistral_mlx.decoder.sampling import Sampler, Sampling
+from magistral_mlx.disk.checkpoint import load, open_checkpoint
+from magistral_mlx.measure.figures import spread
 
 STEPS = 16
 PARTS = ("graph", "forward", "sampling")

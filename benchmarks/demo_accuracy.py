@@ -20,10 +20,10 @@ from rich.progress import track
 from rich.table import Table
 
 from magistral_mlx import Magistral, Sampling
-from magistral_mlx.checkpoint import open_checkpoint
-from magistral_mlx.convert import Job, convert
-from magistral_mlx.hub import DEMO
-from magistral_mlx.sidecars import files
+from magistral_mlx.convert.conversion import Job, convert
+from magistral_mlx.disk.checkpoint import open_checkpoint
+from magistral_mlx.fetch.hub import DEMO
+from magistral_mlx.text.sidecars import files
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent / "scripts"))

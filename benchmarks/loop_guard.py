@@ -32,8 +32,8 @@ from rich.table import Table
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent))
 
-from magistral_mlx.loops import LoopGuard  # noqa: E402
-from magistral_mlx.tokenizer import Tokenizer  # noqa: E402
+from magistral_mlx.text.loops import LoopGuard  # noqa: E402
+from magistral_mlx.text.tokenizer import Tokenizer  # noqa: E402
 from tests.tokenizers import LANGUAGES, full_tekken  # noqa: E402
 
 LEAST, MOST = 4096, 12_000

@@ -57,7 +57,7 @@ CASES = SMALL | LARGE
 
 def chunk_of(size: str) -> int:
     """The library's, or 512: a prompt of some hundreds is then read in several pieces, too."""
-    from magistral_mlx.engine import PREFILL_CHUNK
+    from magistral_mlx.decoder.engine import PREFILL_CHUNK
 
     return PREFILL_CHUNK if size in LARGE else 512
 
@@ -67,10 +67,10 @@ def run(size: str, context: int, kv_bits: int | None) -> dict:
     import mlx.core as mx
 
     from magistral_mlx import memory
-    from magistral_mlx.engine import decode, prefill
-    from magistral_mlx.matrix import Matrix
-    from magistral_mlx.model import Transformer
-    from magistral_mlx.sampling import Sampler, Sampling
+    from magistral_mlx.decoder.engine import decode, prefill
+    from magistral_mlx.decoder.matrix import Matrix
+    from magistral_mlx.decoder.model import Transformer
+    from magistral_mlx.decoder.sampling import Sampler, Sampling
 
     shape = CASES[size][0]
     shapes = dict(shape.matrices())

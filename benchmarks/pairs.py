@@ -11,8 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
-from magistral_mlx.figures import Json, lower_bound, spread
-from magistral_mlx.machine import this_computer
+from magistral_mlx.measure.figures import Json, lower_bound, spread
+from magistral_mlx.measure.machine import this_computer
 
 T = TypeVar("T")
 RESULTS = Path(__file__).parent / "results"

@@ -19,8 +19,8 @@ from mlx_lm.sample_utils import make_sampler
 sys.path.append(str(Path(__file__).parent.parent))
 
 from benchmarks.pairs import TRIALS, in_turn, ratio, seconds, told, write
-from magistral_mlx.figures import spread
-from magistral_mlx.sampling import Sampler, Sampling
+from magistral_mlx.decoder.sampling import Sampler, Sampling
+from magistral_mlx.measure.figures import spread
 
 VOCABULARY = 131072
 DRAWS = 20

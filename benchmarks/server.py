@@ -33,8 +33,8 @@ from rich.table import Table
 
 from magistral_mlx import Magistral, Sampling
 from magistral_mlx.config import ModelConfig
-from magistral_mlx.hub import DEMO
-from magistral_mlx.tokenizer import Tokenizer
+from magistral_mlx.fetch.hub import DEMO
+from magistral_mlx.text.tokenizer import Tokenizer
 
 HERE = Path(__file__).parent
 QUESTION = "What is 48 + 37?"

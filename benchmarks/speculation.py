@@ -38,10 +38,11 @@ from rich.progress import track
 from rich.table import Table
 
 import magistral_mlx
-from magistral_mlx import Magistral, Reply, Sampling, machine
-from magistral_mlx.drafts import PromptLookup
-from magistral_mlx.figures import lower_bound, spread
-from magistral_mlx.pace import MOST, Pace
+from magistral_mlx import Magistral, Reply, Sampling
+from magistral_mlx.decoder.drafts import PromptLookup
+from magistral_mlx.decoder.pace import MOST, Pace
+from magistral_mlx.measure import machine
+from magistral_mlx.measure.figures import lower_bound, spread
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent / "scripts"))
@@ -139,7 +140,7 @@ def measure(model: Magistral, label: str, ids: Sequence[Sequence[int]], trials: 
 
 def edits() -> list[tuple[str, str]]:
     """A text of this package and an edited one, over and over."""
-    texts = [path.read_text() for path in sorted(Path(magistral_mlx.__file__).parent.glob("*.py"))]
+    texts = [path.read_text() for path in sorted(Path(magistral_mlx.__file__).parent.rglob("*.py"))]
     texts = [text[:4000] for text in texts if len(text) > 1500][:24]
     ways = itertools.cycle((renamed, uncommented))
     return [(text, way(text)) for text, way in zip(texts, ways, strict=False)]

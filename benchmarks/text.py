@@ -16,10 +16,10 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parent.parent))
 
 from benchmarks.pairs import TRIALS, in_turn, seconds, write
-from magistral_mlx.figures import spread
-from magistral_mlx.reply import Telling
-from magistral_mlx.tokenizer import Tokenizer
-from magistral_mlx.transcript import Transcript
+from magistral_mlx.measure.figures import spread
+from magistral_mlx.talk.reply import Telling
+from magistral_mlx.text.tokenizer import Tokenizer
+from magistral_mlx.text.transcript import Transcript
 from magistral_mlx.wire import Cost
 from tests.tokenizers import full_tekken
 

@@ -21,12 +21,12 @@ from rich.console import Console
 from rich.table import Table
 
 from magistral_mlx import Magistral, Reply, Sampling
-from magistral_mlx.checkpoint import open_checkpoint
-from magistral_mlx.closing import GRACE, TEAR
-from magistral_mlx.convert import Job, convert
-from magistral_mlx.hub import DEMO
-from magistral_mlx.sidecars import files
-from magistral_mlx.thinking import CLOSE, OPEN
+from magistral_mlx.convert.conversion import Job, convert
+from magistral_mlx.disk.checkpoint import open_checkpoint
+from magistral_mlx.fetch.hub import DEMO
+from magistral_mlx.text.closing import GRACE, TEAR
+from magistral_mlx.text.sidecars import files
+from magistral_mlx.text.thinking import CLOSE, OPEN
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent / "scripts"))

@@ -21,15 +21,16 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from magistral_mlx import MagistralError, figures, machine, memory
-from magistral_mlx.checkpoint import open_checkpoint
-from magistral_mlx.cli_bench import bench as command
+from magistral_mlx import MagistralError, memory
+from magistral_mlx.cli.bench import bench as command
 from magistral_mlx.config import MAGISTRAL, ModelConfig
-from magistral_mlx.convert import Job, convert
-from magistral_mlx.hub import DEMO
-from magistral_mlx.plan import plan, to_json
-from magistral_mlx.recipe import named
-from magistral_mlx.sidecars import files
+from magistral_mlx.convert.conversion import Job, convert
+from magistral_mlx.convert.plan import plan, to_json
+from magistral_mlx.convert.recipe import named
+from magistral_mlx.disk.checkpoint import open_checkpoint
+from magistral_mlx.fetch.hub import DEMO
+from magistral_mlx.measure import figures, machine
+from magistral_mlx.text.sidecars import files
 
 HERE = Path(__file__).parent
 

@@ -36,13 +36,13 @@ from .events import AnswerToken, Event, Finished, Stats, ThinkToken, ToolCall, T
 from .wire import TokenLogprob
 
 if TYPE_CHECKING:
-    from .answers import consensus
     from .chat import Magistral
-    from .conversation import Conversation
-    from .grammar import Regex
-    from .reply import Reply
-    from .sampling import Sampling
-    from .stream import Stream
+    from .decoder.sampling import Sampling
+    from .structured.grammar import Regex
+    from .talk.answers import consensus
+    from .talk.conversation import Conversation
+    from .talk.reply import Reply
+    from .talk.stream import Stream
 
 __version__ = "0.1.0"
 
@@ -82,13 +82,13 @@ __all__ = [
 ]
 
 _LATE = {
-    "Conversation": "conversation",
-    "consensus": "answers",
+    "Conversation": "talk.conversation",
+    "consensus": "talk.answers",
     "Magistral": "chat",
-    "Regex": "grammar",
-    "Sampling": "sampling",
-    "Reply": "reply",
-    "Stream": "stream",
+    "Regex": "structured.grammar",
+    "Sampling": "decoder.sampling",
+    "Reply": "talk.reply",
+    "Stream": "talk.stream",
 }
 
 

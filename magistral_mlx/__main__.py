@@ -1,5 +1,5 @@
 """`python -m magistral_mlx` is `magistral-mlx`."""
 
-from .cli import cli
+from .cli.app import cli
 
 cli(prog_name="magistral-mlx")

@@ -18,33 +18,36 @@ from typing import Any, Literal, Self, TypeAlias, TypeVar, Unpack, overload
 
 import mlx.core as mx
 
-from . import hub, manifest, memory, saving
-from .batch import Batch, BatchSource
-from .callgrammar import with_calls
-from .checkpoint import Checkpoint, load, open_checkpoint
+from . import memory
 from .checks import whole_number
-from .constraint import Constraint
-from .conversation import Conversation
+from .decoder.generation import BatchGeneration, Drafting, Generation, Request
+from .decoder.logprobs import Scorer
+from .decoder.model import Transformer
+from .decoder.pace import Pace
+from .decoder.prefix import Prefix
+from .decoder.prefixes import Prefixes
+from .decoder.sampling import Sampler, Sampling
+from .disk import manifest
+from .disk.checkpoint import Checkpoint, load, open_checkpoint
+from .disk.tensorfile import NAMES
 from .errors import CheckpointError, ClosedError, ContextError, MagistralWarning, PromptError
-from .generation import BatchGeneration, Drafting, Generation, Request
-from .grammar import Regex, Vocabulary
-from .logprobs import Scorer
-from .loops import LoopGuard
-from .model import Transformer
-from .options import MAX_TOKENS, Options, Plain, forced, offered
-from .pace import Pace
-from .prefix import Prefix
-from .prefixes import Prefixes
-from .prompt import Messages
-from .reply import Reply, Telling
-from .sampling import Sampler, Sampling
-from .shape import shape_of
-from .stream import Source, Stream
-from .tensorfile import NAMES
-from .tokenizer import Tokenizer
-from .toolcalls import CallParser
-from .transcript import Transcript
-from .worker import Pending, Worker
+from .fetch import hub
+from .structured.callgrammar import with_calls
+from .structured.constraint import Constraint
+from .structured.grammar import Regex, Vocabulary
+from .structured.shape import shape_of
+from .talk import saving
+from .talk.batch import Batch, BatchSource
+from .talk.conversation import Conversation
+from .talk.options import MAX_TOKENS, Options, Plain, forced, offered
+from .talk.reply import Reply, Telling
+from .talk.stream import Source, Stream
+from .talk.worker import Pending, Worker
+from .text.loops import LoopGuard
+from .text.prompt import Messages
+from .text.tokenizer import Tokenizer
+from .text.toolcalls import CallParser
+from .text.transcript import Transcript
 
 T = TypeVar("T")
 DType: TypeAlias = Literal["bfloat16", "float16", "float32"]

@@ -19,9 +19,9 @@ from typing import cast
 
 import mlx.core as mx
 
-from .cache import FEW, STEP, group_size
 from .config import ModelConfig
-from .engine import PREFILL_CHUNK
+from .decoder.cache import FEW, STEP, group_size
+from .decoder.engine import PREFILL_CHUNK
 from .errors import MagistralWarning, MemoryLimitError
 
 USUAL_CONTEXT = 40960

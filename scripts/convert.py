@@ -5,7 +5,7 @@ python scripts/convert.py SOURCE --out DIR [--bits 4 --group-size 64 …]
 
 import sys
 
-from magistral_mlx.cli import cli
+from magistral_mlx.cli.app import cli
 
 if __name__ == "__main__":
     cli(["convert", *sys.argv[1:]], prog_name="convert.py")

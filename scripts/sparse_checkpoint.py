@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from magistral_mlx.config import MAGISTRAL, ModelConfig
-from magistral_mlx.hub import DEMO
-from magistral_mlx.tensorfile import Entry, plan_file
+from magistral_mlx.disk.tensorfile import Entry, plan_file
+from magistral_mlx.fetch.hub import DEMO
 
 NATIVE = {
     "model.embed_tokens": "tok_embeddings",

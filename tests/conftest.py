@@ -8,7 +8,7 @@ import pytest
 from hypothesis import settings
 
 from magistral_mlx import Magistral, Reply
-from magistral_mlx.tokenizer import Tokenizer
+from magistral_mlx.text.tokenizer import Tokenizer
 from tests.fake_hub import point_at
 from tests.serving import QUESTION, Running
 from tests.tokenizers import full_tekken, tiny_tekken

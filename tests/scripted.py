@@ -7,12 +7,12 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from magistral_mlx.cache import KVCache
 from magistral_mlx.chat import Magistral
-from magistral_mlx.checkpoint import open_checkpoint
-from magistral_mlx.hub import DEMO
-from magistral_mlx.tokenizer import Tokenizer
-from magistral_mlx.worker import Worker
+from magistral_mlx.decoder.cache import KVCache
+from magistral_mlx.disk.checkpoint import open_checkpoint
+from magistral_mlx.fetch.hub import DEMO
+from magistral_mlx.talk.worker import Worker
+from magistral_mlx.text.tokenizer import Tokenizer
 
 ENDS_OF_PROMPT = (4, 8)
 """`[/INST]` and `[/TOOL_RESULTS]`."""

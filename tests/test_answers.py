@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import pytest
 
-from magistral_mlx.answers import consensus, final_answer
 from magistral_mlx.events import FinishReason, Stats
-from magistral_mlx.reply import Reply
+from magistral_mlx.talk.answers import consensus, final_answer
+from magistral_mlx.talk.reply import Reply
 
 
 def reply(answer: str, reason: FinishReason = "stop") -> Reply:

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from magistral_mlx import ClosedError, Magistral, PromptError, Reply, Sampling, SamplingError
-from magistral_mlx import sampling as sampling_module
-from magistral_mlx.cache import KVCache, QuantizedKVCache, stacked, trim_all
-from magistral_mlx.checkpoint import load, open_checkpoint
-from magistral_mlx.engine import Line, decode_batch
-from magistral_mlx.sampling import Sampler
+from magistral_mlx.decoder import sampling as sampling_module
+from magistral_mlx.decoder.cache import KVCache, QuantizedKVCache, stacked, trim_all
+from magistral_mlx.decoder.engine import Line, decode_batch
+from magistral_mlx.decoder.sampling import Sampler
+from magistral_mlx.disk.checkpoint import load, open_checkpoint
 from magistral_mlx.wire import Guide
 from tests import models
 from tests.test_cache import feed

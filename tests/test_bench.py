@@ -8,11 +8,13 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks import tokens_per_second
-from magistral_mlx import MagistralError, bench, cli_bench, figures, machine, trial
-from magistral_mlx.bench import Settings
+from magistral_mlx import MagistralError
+from magistral_mlx.cli import bench as command
 from magistral_mlx.config import ModelConfig
-from magistral_mlx.hub import DEMO
-from magistral_mlx.machine import Computer
+from magistral_mlx.fetch.hub import DEMO
+from magistral_mlx.measure import bench, figures, machine, trial
+from magistral_mlx.measure.bench import Settings
+from magistral_mlx.measure.machine import Computer
 
 DOCS = (Path(__file__).parent.parent / "docs" / "benchmarks.md").read_text(encoding="utf-8")
 QUICK = ("--length", "24", "--tokens", "4", "--trials", "1", "--reply-tokens", "8")
@@ -213,7 +215,7 @@ def test_trials_take_turns_with_the_same_ids(monkeypatch: pytest.MonkeyPatch):
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """One real run on the demo, in a directory of its own."""
     out = tmp_path_factory.mktemp("bench") / "new" / "here.json"
-    done = CliRunner().invoke(cli_bench.bench, ["demo", *QUICK, "--json", str(out)], catch_exceptions=False)
+    done = CliRunner().invoke(command.bench, ["demo", *QUICK, "--json", str(out)], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     return done.stdout, out
 
@@ -242,7 +244,7 @@ def test_a_run_prints_a_table_and_a_row(measured: tuple[str, Path]):
     report = json.loads(out.read_text())
     assert report["machine"]["chip"] in printed
     assert "GB/s" in printed
-    row = cli_bench.markdown(report)
+    row = command.markdown(report)
     assert row in printed
     head = next(line for line in DOCS.splitlines() if line.startswith("| machine"))
     assert row.count("|") == head.count("|")
@@ -254,10 +256,10 @@ def test_a_chart_or_why_there_is_none(
     report = json.loads(measured[1].read_text())
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert "pip install 'magistral_mlx[bench]'" in cli_bench.draw(report, tmp_path / "chart.svg")
+    assert "pip install 'magistral_mlx[bench]'" in command.draw(report, tmp_path / "chart.svg")
     monkeypatch.undo()
     pytest.importorskip("matplotlib")
-    assert "the chart" in cli_bench.draw(report, tmp_path / "chart.svg")
+    assert "the chart" in command.draw(report, tmp_path / "chart.svg")
     assert "<svg" in (tmp_path / "chart.svg").read_text()
 
 
@@ -265,7 +267,7 @@ def test_a_chart_or_why_there_is_none(
 def test_against_mlx_lm(tmp_path: Path):
     out = tmp_path / "both.json"
     words = ["demo", *QUICK, "--trials", "2", "--against", "mlx-lm", "--json", str(out), "--no-chart"]
-    done = CliRunner().invoke(cli_bench.bench, words, catch_exceptions=False)
+    done = CliRunner().invoke(command.bench, words, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     report = json.loads(out.read_text())
     assert [len(trials) for trials in report["trials"].values()] == [2, 2]

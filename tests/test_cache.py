@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from magistral_mlx.cache import STEP, KVCache, trim_all
-from magistral_mlx.checkpoint import load, open_checkpoint
-from magistral_mlx.engine import prefill
-from magistral_mlx.model import Transformer
+from magistral_mlx.decoder.cache import STEP, KVCache, trim_all
+from magistral_mlx.decoder.engine import prefill
+from magistral_mlx.decoder.model import Transformer
+from magistral_mlx.disk.checkpoint import load, open_checkpoint
 from tests import models
 
 CONFIG = replace(models.TINY, n_layers=2, dim=96, n_heads=4, n_kv_heads=1, hidden_dim=128)

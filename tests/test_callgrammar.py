@@ -10,7 +10,7 @@ import pytest
 
 from magistral_mlx import PromptError, Sampling, SchemaError
 from magistral_mlx.chat import Magistral
-from magistral_mlx.tokenizer import Tokenizer
+from magistral_mlx.text.tokenizer import Tokenizer
 from tests.scripted import Script, scripted
 from tests.test_toolcalls import ids_of
 from tests.test_tools import PARIS, TOOLS

@@ -31,12 +31,12 @@ from magistral_mlx import (
     Stream,
     ThinkToken,
 )
-from magistral_mlx.checkpoint import open_checkpoint
-from magistral_mlx.convert import Job, convert
-from magistral_mlx.hub import DEMO
-from magistral_mlx.sidecars import files
-from magistral_mlx.thinking import parse
-from magistral_mlx.tokenizer import Tokenizer
+from magistral_mlx.convert.conversion import Job, convert
+from magistral_mlx.disk.checkpoint import open_checkpoint
+from magistral_mlx.fetch.hub import DEMO
+from magistral_mlx.text.sidecars import files
+from magistral_mlx.text.thinking import parse
+from magistral_mlx.text.tokenizer import Tokenizer
 from tests.scripted import scripted
 
 QUESTION = "What is 48 + 37?"

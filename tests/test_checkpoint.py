@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from magistral_mlx.checkpoint import load, open_checkpoint
 from magistral_mlx.config import Scheme
+from magistral_mlx.disk.checkpoint import load, open_checkpoint
+from magistral_mlx.disk.tensorfile import plan_file
 from magistral_mlx.errors import CheckpointError, ConfigError, MagistralError
-from magistral_mlx.tensorfile import plan_file
 from tests import mlx_lm_reference, models
 from tests.mlx_lm_reference import SCHEMES, same
 

@@ -16,10 +16,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from magistral_mlx import AnswerToken
-from magistral_mlx.cli import cli
-from magistral_mlx.cli_common import first_interrupt_stops_thinking
-from magistral_mlx.display import Terminal as Display
-from magistral_mlx.hub import RECOMMENDED
+from magistral_mlx.cli.app import cli
+from magistral_mlx.cli.common import first_interrupt_stops_thinking
+from magistral_mlx.fetch.hub import RECOMMENDED
+from magistral_mlx.talk.display import Terminal as Display
 
 QUESTION = "What is 48 + 37?"
 ASK = ("ask", "--model", "demo", "--seed", "1", "--max-tokens", "60")

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from magistral_mlx import cli_serve
-from magistral_mlx.cli import cli
-from magistral_mlx.hub import known_as, source
+from magistral_mlx.cli import serve as command
+from magistral_mlx.cli.app import cli
+from magistral_mlx.fetch.hub import known_as, source
 from tests.serving import ASK
 
 
@@ -62,7 +62,7 @@ def test_keys_that_are_none(key: str):
 
 
 def test_without_the_extra(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cli_serve, "find_spec", lambda _: None)
+    monkeypatch.setattr(command, "find_spec", lambda _: None)
     refused = serve()
     assert refused.exit_code == 1
     assert 'pip install "magistral_mlx[server]"' in refused.stderr
@@ -79,7 +79,7 @@ def test_an_address_that_is_none():
     ("text", "size"), [("1GB", 10**9), ("500 mb", 5 * 10**8), ("1.5gb", 1_500_000_000), ("0", 0), ("7", 7)]
 )
 def test_sizes(text: str, size: int):
-    assert cli_serve._bytes(None, None, text) == size  # type: ignore[arg-type]
+    assert command._bytes(None, None, text) == size  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("text", ["", "1TB", "-1", "GB", "1e9", "٣GB"])

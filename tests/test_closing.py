@@ -16,15 +16,15 @@ import mlx.core as mx
 import pytest
 
 from magistral_mlx import AnswerToken, Event, Finished, Magistral, Reply, SamplingError, Stream, ThinkToken
-from magistral_mlx.cache import KVCache
-from magistral_mlx.closing import GRACE, TEAR, Closing
-from magistral_mlx.reply import Telling
-from magistral_mlx.stream import Source
-from magistral_mlx.thinking import CLOSE, OPEN, ThinkParser, parse
-from magistral_mlx.tokenizer import Tokenizer
-from magistral_mlx.transcript import TextEvent, Transcript
+from magistral_mlx.decoder.cache import KVCache
+from magistral_mlx.talk.reply import Telling
+from magistral_mlx.talk.stream import Source
+from magistral_mlx.talk.worker import Pending
+from magistral_mlx.text.closing import GRACE, TEAR, Closing
+from magistral_mlx.text.thinking import CLOSE, OPEN, ThinkParser, parse
+from magistral_mlx.text.tokenizer import Tokenizer
+from magistral_mlx.text.transcript import TextEvent, Transcript
 from magistral_mlx.wire import Guide
-from magistral_mlx.worker import Pending
 from tests.scripted import ENDS_OF_PROMPT, Script, scripted
 from tests.tokenizers import CONTROLS, LANGUAGES
 

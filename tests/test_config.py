@@ -8,7 +8,7 @@ import pytest
 from transformers import MistralConfig
 
 from magistral_mlx.config import MAX_LAYERS, ModelConfig, Quantization, Scheme
-from magistral_mlx.configfile import read_config, read_params, text_name
+from magistral_mlx.disk.configfile import read_config, read_params, text_name
 from magistral_mlx.errors import ConfigError
 
 PARAMS = {

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import jsonschema
 import pytest
 
-from magistral_mlx.constraint import Constraint
-from magistral_mlx.grammar import Grammar, Vocabulary
-from magistral_mlx.thinking import CLOSE, OPEN
-from magistral_mlx.tokenizer import Tokenizer
-from magistral_mlx.transcript import Transcript
+from magistral_mlx.structured.constraint import Constraint
+from magistral_mlx.structured.grammar import Grammar, Vocabulary
+from magistral_mlx.text.thinking import CLOSE, OPEN
+from magistral_mlx.text.tokenizer import Tokenizer
+from magistral_mlx.text.transcript import Transcript
 from tests.test_grammar import ids_of
 from tests.tokenizers import CONTROLS
 

@@ -15,14 +15,14 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model
 
-from magistral_mlx import plan, quantize
-from magistral_mlx.checkpoint import load, open_checkpoint
 from magistral_mlx.config import Scheme
-from magistral_mlx.convert import Job, convert
+from magistral_mlx.convert import plan, quantize
+from magistral_mlx.convert.conversion import Job, convert
+from magistral_mlx.convert.recipe import RECIPES, uniform
+from magistral_mlx.disk.checkpoint import load, open_checkpoint
+from magistral_mlx.disk.journal import work_directory
+from magistral_mlx.disk.tensorfile import Entry
 from magistral_mlx.errors import CheckpointError, ConversionError
-from magistral_mlx.journal import work_directory
-from magistral_mlx.recipe import RECIPES, uniform
-from magistral_mlx.tensorfile import Entry
 from tests import mlx_lm_reference, models
 from tests.mlx_lm_reference import SCHEMES, same
 

@@ -9,10 +9,10 @@ import pytest
 from click.testing import CliRunner
 from sparse_checkpoint import params
 
-from magistral_mlx import manifest
-from magistral_mlx.cli import cli
+from magistral_mlx.cli.app import cli
 from magistral_mlx.config import MAGISTRAL, Quantization, Scheme
-from magistral_mlx.hub import DEMO
+from magistral_mlx.disk import manifest
+from magistral_mlx.fetch.hub import DEMO
 from tests import fake_hub, models
 from tests.fake_hub import point_at
 

@@ -8,10 +8,10 @@ import pytest
 from demo_problems import held_out_problems, is_held_out, is_right
 
 from magistral_mlx import Magistral, Sampling
-from magistral_mlx.checkpoint import open_checkpoint
-from magistral_mlx.convert import Job, convert
-from magistral_mlx.hub import DEMO
-from magistral_mlx.sidecars import files
+from magistral_mlx.convert.conversion import Job, convert
+from magistral_mlx.disk.checkpoint import open_checkpoint
+from magistral_mlx.fetch.hub import DEMO
+from magistral_mlx.text.sidecars import files
 
 PROBLEMS = held_out_problems(16, 2506)
 

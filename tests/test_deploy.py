@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from magistral_mlx.cli_serve import serve
+from magistral_mlx.cli.serve import serve
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"

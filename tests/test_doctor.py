@@ -11,12 +11,13 @@ import mlx.core as mx
 import pytest
 from click.testing import CliRunner
 
-from magistral_mlx import bench, doctor, model, real_layer
 from magistral_mlx.chat import Magistral
-from magistral_mlx.cli import cli
-from magistral_mlx.matrix import Matrix
-from magistral_mlx.sampling import Sampler
-from magistral_mlx.transcript import Transcript
+from magistral_mlx.cli.app import cli
+from magistral_mlx.decoder import model
+from magistral_mlx.decoder.matrix import Matrix
+from magistral_mlx.decoder.sampling import Sampler
+from magistral_mlx.measure import bench, doctor, real_layer
+from magistral_mlx.text.transcript import Transcript
 
 DOCS = (Path(__file__).parent.parent / "docs" / "benchmarks.md").read_text(encoding="utf-8")
 

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from magistral_mlx.checkpoint import load, open_checkpoint
-from magistral_mlx.drafts import BEHIND, SIZES, DraftModel, PromptLookup, Rate
-from magistral_mlx.engine import decode
-from magistral_mlx.prefix import Prefix
-from magistral_mlx.sampling import Sampler, Sampling
+from magistral_mlx.decoder.drafts import BEHIND, SIZES, DraftModel, PromptLookup, Rate
+from magistral_mlx.decoder.engine import decode
+from magistral_mlx.decoder.prefix import Prefix
+from magistral_mlx.decoder.sampling import Sampler, Sampling
+from magistral_mlx.disk.checkpoint import load, open_checkpoint
 from tests import models
 from tests.test_cache import feed
 

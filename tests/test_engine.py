@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from magistral_mlx import sampling as sampling_module
-from magistral_mlx.cache import KVCache
-from magistral_mlx.checkpoint import load, open_checkpoint
-from magistral_mlx.drawing import Drawing
-from magistral_mlx.engine import decode, prefill
+from magistral_mlx.decoder import sampling as sampling_module
+from magistral_mlx.decoder.cache import KVCache
+from magistral_mlx.decoder.drawing import Drawing
+from magistral_mlx.decoder.engine import decode, prefill
+from magistral_mlx.decoder.sampling import UNSETTLED, Sampler, Sampling
+from magistral_mlx.disk.checkpoint import load, open_checkpoint
 from magistral_mlx.errors import CheckpointError
-from magistral_mlx.sampling import UNSETTLED, Sampler, Sampling
 from magistral_mlx.wire import Guide
 from tests import models
 from tests.test_cache import feed

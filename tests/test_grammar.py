@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from magistral_mlx import SchemaError
-from magistral_mlx import grammar as grammar_module
-from magistral_mlx.grammar import LARGEST, Grammar, Matcher, Vocabulary
-from magistral_mlx.tokenizer import Tokenizer
+from magistral_mlx.structured import grammar as grammar_module
+from magistral_mlx.structured.grammar import LARGEST, Grammar, Matcher, Vocabulary
+from magistral_mlx.text.tokenizer import Tokenizer
 from tests.schemas import schema
 
 Open = Callable[[str], Tokenizer]

@@ -16,9 +16,9 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from magistral_mlx import download, hub
+from magistral_mlx.disk.room import shortage
 from magistral_mlx.errors import CheckpointError, HubError
-from magistral_mlx.room import shortage
+from magistral_mlx.fetch import download, hub
 from tests import fake_hub
 from tests.fake_hub import SHA, point_at
 
@@ -278,7 +278,7 @@ def test_a_killed_download_goes_on(big, tmp_path):
     code = """
 import os, signal, sys
 from huggingface_hub import constants
-from magistral_mlx import download, hub
+from magistral_mlx.fetch import download, hub
 download.LARGE_BYTES = constants.DOWNLOAD_CHUNK_SIZE = 1000
 def lost(_): os.kill(os.getpid(), signal.SIGKILL)  # when it waits before it tries again
 import time; time.sleep = lost
@@ -380,7 +380,7 @@ def test_a_hub_that_breaks_down(served, monkeypatch):
     ],
 )
 def test_no_network(setting, says, tmp_path):
-    code = "from magistral_mlx import hub; hub.resolve('mistralai/Magistral-Small-2506', download=True)"
+    code = "from magistral_mlx.fetch import hub; hub.resolve('mistralai/Magistral-Small-2506', download=True)"
     env = os.environ | {"HF_HOME": str(tmp_path)} | setting
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert done.stderr.splitlines()[-1].startswith("magistral_mlx.errors.HubError: 'mistralai/Magistral")

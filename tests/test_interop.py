@@ -18,11 +18,12 @@ import numpy as np
 import pytest
 from mlx_lm.utils import load_tokenizer
 
-from magistral_mlx import Magistral, Sampling, sidecars
-from magistral_mlx.checkpoint import load, open_checkpoint
-from magistral_mlx.convert import Job, convert
-from magistral_mlx.manifest import verify
-from magistral_mlx.recipe import named
+from magistral_mlx import Magistral, Sampling
+from magistral_mlx.convert.conversion import Job, convert
+from magistral_mlx.convert.recipe import named
+from magistral_mlx.disk.checkpoint import load, open_checkpoint
+from magistral_mlx.disk.manifest import verify
+from magistral_mlx.text import sidecars
 from tests import models
 from tests.tokenizers import full_tekken
 

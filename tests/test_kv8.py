@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from magistral_mlx.cache import FEW, STEP, KVCache, QuantizedKVCache, trim_all
-from magistral_mlx.checkpoint import load, open_checkpoint
+from magistral_mlx.decoder.cache import FEW, STEP, KVCache, QuantizedKVCache, trim_all
+from magistral_mlx.decoder.model import Transformer
+from magistral_mlx.disk.checkpoint import load, open_checkpoint
 from magistral_mlx.errors import ConfigError
-from magistral_mlx.hub import DEMO
-from magistral_mlx.model import Transformer
-from magistral_mlx.tokenizer import Tokenizer
+from magistral_mlx.fetch.hub import DEMO
+from magistral_mlx.text.tokenizer import Tokenizer
 from tests import models
 from tests.test_cache import feed
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from magistral_mlx import last_model
-from magistral_mlx.hub import RECOMMENDED
+from magistral_mlx.fetch import last_model
+from magistral_mlx.fetch.hub import RECOMMENDED
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from magistral_mlx import launchd
-from magistral_mlx.cli import cli
+from magistral_mlx.cli import launchd
+from magistral_mlx.cli.app import cli
 
 KINDS = {  # of launchd.plist(5), those that are used here
     "Label": str,
@@ -127,7 +127,7 @@ def test_printing_shows_what_would_be_and_does_nothing(run: Run, home: Path):
 
 
 def test_paths_become_whole(run: Run, home: Path):
-    (home / "model").symlink_to(launchd.__file__.replace("launchd.py", "demo"))
+    (home / "model").symlink_to(launchd.__file__.replace("cli/launchd.py", "demo"))
     (home / "key").write_text("abc\n")
     done = run("install", "--print", "--model", "./model", "--host", "0.0.0.0", "--api-key-file", "key")
     words = lint(done.stdout.encode())["ProgramArguments"][3:]

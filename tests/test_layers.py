@@ -1,6 +1,7 @@
 """The shape of the package, read from its own imports: floors, the two columns, the front door."""
 
 import ast
+import re
 import subprocess
 import sys
 import time
@@ -16,145 +17,18 @@ from magistral_mlx import errors
 PACKAGE = Path(magistral_mlx.__file__).parent
 
 FLOORS = (
-    {"errors", "events", "checks", "figures", "wire"},
-    {
-        "config",
-        "configfile",
-        "tensorfile",
-        "matrix",
-        "cache",
-        "sampling",
-        "thinking",
-        "prompt",
-        "tokenizer",
-        "hf_tokenizer",
-        "journal",
-        "machine",
-        "loops",
-        "pace",
-        "room",
-        "download",
-        "tools",
-        "toolcalls",
-    },
-    {
-        "model",
-        "prefix",
-        "recipe",
-        "transcript",
-        "sidecars",
-        "manifest",
-        "talkfile",
-        "logprobs",
-        "drawing",
-        "grammar",
-    },
-    {
-        "options",
-        "callgrammar",
-        "constraint",
-        "shape",
-        "checkpoint",
-        "engine",
-        "drafts",
-        "speculation",
-        "prefixes",
-        "generation",
-        "memory",
-        "plan",
-        "quantize",
-        "real_layer",
-        "job",
-        "closing",
-    },
-    {
-        "convert",
-        "hub",
-        "last_model",
-        "worker",
-        "reply",
-        "step",
-        "answers",
-        "stream",
-        "batch",
-        "saving",
-        "conversation",
-        "chat",
-    }
-    | {"display", "notebook"},
-    {"server/__init__", "server/wire", "server/slots", "server/failures", "server/requests", "server/voices"}
-    | {
-        "server/replies",
-        "server/metrics",
-        "server/service",
-        "server/safety",
-        "server/app",
-        "server/host",
-        "server/web",
-    },
-    {
-        "cli_serve",
-        "cli_service",
-        "launchd",
-        "repl",
-        "cli_common",
-        "cli_convert",
-        "cli_plan",
-        "trial",
-        "bench",
-        "cli_bench",
-        "doctor",
-        "cli_doctor",
-        "cli",
-        "__init__",
-        "__main__",
-    },
+    {"errors", "events", "checks", "wire"},
+    {"config", "decoder", "text"},
+    {"disk", "structured", "memory"},
+    {"convert", "fetch", "talk"},
+    {"chat"},
+    {"measure", "server"},
+    {"cli", "__init__", "__main__"},
 )
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
-ARRAYS = {"config", "configfile", "tensorfile", "matrix", "cache", "sampling", "model"}
-ARRAYS |= {
-    "checkpoint",
-    "engine",
-    "memory",
-    "recipe",
-    "plan",
-    "quantize",
-    "job",
-    "manifest",
-    "journal",
-    "convert",
-    "prefix",
-    "pace",
-    "drafts",
-    "speculation",
-    "prefixes",
-    "generation",
-    "logprobs",
-    "drawing",
-    "talkfile",
-    "real_layer",
-}
-WORDS = {
-    "events",
-    "thinking",
-    "transcript",
-    "prompt",
-    "tokenizer",
-    "hf_tokenizer",
-    "sidecars",
-    "display",
-    "notebook",
-    "closing",
-    "grammar",
-    "constraint",
-    "shape",
-    "reply",
-    "answers",
-    "tools",
-    "toolcalls",
-    "callgrammar",
-}
+ARRAYS = {"config", "decoder", "disk", "convert", "memory"}
+WORDS = {"events", "text", "structured"}
 
 PUBLIC = {
     *("ToolCall", "ToolCallToken"),
@@ -167,64 +41,81 @@ PUBLIC = {
 }
 
 
+FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in PACKAGE.rglob("*.py")}
+FOLDERS = sorted(path.parent.relative_to(PACKAGE).as_posix() for path in PACKAGE.glob("*/__init__.py"))
+
+
 def imported(module: Path) -> Iterator[str]:
-    """What a module imports, at its top or late in a function: our `.config`, others' `mlx.core`."""
+    """What a module imports, at its top or late in a function: our "decoder/cache", others' "mlx.core"."""
+    here = ("magistral_mlx", *module.relative_to(PACKAGE).parts)
     for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
         match node:
             case ast.Import(names=names):
-                yield from (_ours(name.name) for name in names)
-            case ast.ImportFrom(
-                module=None | "magistral_mlx", names=names, level=level
-            ):  # a module, or a name in __init__
-                found = (_relative(module, name.name, level) for name in names)
-                yield from (name if name[1:] in FLOOR else ".__init__" for name in found)
-            case ast.ImportFrom(module=str(name), level=level):
-                yield _relative(module, name, level) if level else _ours(name)
+                yield from (_file(name.name) for name in names)
+            case ast.ImportFrom(module=source, names=names, level=level):
+                start = ".".join(
+                    [*here[: -level or 0], *([source] if source else [])] if level else [source or ""]
+                )
+                yield from {_file(f"{start}.{name.name}", start) for name in names}
             case _:
                 pass
 
 
-def _ours(name: str) -> str:
-    return ".__init__" if name == "magistral_mlx" else name.replace("magistral_mlx.", ".", 1)
+def _file(name: str, otherwise: str = "") -> str:
+    """A module by the path of its file in the package; `otherwise` where the name is a thing in a module."""
+    for tried in (name, otherwise):
+        path = tried.removeprefix("magistral_mlx").removeprefix(".").replace(".", "/") or "__init__"
+        found = next((file for file in (path, f"{path}/__init__") if file in FILES), None)
+        if tried.startswith("magistral_mlx") and found:
+            return found
+    return otherwise or name
 
 
-def _relative(module: Path, name: str, level: int) -> str:
-    """`.slots` in server/app.py → `.server/slots`; `..errors` → `.errors`."""
-    folder = module.relative_to(PACKAGE).parents[max(level, 1) - 1]
-    return "." + (folder / name.replace(".", "/")).as_posix()
+IMPORTS = {name: {other for other in imported(path) if other in FILES} for name, path in FILES.items()}
 
 
-def siblings(module: Path) -> set[str]:
-    """The modules of this package that a module imports, by their bare names."""
-    return {name.removeprefix(".") for name in imported(module) if name.startswith(".")}
+def home(module: str) -> str:
+    """The folder of a module, or its own name at the top."""
+    return module.split("/", maxsplit=1)[0]
 
 
-FILES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in PACKAGE.rglob("*.py")}
-IMPORTS = {name: siblings(path) for name, path in FILES.items()}
+def test_every_folder_has_a_floor():
+    assert {home(name) for name in FILES} == FLOOR.keys(), "say in FLOORS (and in the design) where it stands"
 
 
-def test_every_file_has_a_floor():
-    assert FILES.keys() <= FLOOR.keys(), "say in FLOORS (and in the design) where the new file stands"
-
-
-@pytest.mark.parametrize("name", sorted(FILES.keys() & FLOOR.keys()))
+@pytest.mark.parametrize("name", sorted(FILES))
 def test_imports_never_go_up(name: str):
-    above = {other for other in IMPORTS[name] if FLOOR.get(other, len(FLOORS)) > FLOOR[name]}
-    assert not above, f"{name} stands on floor {FLOOR[name]}"
+    above = {other for other in IMPORTS[name] if FLOOR[home(other)] > FLOOR[home(name)]}
+    assert not above, f"{name} stands on floor {FLOOR[home(name)]}"
 
 
 def test_imports_never_go_in_a_circle():
+    """Neither of modules nor of folders."""
     TopologicalSorter(IMPORTS).prepare()  # raises CycleError
+    between = dict[str, set[str]]()
+    for name, others in IMPORTS.items():
+        between.setdefault(home(name), set()).update({home(other) for other in others} - {home(name)})
+    TopologicalSorter(between).prepare()
 
 
-@pytest.mark.parametrize("name", sorted(FILES.keys() & ARRAYS))
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_folder_lists_its_modules_in_the_order_of_their_imports(folder: str):
+    listed = re.findall(r"^ {4}(\w+) ", FILES[f"{folder}/__init__"].read_text(encoding="utf-8"), re.MULTILINE)
+    there = {name.removeprefix(f"{folder}/") for name in FILES if home(name) == folder} - {"__init__"}
+    assert sorted(listed) == sorted(there)
+    for place, name in enumerate(listed):
+        below = {f"{folder}/{other}" for other in listed[place + 1 :]}
+        assert not IMPORTS[f"{folder}/{name}"] & below, f"{name} imports what is listed below it"
+
+
+@pytest.mark.parametrize("name", sorted(name for name in FILES if home(name) in ARRAYS))
 def test_arrays_know_no_words(name: str):
-    assert not IMPORTS[name] & WORDS
+    assert not {other for other in IMPORTS[name] if home(other) in WORDS}
 
 
-@pytest.mark.parametrize("name", sorted(FILES.keys() & WORDS))
+@pytest.mark.parametrize("name", sorted(name for name in FILES if home(name) in WORDS))
 def test_words_know_no_arrays(name: str):
-    assert not IMPORTS[name] & ARRAYS
+    assert not {other for other in IMPORTS[name] if home(other) in ARRAYS}
     assert not {other for other in imported(FILES[name]) if other.split(".")[0] == "mlx"}
 
 
@@ -233,8 +124,8 @@ def test_no_limit_of_memory_is_set_where_a_model_runs():
     reached, new = set[str](), {"chat"}
     while new:
         reached |= new
-        new = {other for name in new for other in IMPORTS[name] & FILES.keys()} - reached
-    assert {"engine", "worker", "memory"} <= reached
+        new = {other for name in new for other in IMPORTS[name]} - reached
+    assert {"decoder/engine", "talk/worker", "memory"} <= reached
     setters = ("set_wired_limit", "set_memory_limit", "set_cache_limit")
     assert not [name for name in reached if any(word in FILES[name].read_text("utf-8") for word in setters)]
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from magistral_mlx import Magistral, Reply, Sampling, SamplingError, TokenLogprob
-from magistral_mlx.engine import prefill
-from magistral_mlx.logprobs import Scorer
+from magistral_mlx.decoder.engine import prefill
+from magistral_mlx.decoder.logprobs import Scorer
 
 QUESTION = "What is 48 + 37?"
 

@@ -15,7 +15,7 @@ from benchmarks.loop_guard import (
     measure_honest,
     measure_loops,
 )
-from magistral_mlx.loops import LONGEST, LoopGuard
+from magistral_mlx.text.loops import LONGEST, LoopGuard
 
 
 def words(rng: random.Random, size: int) -> list[int]:

@@ -13,12 +13,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from magistral_mlx import manifest, plan, quantize
-from magistral_mlx.checkpoint import open_checkpoint
-from magistral_mlx.convert import Job, convert
+from magistral_mlx.convert import plan, quantize
+from magistral_mlx.convert.conversion import Job, convert
+from magistral_mlx.convert.recipe import RECIPES
+from magistral_mlx.disk import manifest
+from magistral_mlx.disk.checkpoint import open_checkpoint
+from magistral_mlx.disk.manifest import PATH, verify, wrong_sizes
 from magistral_mlx.errors import ConfigError, ConversionError, MagistralError
-from magistral_mlx.manifest import PATH, verify, wrong_sizes
-from magistral_mlx.recipe import RECIPES
 from tests import models
 
 SMALL = replace(models.TINY, dim=64, n_layers=1, n_heads=4, n_kv_heads=2, hidden_dim=128, vocab_size=256)

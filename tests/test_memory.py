@@ -10,15 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from magistral_mlx import Magistral, memory
-from magistral_mlx.checkpoint import open_checkpoint
 from magistral_mlx.config import MAGISTRAL, ModelConfig, Quantization
-from magistral_mlx.engine import decode
+from magistral_mlx.decoder.engine import decode
+from magistral_mlx.decoder.matrix import Matrix
+from magistral_mlx.decoder.model import Transformer
+from magistral_mlx.decoder.sampling import Sampler, Sampling
+from magistral_mlx.disk.checkpoint import open_checkpoint
+from magistral_mlx.disk.tensorfile import Entry
 from magistral_mlx.errors import MagistralWarning, MemoryLimitError
-from magistral_mlx.matrix import Matrix
 from magistral_mlx.memory import Guard, Machine, MemoryPlan
-from magistral_mlx.model import Transformer
-from magistral_mlx.sampling import Sampler, Sampling
-from magistral_mlx.tensorfile import Entry
 from tests import models
 from tests.test_cache import feed
 

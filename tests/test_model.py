@@ -15,14 +15,14 @@ from mlx_lm import convert as mlx_lm_convert
 from mlx_lm.generate import generate_step
 from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
-from magistral_mlx import sidecars
-from magistral_mlx.checkpoint import load, open_checkpoint
 from magistral_mlx.config import Scheme
-from magistral_mlx.convert import Job, convert
-from magistral_mlx.engine import decode
-from magistral_mlx.model import Transformer
-from magistral_mlx.recipe import RECIPES, Recipe, uniform
-from magistral_mlx.sampling import Sampler, Sampling
+from magistral_mlx.convert.conversion import Job, convert
+from magistral_mlx.convert.recipe import RECIPES, Recipe, uniform
+from magistral_mlx.decoder.engine import decode
+from magistral_mlx.decoder.model import Transformer
+from magistral_mlx.decoder.sampling import Sampler, Sampling
+from magistral_mlx.disk.checkpoint import load, open_checkpoint
+from magistral_mlx.text import sidecars
 from tests import models
 from tests.test_cache import feed
 from tests.tokenizers import tiny_tekken

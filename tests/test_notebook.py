@@ -13,7 +13,7 @@ from jupyter_client.manager import KernelManager, start_new_kernel
 from nbclient import NotebookClient
 
 from magistral_mlx import AnswerToken, Finished, Stats, ThinkToken
-from magistral_mlx.notebook import _View
+from magistral_mlx.talk.notebook import _View
 
 NOTEBOOK = Path(__file__).parent.parent / "docs" / "notebook.ipynb"
 

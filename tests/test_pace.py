@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from magistral_mlx.pace import FORGET, MOST, SURE, WORTH, Pace
+from magistral_mlx.decoder.pace import FORGET, MOST, SURE, WORTH, Pace
 
 
 def measured(costs: dict[int, float]) -> Pace:

@@ -7,11 +7,12 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 
-from magistral_mlx import memory, plan
+from magistral_mlx import memory
 from magistral_mlx.config import MAGISTRAL, Scheme
-from magistral_mlx.engine import PREFILL_CHUNK
-from magistral_mlx.plan import SHARD_BYTES
-from magistral_mlx.recipe import RECIPES, named, uniform
+from magistral_mlx.convert import plan
+from magistral_mlx.convert.plan import SHARD_BYTES
+from magistral_mlx.convert.recipe import RECIPES, named, uniform
+from magistral_mlx.decoder.engine import PREFILL_CHUNK
 from tests import models
 
 GB = 10**9

@@ -9,12 +9,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from magistral_mlx import memory
-from magistral_mlx.cli_plan import plan, table
+from magistral_mlx.cli.plan import plan, table
 from magistral_mlx.config import MAGISTRAL
+from magistral_mlx.convert.plan import plan as plan_directory
+from magistral_mlx.convert.recipe import named
+from magistral_mlx.disk.tensorfile import Entry
 from magistral_mlx.errors import MagistralError
-from magistral_mlx.plan import plan as plan_directory
-from magistral_mlx.recipe import named
-from magistral_mlx.tensorfile import Entry
 from tests import models
 
 DOCS = Path(__file__).parent.parent / "docs" / "memory.md"

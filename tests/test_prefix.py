@@ -23,13 +23,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from magistral_mlx import AnswerToken, Magistral, Reply, Sampling, engine
+from magistral_mlx import AnswerToken, Magistral, Reply, Sampling
 from magistral_mlx.chat import Conversation
-from magistral_mlx.checkpoint import load, open_checkpoint
-from magistral_mlx.model import Block, Transformer
-from magistral_mlx.prefix import Prefix
-from magistral_mlx.tokenizer import Tokenizer
-from magistral_mlx.worker import Worker
+from magistral_mlx.decoder import engine
+from magistral_mlx.decoder.model import Block, Transformer
+from magistral_mlx.decoder.prefix import Prefix
+from magistral_mlx.disk.checkpoint import load, open_checkpoint
+from magistral_mlx.talk.worker import Worker
+from magistral_mlx.text.tokenizer import Tokenizer
 from tests import models
 from tests.scripted import scripted
 from tests.test_cache import feed

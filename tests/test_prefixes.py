@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from magistral_mlx.cache import KVCache, QuantizedKVCache
-from magistral_mlx.prefix import Prefix, common
-from magistral_mlx.prefixes import Prefixes
+from magistral_mlx.decoder.cache import KVCache, QuantizedKVCache
+from magistral_mlx.decoder.prefix import Prefix, common
+from magistral_mlx.decoder.prefixes import Prefixes
 
 ROOM = 2 * 2 * 256 * 32 * 4  # keys and values, two heads, 256 positions of 32 numbers in 4 bytes
 

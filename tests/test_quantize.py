@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from mlx_lm.utils import load_model
 
-from magistral_mlx import quantize
-from magistral_mlx.checkpoint import load, open_checkpoint
 from magistral_mlx.config import Scheme
-from magistral_mlx.convert import Job, convert
+from magistral_mlx.convert import quantize
+from magistral_mlx.convert.conversion import Job, convert
+from magistral_mlx.convert.recipe import RECIPES, named, uniform
+from magistral_mlx.disk.checkpoint import load, open_checkpoint
 from magistral_mlx.errors import ConversionError
-from magistral_mlx.recipe import RECIPES, named, uniform
 from tests import mlx_lm_reference, models
 
 SMALL = replace(models.TINY, dim=64, n_layers=1, n_heads=4, n_kv_heads=2, hidden_dim=128, vocab_size=256)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from magistral_mlx.cli import cli
+from magistral_mlx.cli.app import cli
 from tests.serving import Running
 
 ROOT = Path(__file__).parent.parent

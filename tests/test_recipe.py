@@ -9,11 +9,11 @@ from mlx_lm.convert import mixed_quant_predicate_builder
 from mlx_lm.models.llama import Model, ModelArgs
 from mlx_lm.utils import load_model
 
-from magistral_mlx.checkpoint import load, open_checkpoint
 from magistral_mlx.config import Scheme
-from magistral_mlx.convert import Job, convert
+from magistral_mlx.convert.conversion import Job, convert
+from magistral_mlx.convert.recipe import RECIPES, Recipe, named, uniform
+from magistral_mlx.disk.checkpoint import load, open_checkpoint
 from magistral_mlx.errors import ConfigError, ConversionError
-from magistral_mlx.recipe import RECIPES, Recipe, named, uniform
 from tests import mlx_lm_reference, models
 
 CONFIG = replace(models.TINY, dim=128, n_layers=8, hidden_dim=256)

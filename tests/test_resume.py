@@ -21,13 +21,14 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from magistral_mlx import convert as converter
-from magistral_mlx import journal, plan, quantize
-from magistral_mlx.checkpoint import open_checkpoint
-from magistral_mlx.convert import Job, convert
+from magistral_mlx.convert import conversion as converter
+from magistral_mlx.convert import plan, quantize
+from magistral_mlx.convert.conversion import Job, convert
+from magistral_mlx.convert.recipe import named
+from magistral_mlx.disk import journal
+from magistral_mlx.disk.checkpoint import open_checkpoint
+from magistral_mlx.disk.journal import Journal, work_directory
 from magistral_mlx.errors import CheckpointError, ConversionError
-from magistral_mlx.journal import Journal, work_directory
-from magistral_mlx.recipe import named
 from tests import models
 
 SMALL = replace(models.TINY, dim=64, n_layers=1, n_heads=4, n_kv_heads=2, hidden_dim=128, vocab_size=256)
@@ -38,8 +39,9 @@ SHARD_BYTES, BLOCK_BYTES = 24_000, 12_000
 CHILD = f"""
 import os, resource, signal, sys, time
 from pathlib import Path
-from magistral_mlx import convert, journal, plan, quantize
-from magistral_mlx.checkpoint import open_checkpoint
+from magistral_mlx.convert import conversion, plan, quantize
+from magistral_mlx.disk import journal
+from magistral_mlx.disk.checkpoint import open_checkpoint
 
 source, out, sidecars, then = Path(sys.argv[1]), Path(sys.argv[2]), eval(sys.argv[3]), sys.argv[4]
 plan.SHARD_BYTES, quantize.BLOCK_BYTES = {SHARD_BYTES}, {BLOCK_BYTES}
@@ -47,7 +49,7 @@ plan.SHARD_BYTES, quantize.BLOCK_BYTES = {SHARD_BYTES}, {BLOCK_BYTES}
 def kill(): os.kill(os.getpid(), signal.SIGKILL)
 
 exec(then)
-convert.convert(convert.Job(checkpoint=open_checkpoint(source), out=out, sidecars=sidecars))
+conversion.convert(conversion.Job(checkpoint=open_checkpoint(source), out=out, sidecars=sidecars))
 """
 KILL_AT = """
 left = {n}
@@ -55,10 +57,10 @@ def fault(point):
     global left
     left -= point == {point!r}
     left or kill()
-convert.fault = journal.fault = fault
+conversion.fault = journal.fault = fault
 """
 SLOWLY = """
-convert.fault = journal.fault = lambda point: time.sleep(0.004)
+conversion.fault = journal.fault = lambda point: time.sleep(0.004)
 print("begun", flush=True)
 """
 

@@ -11,9 +11,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from magistral_mlx import sampling as sampling_module
+from magistral_mlx.decoder import sampling as sampling_module
+from magistral_mlx.decoder.sampling import UNSETTLED, Sampler, Sampling, noise_key
 from magistral_mlx.errors import SamplingError
-from magistral_mlx.sampling import UNSETTLED, Sampler, Sampling, noise_key
 
 MARGIN = 1e-5
 """float32 cannot tell which side of the edge of a nucleus an id is on when it is nearer than this."""
@@ -311,7 +311,7 @@ def test_nan_is_never_drawn(sampling: Sampling, bad: int):
 
 PROCESS = """
 import json, mlx.core as mx, numpy as np
-from magistral_mlx.sampling import Sampler, Sampling
+from magistral_mlx.decoder.sampling import Sampler, Sampling
 logits = mx.array(np.random.default_rng(8).normal(size=(40, 500)).astype(np.float32) * 2)
 sampler = Sampler(Sampling(), seed=7)
 print(json.dumps([sampler.draw(row, position).item() for position, row in enumerate(logits)]))

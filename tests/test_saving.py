@@ -12,9 +12,9 @@ import pytest
 from safetensors import safe_open
 
 from magistral_mlx import Conversation, ConversationError, Magistral, MagistralError, Sampling
-from magistral_mlx.cache import QuantizedKVCache
-from magistral_mlx.prefix import Prefix
-from magistral_mlx.tensorfile import plan_file, read_whole_header
+from magistral_mlx.decoder.cache import QuantizedKVCache
+from magistral_mlx.decoder.prefix import Prefix
+from magistral_mlx.disk.tensorfile import plan_file, read_whole_header
 from tests import models
 from tests.tokenizers import CONTROLS, tiny_tekken
 
@@ -216,7 +216,7 @@ def test_a_save_that_fails_leaves_the_earlier_one(
     def full(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("magistral_mlx.talkfile.flush", full)
+    monkeypatch.setattr("magistral_mlx.talk.talkfile.flush", full)
     with pytest.raises(ConversationError, match="No space left"):
         talk.save(path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["talk"]

@@ -16,7 +16,7 @@ from pydantic_ai.models.openai import OpenAIChatModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
 from magistral_mlx import Reply
-from magistral_mlx.hub import DEMO
+from magistral_mlx.fetch.hub import DEMO
 from magistral_mlx.server.safety import Rules
 from tests.serving import ASK, HUB_ID, QUESTION, Running
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from magistral_mlx.cli import cli
-from magistral_mlx.cli_serve import check, serve
+from magistral_mlx.cli.app import cli
+from magistral_mlx.cli.serve import check, serve
 from magistral_mlx.errors import ServerError
 
 

@@ -6,13 +6,13 @@ import pytest
 from pydantic import ValidationError
 
 from magistral_mlx import AnswerToken, Finished, Stats, ThinkToken, ToolCallToken
-from magistral_mlx.hub import DEMO
-from magistral_mlx.sampling import Sampling
+from magistral_mlx.decoder.sampling import Sampling
+from magistral_mlx.fetch.hub import DEMO
 from magistral_mlx.server import requests
 from magistral_mlx.server.failures import RefusedError
 from magistral_mlx.server.voices import Apart, Heard, Tagged, Verbatim
 from magistral_mlx.server.wire import ChatRequest
-from magistral_mlx.tokenizer import Tokenizer
+from magistral_mlx.text.tokenizer import Tokenizer
 
 THINK = "Be wise.\n<think>\nso\n</think>\n"
 USER = {"role": "user", "content": "48 + 37?"}

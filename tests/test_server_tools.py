@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from openai import OpenAI
 
-from magistral_mlx.tokenizer import Tokenizer
+from magistral_mlx.text.tokenizer import Tokenizer
 from tests.scripted import scripted
 from tests.serving import ASK, Running
 from tests.test_toolcalls import ids_of

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from typing_extensions import TypedDict  # on Python 3.11 Pydantic takes no other
 
 from magistral_mlx import AnswerError, Regex, SchemaError
-from magistral_mlx.shape import from_json, shape_of, to_json
+from magistral_mlx.structured.shape import from_json, shape_of, to_json
 
 
 class Sum(BaseModel):

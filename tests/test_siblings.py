@@ -8,10 +8,10 @@ import pytest
 from click.testing import CliRunner
 from mlx_lm.utils import load_model
 
-from magistral_mlx import manifest
-from magistral_mlx.checkpoint import load, open_checkpoint
-from magistral_mlx.cli import cli
-from magistral_mlx.tokenizer import Tokenizer
+from magistral_mlx.cli.app import cli
+from magistral_mlx.disk import manifest
+from magistral_mlx.disk.checkpoint import load, open_checkpoint
+from magistral_mlx.text.tokenizer import Tokenizer
 from tests import mlx_lm_reference, models
 from tests.test_checkpoint import LAYOUTS
 from tests.tokenizers import tiny_tekken

@@ -11,11 +11,11 @@ from mlx_lm.utils import load_tokenizer
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer
 
-from magistral_mlx import sidecars
 from magistral_mlx.errors import MagistralWarning, TokenizerError
-from magistral_mlx.hf_tokenizer import Vocabulary
-from magistral_mlx.prompt import TEXT_TAGS_PROMPT
-from magistral_mlx.tokenizer import Tokenizer
+from magistral_mlx.text import sidecars
+from magistral_mlx.text.hf_tokenizer import Vocabulary
+from magistral_mlx.text.prompt import TEXT_TAGS_PROMPT
+from magistral_mlx.text.tokenizer import Tokenizer
 from tests.tokenizers import VERSIONS, full_tekken, tiny_tekken
 
 NAME = "mistralai/Magistral-Small-2506"

@@ -11,10 +11,10 @@ import pytest
 from sparse_checkpoint import make, random_bits, real_names
 
 from benchmarks.convert import right, run
-from magistral_mlx.checkpoint import open_checkpoint
 from magistral_mlx.config import MAGISTRAL, Scheme
-from magistral_mlx.convert import Job, convert
-from magistral_mlx.tensorfile import read_header
+from magistral_mlx.convert.conversion import Job, convert
+from magistral_mlx.disk.checkpoint import open_checkpoint
+from magistral_mlx.disk.tensorfile import read_header
 from tests import mlx_lm_reference, models
 from tests.tokenizers import published_tekken
 

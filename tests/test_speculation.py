@@ -14,20 +14,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from magistral_mlx import CheckpointError, Magistral, Sampling, pace, prefix
-from magistral_mlx import sampling as sampling_module
-from magistral_mlx.cache import KVCache, stacked, trim_all
-from magistral_mlx.checkpoint import load, open_checkpoint
-from magistral_mlx.convert import Job, convert
-from magistral_mlx.drafts import Drafter, PromptLookup
-from magistral_mlx.engine import decode
-from magistral_mlx.grammar import Regex
-from magistral_mlx.hub import DEMO
-from magistral_mlx.pace import MOST, Pace
-from magistral_mlx.sampling import Sampler
-from magistral_mlx.sidecars import files
-from magistral_mlx.speculation import Speculation
-from magistral_mlx.tokenizer import Tokenizer
+from magistral_mlx import CheckpointError, Magistral, Sampling
+from magistral_mlx.convert.conversion import Job, convert
+from magistral_mlx.decoder import pace, prefix
+from magistral_mlx.decoder import sampling as sampling_module
+from magistral_mlx.decoder.cache import KVCache, stacked, trim_all
+from magistral_mlx.decoder.drafts import Drafter, PromptLookup
+from magistral_mlx.decoder.engine import decode
+from magistral_mlx.decoder.pace import MOST, Pace
+from magistral_mlx.decoder.sampling import Sampler
+from magistral_mlx.decoder.speculation import Speculation
+from magistral_mlx.disk.checkpoint import load, open_checkpoint
+from magistral_mlx.fetch.hub import DEMO
+from magistral_mlx.structured.grammar import Regex
+from magistral_mlx.text.sidecars import files
+from magistral_mlx.text.tokenizer import Tokenizer
 from magistral_mlx.wire import Guide
 from tests import models
 from tests.scripted import scripted

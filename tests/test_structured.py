@@ -14,11 +14,11 @@ from click.testing import CliRunner
 from pydantic import BaseModel, Field
 
 from magistral_mlx import AnswerError, Magistral, Regex, Sampling, SchemaError
-from magistral_mlx.checkpoint import open_checkpoint
-from magistral_mlx.cli import cli
-from magistral_mlx.hub import DEMO
-from magistral_mlx.tokenizer import Tokenizer
-from magistral_mlx.worker import Worker
+from magistral_mlx.cli.app import cli
+from magistral_mlx.disk.checkpoint import open_checkpoint
+from magistral_mlx.fetch.hub import DEMO
+from magistral_mlx.talk.worker import Worker
+from magistral_mlx.text.tokenizer import Tokenizer
 from tests.schemas import schema
 from tests.scripted import Script, scripted
 

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+from magistral_mlx.disk.tensorfile import DTYPES, MAX_HEADER, NAMES, plan_file, read_header, to_bytes
 from magistral_mlx.errors import CheckpointError
-from magistral_mlx.tensorfile import DTYPES, MAX_HEADER, NAMES, plan_file, read_header, to_bytes
 
 BITS = {
     dtype: bits

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from magistral_mlx.thinking import Piece, ThinkParser, parse, unfinished
+from magistral_mlx.text.thinking import Piece, ThinkParser, parse, unfinished
 
 FRAGMENTS = (
     *("<think>", "</think>", "<thi", "nk>", "</th", "ink>", "</", "<", ">", "[THINK]", "[/THINK]", "\\boxed"),

@@ -16,8 +16,8 @@ from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
 
 from magistral_mlx.errors import MagistralWarning, PromptError, TokenizerError
-from magistral_mlx.prompt import CONTROL_TAGS_PROMPT, TEXT_TAGS_PROMPT
-from magistral_mlx.tokenizer import Tokenizer
+from magistral_mlx.text.prompt import CONTROL_TAGS_PROMPT, TEXT_TAGS_PROMPT
+from magistral_mlx.text.tokenizer import Tokenizer
 from tests.tokenizers import CONTROLS, LANGUAGES, VERSIONS, tiny_tekken
 
 Open = Callable[[str], Tokenizer]
@@ -139,7 +139,7 @@ def test_a_prompt_that_is_no_text(tmp_path: Path):
 
 
 def test_the_module_is_cheap_to_import():
-    code = "import magistral_mlx.transcript, sys; print('mistral_common' in sys.modules)"
+    code = "import magistral_mlx.text.transcript, sys; print('mistral_common' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from magistral_mlx.events import AnswerToken, ThinkToken, ToolCall, ToolCallToken
-from magistral_mlx.thinking import parse
-from magistral_mlx.tokenizer import Tokenizer
-from magistral_mlx.toolcalls import CallParser
-from magistral_mlx.transcript import TextEvent, Transcript
+from magistral_mlx.text.thinking import parse
+from magistral_mlx.text.tokenizer import Tokenizer
+from magistral_mlx.text.toolcalls import CallParser
+from magistral_mlx.text.transcript import TextEvent, Transcript
 from tests.tokenizers import CONTROLS, VERSIONS
 
 Open = Callable[[str], Tokenizer]

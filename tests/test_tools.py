@@ -17,10 +17,10 @@ from mistral_common.protocol.instruct.tool_calls import ToolCall as TheirCall
 
 from magistral_mlx import Finished, PromptError, ToolCallToken
 from magistral_mlx.chat import Magistral
-from magistral_mlx.display import Terminal
-from magistral_mlx.notebook import _View
-from magistral_mlx.tokenizer import Tokenizer
-from magistral_mlx.tools import call_id, read_tools
+from magistral_mlx.talk.display import Terminal
+from magistral_mlx.talk.notebook import _View
+from magistral_mlx.text.tokenizer import Tokenizer
+from magistral_mlx.text.tools import call_id, read_tools
 from tests.scripted import scripted
 from tests.test_toolcalls import ids_of
 from tests.tokenizers import VERSIONS

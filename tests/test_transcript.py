@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from magistral_mlx.errors import SamplingError
 from magistral_mlx.events import AnswerToken, ThinkToken
-from magistral_mlx.thinking import parse
-from magistral_mlx.tokenizer import Tokenizer
-from magistral_mlx.transcript import TextEvent, Transcript
+from magistral_mlx.text.thinking import parse
+from magistral_mlx.text.tokenizer import Tokenizer
+from magistral_mlx.text.transcript import TextEvent, Transcript
 from tests.tokenizers import CONTROLS, LANGUAGES
 
 Open = Callable[[str], Tokenizer]

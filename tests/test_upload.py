@@ -13,9 +13,10 @@ import pytest
 from click.testing import CliRunner
 from huggingface_hub import ModelCard, constants
 
-from magistral_mlx import hub, manifest
-from magistral_mlx.cli import cli
+from magistral_mlx.cli.app import cli
+from magistral_mlx.disk import manifest
 from magistral_mlx.errors import HubError
+from magistral_mlx.fetch import hub
 from tests import fake_hub
 from tests.fake_hub import point_at
 

@@ -16,7 +16,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from magistral_mlx.errors import MagistralError
-from magistral_mlx.stream import Stream
+from magistral_mlx.talk.stream import Stream
 
 from . import failures, requests, web
 from .failures import GONE, RefusedError

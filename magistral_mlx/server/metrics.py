@@ -4,10 +4,10 @@ from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from magistral_mlx.reply import Reply
+from magistral_mlx.talk.reply import Reply
 
 if TYPE_CHECKING:
-    from magistral_mlx.prefixes import Prefixes
+    from magistral_mlx.decoder.prefixes import Prefixes
 
     from .slots import Slots
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from magistral_mlx.events import FinishReason, Stats, ToolCall, ToolCallToken
-from magistral_mlx.tokenizer import Tokenizer
+from magistral_mlx.text.tokenizer import Tokenizer
 from magistral_mlx.wire import TokenLogprob
 
 from .voices import Heard

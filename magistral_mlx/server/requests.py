@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias, cast
 
 from magistral_mlx.chat import Magistral
-from magistral_mlx.grammar import Regex
-from magistral_mlx.options import MAX_TOKENS, Options
-from magistral_mlx.sampling import Sampling
-from magistral_mlx.tokenizer import Tokenizer
+from magistral_mlx.decoder.sampling import Sampling
+from magistral_mlx.structured.grammar import Regex
+from magistral_mlx.talk.options import MAX_TOKENS, Options
+from magistral_mlx.text.tokenizer import Tokenizer
 
 from .failures import RefusedError, unsupported
 from .wire import ChatRequest, CompletionRequest, Effort, Message, Part, Sampled, TokenizeRequest

@@ -13,12 +13,12 @@ from typing import TypeAlias
 from weakref import WeakSet, WeakValueDictionary
 
 from magistral_mlx.chat import Magistral
+from magistral_mlx.decoder.prefix import Prefix
 from magistral_mlx.errors import ClosedError, MagistralError, MemoryLimitError
 from magistral_mlx.events import Finished, FinishReason
-from magistral_mlx.options import Options
-from magistral_mlx.prefix import Prefix
-from magistral_mlx.reply import Reply
-from magistral_mlx.stream import Stream
+from magistral_mlx.talk.options import Options
+from magistral_mlx.talk.reply import Reply
+from magistral_mlx.talk.stream import Stream
 
 from . import failures
 from .metrics import Metrics

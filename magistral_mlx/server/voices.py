@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from magistral_mlx.events import AnswerToken, Event, Finished, ThinkToken, ToolCallToken
-from magistral_mlx.thinking import CLOSE, OPEN
-from magistral_mlx.tokenizer import Tokenizer
-from magistral_mlx.transcript import StopStrings
+from magistral_mlx.text.thinking import CLOSE, OPEN
+from magistral_mlx.text.tokenizer import Tokenizer
+from magistral_mlx.text.transcript import StopStrings
 from magistral_mlx.wire import TokenLogprob
 
 

@@ -1,0 +1,207 @@
+"""The command `bench`: what `bench` measures, as a table, a JSON file, a row of Markdown and a chart."""
+# ruff: noqa: PLC0415 -- what takes half a second to import is imported where it is needed, not for --help
+
+import json
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from .common import resolve, size
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from magistral_mlx.measure.bench import Json
+
+_QUICK: "Json" = {"lengths": (512,), "tokens": 32, "trials": 2, "reply_tokens": 512}
+
+
+@click.command()
+@click.argument("model")
+@click.option(
+    "--length",
+    "lengths",
+    type=click.IntRange(min=1),
+    multiple=True,
+    help="Tokens of prompt. May be repeated. Default: 512, 4096, 16384, 40960.",
+)
+@click.option("--tokens", type=click.IntRange(min=1), help="Decoded behind each prompt. Default: 128.")
+@click.option("--trials", type=click.IntRange(min=1), help="Each in a process of its own. Default: 5.")
+@click.option(
+    "--reply-tokens",
+    type=click.IntRange(min=0),
+    help="At most, of the one whole reply. 0: none. Default: 2048.",
+)
+@click.option("--quick", is_flag=True, help="One length, few tokens, two trials: a first impression.")
+@click.option("--greedy", is_flag=True, help="Decode the likeliest ids, not at temperature 0.7.")
+@click.option("--against", type=click.Choice(["mlx-lm"]), help="Measure this too, in turn, and compare.")
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="What to compute in.")
+@click.option(
+    "--json",
+    "file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Where the figures go, and the chart beside. Default: named after the machine, here.",
+)
+@click.option("--no-chart", is_flag=True, help="Draw no chart.")
+@click.option("--download", is_flag=True, help="Download the model if it is not here yet.")
+def bench(
+    *,
+    model: str,
+    lengths: tuple[int, ...],
+    tokens: int | None,
+    trials: int | None,
+    reply_tokens: int | None,
+    quick: bool,
+    greedy: bool,
+    against: str | None,
+    dtype: str | None,
+    file: Path | None,
+    no_chart: bool,
+    download: bool,
+) -> None:
+    """Measure MODEL (a directory, a Hub name, or 'demo') on this machine: tokens per second, memory, time.
+
+    Takes minutes, with a long prompt on a small Mac an hour: --quick and --length make it shorter. Close what
+    else works this machine hard.
+    """
+    from rich.console import Console
+
+    from magistral_mlx.measure.bench import Settings, run, this_computer
+
+    given: Json = {"lengths": lengths, "tokens": tokens, "trials": trials, "reply_tokens": reply_tokens}
+    wanted: Json = (_QUICK if quick else {}) | {
+        key: value for key, value in given.items() if value not in (None, ())
+    }
+    if greedy:
+        wanted["temperature"] = 0.0
+    settings = Settings(**wanted, dtype=dtype, against_peer=against is not None)
+    file = file or Path(f"{this_computer().name}.json")
+    resolve(model, download=download)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with _progress() as advance:
+        report = run(model, settings, advance)
+    console = Console()
+    for part in shown(report):
+        console.print(part, highlight=False, markup=False)
+    file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    click.echo(f"\n{markdown(report)}\n\n{file}: these figures, to send or to keep")
+    if not no_chart:
+        click.echo(draw(report, file.with_suffix(".svg")))
+
+
+def shown(report: "Json") -> "list[RenderableType]":
+    """The report for a terminal: the machine and the model, the figures, the comparison."""
+    from rich.table import Column, Table
+
+    heads = ("prompt", "engine", "prefill tok/s", "first token", "decode tok/s", "from to", "ceiling", "peak")
+    figures = Table(*(Column(head, no_wrap=head == "engine", justify="right") for head in heads))
+    for engine, summary in report["summary"].items():
+        for row in summary["contexts"]:
+            decode = row["decode_tokens_per_second"]
+            figures.add_row(
+                f"{row['context']}",
+                engine,
+                f"{row['prefill_tokens_per_second']['median']:.1f}",
+                f"{row['first_token_seconds']['median']:.2f} s",
+                f"{decode['median']:.1f}",
+                f"{decode['min']:.1f} to {decode['max']:.1f}",
+                f"{row['share_of_ceiling']:.0%}",
+                size(row["peak_bytes"]),
+            )
+    parts: list[RenderableType] = [_heading(report), figures]
+    if report["ratios"]:
+        faster = Table("times as fast as mlx-lm", "prompt", "median", "from to", "at least (95 %)")
+        for row in report["ratios"]:
+            bound = "needs 5 trials" if row["lower_95"] is None else f"{row['lower_95']:.2f}"
+            context = f"{row['context']}" if row["context"] else ""
+            span = f"{row['min']:.2f} to {row['max']:.2f}"
+            faster.add_row(row["what"], context, f"{row['median']:.2f}", span, bound)
+        parts += [f"both compute in {report['settings']['dtype']}, the same ids, trials in turn", faster]
+    return [*parts, *_notes(report)]
+
+
+def _heading(report: "Json") -> str:
+    model, settings, bandwidth = report["model"], report["settings"], report["bandwidth"]
+    sampling = f"temperature {settings['temperature']}, top_p 0.95" if settings["temperature"] else "greedy"
+    return (
+        f"{_machine(report)}\n"
+        f"memory bandwidth {bandwidth['bytes_per_second'] / 1e9:.3g} GB/s ({bandwidth['source']})\n"
+        f"{model['name']}: {model['parameters'] / 1e9:.3g} billion parameters, "
+        f"{model['bits_per_weight']:.2f} bits each, {size(model['read_bytes_per_token'])} read per token\n"
+        f"{settings['dtype']} on the {settings['device']}, {sampling}, "
+        f"{settings['tokens']} tokens decoded, medians of {settings['trials']} trials"
+    )
+
+
+def _machine(report: "Json") -> str:
+    machine = report["machine"]
+    cores = ", ".join(f"{count} {kind}" for kind, count in machine["cores"].items())
+    return f"{machine['chip']} ({cores} cores), {machine['memory_bytes'] / 2**30:.0f} GB, {machine['system']}"
+
+
+def _notes(report: "Json") -> list[str]:
+    ours = report["summary"]["magistral_mlx"]
+    load, imports = ours["load_seconds"]["median"], ours["import_seconds"]["median"]
+    first = report["first_load_seconds"]
+    notes = [f"loads in {load:.1f} s, after {imports:.1f} s of imports; the first time in {first:.1f} s"]
+    if reply := report["reply"]:
+        thought = f"thought {reply['thinking_tokens']} tokens in {reply['thinking_seconds']:.1f} s"
+        answered = f"answered {reply['answer_tokens']} in {reply['answer_seconds']:.1f} s"
+        notes.append(f"“{reply['question']}” {thought}, {answered} ({reply['finish_reason']})")
+    return notes + [f"left out, a prompt of {length}: {why}" for length, why in report["skipped"].items()]
+
+
+def markdown(report: "Json") -> str:
+    """One row for the table of results, decode and prefill at each context; its head is in the docs."""
+    rows = report["summary"]["magistral_mlx"]["contexts"]
+    decode = " · ".join(
+        f"{row['context']:,}: {row['decode_tokens_per_second']['median']:.1f} ({row['share_of_ceiling']:.0%})"
+        for row in rows
+    )
+    prefill = " · ".join(
+        f"{row['context']:,}: {row['prefill_tokens_per_second']['median']:.0f}" for row in rows
+    )
+    model = f"{report['model']['name']}, {report['model']['bits_per_weight']:.2f} bits"
+    peak = size(max(row["peak_bytes"] for row in rows))
+    versions = f"{report['versions']['magistral_mlx']}, mlx {report['versions']['mlx']}"
+    return f"| {_machine(report)} | {model} | {decode} | {prefill} | {peak} | {versions} |"
+
+
+def draw(report: "Json", path: Path) -> str:
+    """Decode over context, with the ceiling, as SVG; returns what to say of it."""
+    try:
+        figure = import_module("matplotlib.figure").Figure(figsize=(6, 3.5), layout="constrained")
+    except ImportError:
+        return "no chart: it needs matplotlib (pip install 'magistral_mlx[bench]')"
+    axes = figure.subplots()
+    for engine, summary in report["summary"].items():
+        contexts = [row["context"] for row in summary["contexts"]]
+        found = [row["decode_tokens_per_second"] for row in summary["contexts"]]
+        middle = [row["median"] for row in found]
+        down = [row["median"] - row["min"] for row in found]
+        up = [row["max"] - row["median"] for row in found]
+        axes.errorbar(contexts, middle, yerr=[down, up], marker="o", capsize=3, label=engine)
+    rows = report["summary"]["magistral_mlx"]["contexts"]
+    limits = [row["ceiling_tokens_per_second"] for row in rows]
+    axes.plot([row["context"] for row in rows], limits, "--", color="grey", label="memory bandwidth allows")
+    axes.set(xlabel="context, tokens", ylabel="decode, tokens/s", xscale="log", yscale="log")
+    axes.set_title(f"{report['model']['name']} on {report['machine']['chip']}")
+    axes.legend()
+    figure.savefig(path)
+    return f"{path}: the chart"
+
+
+@contextmanager
+def _progress() -> Generator[Callable[[int, int, str], None]]:
+    """A bar on standard error: trials done, and what is being done. Drawn seldom, to disturb little."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), refresh_per_second=1) as progress:
+        task = progress.add_task("starting", total=None)
+        yield lambda done, of, what: progress.update(task, completed=done, total=of, description=what)

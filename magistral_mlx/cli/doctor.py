@@ -1,0 +1,51 @@
+"""The command `doctor`: its checks as a table, and one JSON file to send."""
+# ruff: noqa: PLC0415 -- what takes half a second to import is imported where it is needed, not for --help
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from magistral_mlx.measure.doctor import Check
+    from magistral_mlx.measure.figures import Json
+
+
+@click.command()
+@click.option(
+    "--json",
+    "file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("doctor.json"),
+    show_default=True,
+    help="Where the report goes.",
+)
+def doctor(file: Path) -> None:
+    """Check that this machine computes what it should: half a minute, nothing to download.
+
+    Writes one JSON file, to be attached to an issue: chip, memory, versions and what was found; no names, no
+    paths. Exit code 1 if a check fails.
+    """
+    from magistral_mlx.measure.doctor import examine
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    report = examine(_tell)
+    file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    click.echo(f"\n{_machine(report)}\n{file}: this report. Open an issue with it, whatever it says.")
+    if not report["right"]:
+        sys.exit(1)
+
+
+def _tell(check: "Check") -> None:
+    click.echo(f"{click.style('✓', fg='green') if check.right else click.style('✗', fg='red')} {check.name}")
+    click.echo(click.style(f"  {check.found}", dim=True))
+
+
+def _machine(report: "Json") -> str:
+    machine, versions = report["machine"], report["versions"]
+    return (
+        f"{machine['chip']}, {machine['memory_bytes'] / 2**30:.0f} GB, {machine['system']}, "
+        f"computing on the {report['device']['type']}, mlx {versions['mlx']}, Python {versions['python']}"
+    )

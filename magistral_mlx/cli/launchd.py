@@ -1,0 +1,148 @@
+"""The server as a launchd agent: it starts at login, and again when it fails.
+
+Knows launchd's files and its command. Does not know what is served: it is handed the words of a command, run
+by this Python. Nothing secret may be among them: other programs can see them while the command runs.
+"""
+
+import os
+import plistlib
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from magistral_mlx.errors import ServerError
+
+LABEL = "local.magistral-mlx"
+
+_KEPT = ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "MAGISTRAL_MLX_CACHE")
+"""Variables that say where models lie; launchd starts an agent without the shell's."""
+
+_BUSY = (5, 37)
+"""How launchctl fails to bootstrap an agent while the one before it is still being shut down."""
+
+_PATIENCE = 30
+"""Seconds to wait for that; launchd kills what has not ended after 20."""
+
+
+def file(home: Path) -> Path:
+    return home / "Library" / "LaunchAgents" / f"{LABEL}.plist"
+
+
+def log(home: Path) -> Path:
+    return home / "Library" / "Logs" / "magistral-mlx" / "server.log"
+
+
+def bootstrap(home: Path) -> list[str]:
+    """The command that hands the agent to launchd."""
+    return ["launchctl", "bootstrap", _domain(), str(file(home))]
+
+
+def bootout() -> list[str]:
+    """The command that stops the agent and takes it away from launchd."""
+    return ["launchctl", "bootout", f"{_domain()}/{LABEL}"]
+
+
+def agent(words: Sequence[str], *, home: Path, environment: Mapping[str, str]) -> bytes:
+    """The agent's plist: `words` are those behind `magistral-mlx`."""
+    return plistlib.dumps(
+        {
+            "Label": LABEL,
+            "ProgramArguments": [sys.executable, "-m", "magistral_mlx", *words],
+            "EnvironmentVariables": {name: environment[name] for name in _KEPT if name in environment},
+            "WorkingDirectory": str(home),
+            "StandardOutPath": str(log(home)),
+            "StandardErrorPath": str(log(home)),
+            "RunAtLoad": True,
+            "KeepAlive": {"SuccessfulExit": False},  # not after an orderly stop
+            "ThrottleInterval": 30,  # seconds between two starts; reading 13 GB in vain takes its time
+            "ProcessType": "Interactive",  # without it, launchd throttles what it takes for background work
+            "Umask": 0o077,  # the log is its owner's
+        }
+    )
+
+
+def install(content: bytes, *, home: Path, force: bool = False) -> None:
+    """Write the plist and start the agent; an agent that is there is replaced only with `force`.
+
+    Raises:
+        ServerError: there is one, the plist cannot be written, or launchd does not take it.
+    """
+    if file(home).exists() and not force:
+        raise ServerError(f"{file(home)} is there already; --force replaces it")
+    _run(bootout())  # whatever it says: mostly that there is none
+    _write(content, home)
+    done = _run(bootstrap(home))
+    end = time.monotonic() + _PATIENCE
+    while done.returncode in _BUSY and time.monotonic() < end:
+        time.sleep(1)
+        done = _run(bootstrap(home))
+    if done.returncode:
+        raise ServerError(
+            f"launchd did not start the agent ({_said(done)}). {file(home)} is written; try "
+            f"`{' '.join(bootstrap(home))}` while you are logged in at the Mac itself"
+        )
+
+
+def uninstall(*, home: Path) -> None:
+    """Stop the agent and remove its plist; the log stays.
+
+    Raises:
+        ServerError: there is none, or its plist cannot be removed.
+    """
+    stopped = _run(bootout())
+    try:
+        file(home).unlink()
+    except FileNotFoundError as error:
+        if stopped.returncode:
+            raise ServerError(f"no agent is installed: there is no {file(home)}") from error
+    except OSError as error:
+        raise ServerError(f"{file(home)} cannot be removed: {error.strerror}") from error
+
+
+def status(*, home: Path) -> str | None:
+    """What launchd says of the agent's state ("running", "not running"); None: launchd does not have it.
+
+    Raises:
+        ServerError: no agent is installed.
+    """
+    if not file(home).exists():
+        raise ServerError("no agent is installed; `magistral-mlx service install` installs one")
+    printed = _run(["launchctl", "print", f"{_domain()}/{LABEL}"])
+    if printed.returncode:
+        return None
+    lines = (line.strip().partition(" = ") for line in printed.stdout.splitlines())
+    return next((value for name, _, value in lines if name == "state"), "unknown")
+
+
+def _write(content: bytes, home: Path) -> None:
+    """Beside, then renamed; readable by its owner only."""
+    beside = file(home).with_suffix(f".{os.getpid()}")
+    try:
+        file(home).parent.mkdir(parents=True, exist_ok=True)
+        log(home).parent.mkdir(parents=True, exist_ok=True)
+        beside.touch(mode=0o600)
+        beside.write_bytes(content)
+        beside.replace(file(home))
+    except OSError as error:
+        with suppress(OSError):
+            beside.unlink()
+        raise ServerError(f"{file(home)} cannot be written: {error.strerror}") from error
+
+
+def _domain() -> str:
+    return f"gui/{os.getuid()}"
+
+
+def _run(command: Sequence[str]) -> "subprocess.CompletedProcess[str]":
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 -- our words
+    except OSError as error:
+        raise ServerError(f"launchctl cannot be run: {error.strerror}") from error
+
+
+def _said(done: "subprocess.CompletedProcess[str]") -> str:
+    lines = (done.stderr or done.stdout).strip().splitlines()
+    return lines[0] if lines else f"error {done.returncode}"

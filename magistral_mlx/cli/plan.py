@@ -1,0 +1,108 @@
+"""The command plan: what a model takes at a context, on this machine or on another Mac, and what to do.
+
+Reads headers, never a weight. The figures are `memory`'s; here they become a small table and a verdict.
+"""
+# ruff: noqa: PLC0415 - mlx loads when the command runs, not for --help
+
+import re
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from .common import resolve, size
+
+if TYPE_CHECKING:
+    from magistral_mlx.config import ModelConfig
+    from magistral_mlx.memory import MemoryPlan
+
+_MACS = (16, 24, 32, 36, 48, 64, 96, 128)
+_CONTEXTS = (8192, 40960, 131072)
+
+
+def _gib(_ctx: click.Context, _param: click.Parameter, value: str | None) -> int | None:
+    """`32GB`, `32 GB` or `32`: as a Mac is sold, in units of 2**30 bytes."""
+    if value is None:
+        return None
+    found = re.fullmatch(r"([1-9]\d{0,3})\s*(g|gb|gib)?", value.strip(), re.IGNORECASE | re.ASCII)
+    if not found:
+        raise click.BadParameter(f"expected a size such as 32GB, found {value!r}")
+    return int(found[1])
+
+
+@click.command()
+@click.argument("model")
+@click.option("--context", type=click.IntRange(min=1), help="Prompt and reply, in tokens. Default: 40960.")
+@click.option("--memory", "memory_gib", callback=_gib, help="Of another Mac, such as 32GB: an estimate.")
+@click.option("--kv-bits", type=click.Choice(["16", "8"]), default="16", help="Of the KV cache.")
+@click.option("--all-macs", is_flag=True, help="Every size of Mac in one table (Markdown).")
+def plan(*, model: str, context: int | None, memory_gib: int | None, kv_bits: str, all_macs: bool) -> None:
+    """What MODEL (a directory, a Hub name, or 'demo') takes, and whether it fits. Reads no weight."""
+    import mlx.core as mx
+
+    from magistral_mlx import memory
+    from magistral_mlx.disk.checkpoint import open_checkpoint
+
+    checkpoint = open_checkpoint(resolve(model, download=False).weights)
+    config = checkpoint.config
+    if all_macs:
+        click.echo(table(config, checkpoint.nbytes(mx.bfloat16)), nl=False)
+        return
+    if context and context > config.max_context:
+        raise click.BadParameter(
+            f"the model's context is {config.max_context:,} tokens", param_hint="--context"
+        )
+    dtype = mx.bfloat16 if memory_gib else memory.default_dtype()
+    made = memory.MemoryPlan(
+        config=config,
+        weights=checkpoint.nbytes(dtype),
+        context=context or min(memory.USUAL_CONTEXT, config.max_context),
+        machine=memory.mac(memory_gib) if memory_gib else memory.this_machine(),
+        itemsize=dtype.size,
+        kv_bits=8 if kv_bits == "8" else None,
+    )
+    _tell(made, f"a Mac with {memory_gib} GB" if memory_gib else "this machine")
+    if made.fits:
+        return
+    if config.quantization is None:
+        click.echo(f"or fewer bits: magistral-mlx convert {model} --out DIR --bits 4 --dry-run")
+    if not made.remedies:
+        sys.exit(1)
+
+
+def table(config: "ModelConfig", weights: int) -> str:
+    """What each Mac is filled to, as Markdown (`docs/memory.md` has Magistral's); bold is what fits."""
+    from magistral_mlx.memory import MemoryPlan, mac
+
+    contexts = [n for n in _CONTEXTS if n <= config.max_context] or [config.max_context]
+    head = ["Mac", "for the GPU", *(f"{n // 1024}k, {bits} bit" for n in contexts for bits in (16, 8))]
+    rows = [[*head, "longest, 16 bit", "longest, 8 bit"], ["---", *["--:"] * (len(head) + 1)]]
+    for gib in _MACS:
+        plans = [
+            MemoryPlan(config=config, weights=weights, context=n, machine=mac(gib), kv_bits=bits)
+            for n in [*contexts, config.max_context]
+            for bits in (None, 8)
+        ]
+        shares = [f"{plan.total / plan.machine.budget:.0%}" for plan in plans[:-2]]
+        cells = [f"**{share}**" if plan.fits else share for share, plan in zip(shares, plans, strict=False)]
+        longest = [f"{plan.longest:,}" if plan.longest else "none" for plan in plans[-2:]]
+        rows.append([f"{gib} GB", size(plans[0].machine.budget), *cells, *longest])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _tell(plan: "MemoryPlan", machine: str) -> None:
+    estimate = ", an estimate" if plan.machine.estimated else ""
+    for name, nbytes, what in (
+        ("weights", plan.weights, ""),
+        ("KV cache", plan.kv, f"{plan.context:,} tokens in {plan.kv_bits or 8 * plan.itemsize} bit"),
+        ("computing", plan.transient, "at its peak, while the end of a prompt as long is read"),
+        ("together", plan.total, f"{plan.total / plan.machine.budget:.0%} of what {machine} can give"),
+        ("can be given", plan.machine.budget, f"by {machine}{estimate}"),
+    ):
+        click.echo(f"{name:13} {size(nbytes):>9}  {what}".rstrip())
+    if plan.fits:
+        click.echo("\nIt fits.")
+    elif plan.remedies:
+        click.echo(f"\nIt does not fit as it is; {plan.advice()}")
+    else:
+        click.echo(f"\nIt does not fit; {plan.advice()}")

@@ -1,0 +1,159 @@
+"""The interactive chat: a line in, a reply out, a few commands that begin with "/".
+
+Knows a person at a keyboard. What is said is kept by `Conversation` and drawn by `display`.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from magistral_mlx.errors import MagistralError
+from magistral_mlx.talk.display import Terminal, complain, summary
+
+from .common import first_interrupt_stops_thinking
+
+if TYPE_CHECKING:  # the model comes in ready made
+    from magistral_mlx.chat import Magistral
+    from magistral_mlx.talk.options import Options
+    from magistral_mlx.talk.saving import Said
+
+_HELP = """\
+/think [on|off]   reason before answering, or answer at once
+/budget [N]       think for N tokens at most (nothing: no limit)
+/show [on|off]    show the reasoning, or only the answer
+/system TEXT      put TEXT before the model's own system prompt (nothing: take it away)
+/retry            ask the last question again, with another seed
+/undo             forget the last question and its answer
+/reset            forget everything that was said
+/save FILE        keep the conversation in FILE, with what the model has read
+/load FILE        go on with a conversation that was saved, and with its settings
+/export FILE      write what was said to FILE, as JSON
+/quit             leave (or Ctrl-D)
+
+Ctrl-C ends the thinking and asks for the answer; once more stops the reply."""
+
+
+class Repl:
+    """Read, reply, repeat."""
+
+    def __init__(self, model: "Magistral", settings: "Options", *, show_thinking: bool) -> None:
+        self._model = model
+        self._talk = model.conversation(**settings)
+        self._terminal = Terminal(show_thinking=show_thinking)
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/help": lambda _: print(_HELP),  # noqa: T201 -- this is what it prints
+            "/think": self._think,
+            "/budget": self._budget,
+            "/show": self._show,
+            "/system": self._system,
+            "/retry": self._retry,
+            "/undo": lambda _: self._say("forgotten" if self._talk.undo() else "nothing was said yet"),
+            "/reset": lambda _: (self._talk.reset(), self._say("forgotten"))[1],
+            "/save": self._save,
+            "/load": self._load,
+            "/export": self._export,
+        }
+
+    def run(self) -> None:
+        """Until /quit or the end of input."""
+        for line in _lines():
+            text = line.strip()
+            command, _, rest = text.partition(" ")
+            if command in ("/quit", "/exit"):
+                return
+            try:
+                if command.startswith("/") and command[1:].isalpha():
+                    self._commands.get(command, self._unknown)(rest.strip())
+                elif text:
+                    self._reply(text)
+            except MagistralError as error:
+                complain(f"error: {error}")
+
+    def _reply(self, message: "Said") -> None:
+        with self._talk.stream(message) as stream:
+            try:
+                with first_interrupt_stops_thinking(stream):
+                    finished = self._terminal.show(stream)
+            except KeyboardInterrupt:
+                finished = None
+        self._say(summary(finished) if finished else "stopped; what was said so far is kept")
+
+    def _retry(self, _: str) -> None:
+        message = self._talk.undo()
+        if message is None:
+            return self._say("nothing was said yet")
+        self._talk.options["seed"] = None
+        return self._reply(message)
+
+    def _think(self, value: str) -> None:
+        self._talk.options["think"] = _switch(value, self._talk.options.get("think", True))
+        self._say(
+            "thinking is on" if self._talk.options["think"] else "thinking is off: answers come at once"
+        )
+
+    def _budget(self, value: str) -> None:
+        if value and not value.isdecimal():
+            return complain("expected a number of tokens: /budget 2000")
+        self._talk.options["think_budget"] = int(value) if value else None
+        return self._say(f"thinking ends after {value} tokens" if value else "thinking has no limit")
+
+    def _show(self, value: str) -> None:
+        self._terminal.show_thinking = _switch(value, self._terminal.show_thinking)
+        self._say("the reasoning is shown" if self._terminal.show_thinking else "the reasoning is hidden")
+
+    def _system(self, text: str) -> None:
+        self._talk.options["system"] = text or None
+        self._say("set" if text else "taken away")
+
+    def _save(self, name: str) -> None:
+        if not name:
+            return complain("expected a file name: /save sums.talk")
+        self._talk.save(Path(name).expanduser())
+        return self._say(f"saved {len(self._talk.messages)} messages to {name}")
+
+    def _load(self, name: str) -> None:
+        if not name:
+            return complain("expected a file name: /load sums.talk")
+        self._talk = self._model.load_conversation(Path(name).expanduser())
+        return self._say(f"loaded {len(self._talk.messages)} messages from {name}")
+
+    def _export(self, name: str) -> None:
+        if not name:
+            return complain("expected a file name: /export talk.json")
+        path = Path(name).expanduser()
+        try:
+            with path.open("x", encoding="utf-8") as file:  # never over something that is there
+                json.dump(self._talk.messages, file, ensure_ascii=False, indent=1)
+        except OSError as error:
+            return complain(f"error: {path} cannot be written: {error.strerror}")
+        return self._say(f"wrote {len(self._talk.messages)} messages to {path}")
+
+    def _unknown(self, _: str) -> None:
+        complain("no such command; /help lists them")
+
+    def _say(self, text: str) -> None:
+        self._terminal.note(text)
+
+
+def _switch(value: str, now: bool) -> bool:
+    return {"on": True, "off": False}.get(value, not now)
+
+
+def _lines() -> Iterator[str]:
+    """What is typed, with editing and history; from a pipe, its lines."""
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.history import InMemoryHistory
+
+    session: PromptSession[str] = PromptSession(history=InMemoryHistory())
+    while True:
+        try:
+            yield session.prompt("› ")  # noqa: RUF001 -- a prompt, not a greater-than
+        except KeyboardInterrupt:
+            continue
+        except EOFError:
+            return

@@ -1,0 +1,171 @@
+"""One source tensor → what it becomes, block of rows by block of rows.
+
+Knows MLX's quantizer and what may not go into it. Does not know files or offsets of the output (`convert`),
+nor which scheme a tensor gets (`recipe`).
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, cast
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from magistral_mlx.config import Scheme
+from magistral_mlx.disk.checkpoint import Checkpoint, Tensor
+from magistral_mlx.disk.tensorfile import DTYPES, NAMES
+from magistral_mlx.errors import ConversionError
+
+BLOCK_BYTES = 8 * 2**20
+"""Of source rows at once: enough for full disk speed, small beside any Mac's memory."""
+SAMPLE_ROWS = 16
+"""Of each block, compared with what they became, for the quantization error."""
+
+_EXPONENT = {mx.float32: 0xFF000000, mx.bfloat16: 0xFF00, mx.float16: 0xF800}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Block:
+    """Rows from `first` on: `parts` are the floats, or packed weights, scales and biases; all evaluated."""
+
+    first: int
+    rows: int
+    parts: list[mx.array]
+    finite: bool
+    loss: tuple[float, float] | None
+    """Squares of a sample's rounding errors, summed, and of what was rounded, where that was measured."""
+
+
+@dataclass(slots=True)
+class Loss:
+    """What rounding took from a tensor, over its blocks."""
+
+    lost: float = 0.0
+    had: float = 0.0
+    measured: bool = False
+    finite: bool = True
+
+    def add(self, block: Block) -> None:
+        self.finite = self.finite and block.finite
+        if block.loss:
+            self.measured = True
+            self.lost, self.had = self.lost + block.loss[0], self.had + block.loss[1]
+
+    def relative(self) -> float | None:
+        """The relative RMS error; infinite where weights that are not numbers were allowed."""
+        if not self.finite:
+            return math.inf
+        if not self.measured:
+            return None
+        return math.sqrt(self.lost / self.had) if self.had else 0.0
+
+
+def blocks(
+    checkpoint: Checkpoint,
+    name: str,
+    scheme: Scheme | None,
+    dtype: mx.Dtype,
+    *,
+    measure: bool = False,
+    allow_nonfinite: bool = False,
+) -> Iterator[Block]:
+    """The tensor `name`, cast to `dtype` and quantized by `scheme`, if there is one.
+
+    The groups of a scheme run along a row, so the blocks joined are bit for bit the whole quantized at once.
+    """
+    tensor, packed = checkpoint.tensors[name], checkpoint.scheme(name.removesuffix(".weight"))
+    rows = tensor.entry.shape[0]
+    row_bytes = tensor.row_bytes * 16 // packed.bits if packed else tensor.row_bytes
+    step = max(BLOCK_BYTES // (row_bytes * tensor.block), 1) * tensor.block
+    spans = [(first, min(first + step, rows)) for first in range(0, rows, step)]
+    source = (
+        ((span, *_unpacked(checkpoint, name, packed, *span)) for span in spans)
+        if packed
+        else _read_ahead(tensor, spans)
+    )
+    for (first, last), read, finite in source:
+        if not (allow_nonfinite or finite):
+            raise ConversionError(
+                f"{name} holds weights that are not numbers (NaN or Inf): the checkpoint is damaged; get it "
+                "again, or say --allow-nonfinite to convert it as it is"
+            )
+        block = read.astype(dtype)
+        parts = [block] if scheme is None else _quantize(block, scheme)
+        mx.eval(parts)
+        cast_to = [block] if block.dtype != read.dtype else []
+        fits = all(map(_finite, [*cast_to, *parts[1:]]))
+        if not (allow_nonfinite or fits):
+            raise ConversionError(
+                f"{name} holds weights too large for {scheme or 'unquantized weights'} in {NAMES[dtype]}; "
+                "choose another --dtype or --recipe"
+            )
+        loss = _error(block, parts, scheme) if scheme and measure else None
+        del read, block
+        yield Block(first=first, rows=last - first, parts=parts, finite=finite and fits, loss=loss)
+        del parts
+        mx.clear_cache()
+
+
+def _quantize(block: mx.array, scheme: Scheme) -> list[mx.array]:
+    return list(mx.quantize(block, group_size=scheme.group_size, bits=scheme.bits, mode=scheme.mode))
+
+
+def _read_ahead(
+    tensor: Tensor, spans: Sequence[tuple[int, int]]
+) -> Iterator[tuple[tuple[int, int], mx.array, bool]]:
+    """Rows as floats, and whether all are finite; the next ones are read and looked at meanwhile."""
+
+    def fetch(span: tuple[int, int]) -> tuple[NDArray[Any], bool]:
+        raw = tensor.entry.raw(*span)
+        return raw, _finite_bits(raw, DTYPES[tensor.entry.dtype])
+
+    with ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(fetch, spans[0])
+        for span, following in zip(spans, [*spans[1:], None], strict=True):
+            raw, finite = pending.result()
+            if following:
+                pending = pool.submit(fetch, following)
+            yield span, tensor.reorder(tensor.entry.decode(raw)), finite
+
+
+def _unpacked(
+    checkpoint: Checkpoint, name: str, scheme: Scheme, first: int, last: int
+) -> tuple[mx.array, bool]:
+    """Rows of a packed matrix as floats again, and whether all are finite."""
+    path = name.removesuffix(".weight")
+    suffixes = ("weight", "scales", "biases") if scheme.has_biases else ("weight", "scales")
+    parts = [checkpoint.tensors[f"{path}.{suffix}"].read(first, last) for suffix in suffixes]
+    rows = _dequantize(parts, scheme)
+    return rows, _finite(rows)
+
+
+def _dequantize(parts: list[mx.array], scheme: Scheme) -> mx.array:
+    return mx.dequantize(*parts, group_size=scheme.group_size, bits=scheme.bits, mode=scheme.mode)
+
+
+def _finite(array: mx.array) -> bool:
+    """Looked for in the numbers' own bits: the quantizer would make an ordinary number of a NaN."""
+    if array.dtype not in _EXPONENT:
+        return True
+    bits = cast("NDArray[Any]", np.asarray(array.view(mx.uint32 if array.dtype == mx.float32 else mx.uint16)))
+    return _finite_bits(bits, array.dtype)
+
+
+def _finite_bits(raw: NDArray[Any], dtype: mx.Dtype) -> bool:
+    bits = raw.view(np.uint32 if dtype == mx.float32 else np.uint16)
+    return bool((bits << bits.dtype.type(1)).max() < _EXPONENT[dtype])
+
+
+def _error(block: mx.array, parts: list[mx.array], scheme: Scheme) -> tuple[float, float]:
+    """What the first rows of a block lost, and what they had, in 64 bits: bfloat16's squares need them."""
+    was = block[:SAMPLE_ROWS].astype(mx.float32)
+    now = _dequantize([part[:SAMPLE_ROWS] for part in parts], scheme).astype(mx.float32)
+    lost, had = (_squares(cast("NDArray[np.float32]", np.asarray(x))) for x in (now - was, was))
+    return lost, had
+
+
+def _squares(x: NDArray[np.float32]) -> float:
+    return float(np.square(x, dtype=np.float64).sum())

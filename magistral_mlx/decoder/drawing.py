@@ -1,0 +1,100 @@
+"""One draw: from which ids, under which penalty, and what is noted of it.
+
+Knows the sampler. Does not know the model, caches, or where a reply stands.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from magistral_mlx.errors import CheckpointError
+
+from .logprobs import Scorer, Scores
+from .sampling import Sampler
+
+
+class Step(NamedTuple):
+    """The draw of one id: all lazy until `id` is read."""
+
+    logits: mx.array  # (V,)
+    seen: mx.array | None  # (V,) bool: ids that a repetition penalty touches
+    id: mx.array  # ()
+    scores: Scores | None = None
+
+
+class Drawing:
+    """How the ids of one reply are drawn: from which of them, and whether their scores are kept."""
+
+    def __init__(self, sampler: Sampler, allowed: bytes | None, scorer: Scorer | None) -> None:
+        self._sampler = sampler
+        self._scorer = scorer
+        self._allowed = _mask(allowed)
+
+    def allow(self, allowed: bytes) -> None:
+        """From here on, only these may be drawn."""
+        self._allowed = _mask(allowed)
+
+    def draw(self, logits: mx.array, position: int, seen: mx.array | None) -> Step:
+        return self._scored(logits, seen, self._sampler.draw(self._masked(logits), position, seen))
+
+    def settle(self, step: Step, position: int) -> Step:
+        """The same draw, where no candidate was inside the nucleus."""
+        logits, seen = step.logits, step.seen
+        check_finite(logits)
+        return self._scored(logits, seen, self._sampler.settle(self._masked(logits), position, seen))
+
+    def note(self, token: int, step: Step) -> None:
+        """`token` is handed out."""
+        if self._scorer and step.scores:
+            self._scorer.note(token, step.scores)
+
+    def _scored(self, logits: mx.array, seen: mx.array | None, token: mx.array) -> Step:
+        return Step(logits, seen, token, self._scorer.of(logits, token) if self._scorer else None)
+
+    def _masked(self, logits: mx.array) -> mx.array:
+        if self._allowed is None:
+            return logits
+        allowed = self._allowed[: logits.size]
+        if allowed.size < logits.size:  # the head is wider than the vocabulary
+            allowed = mx.pad(allowed, (0, logits.size - allowed.size))
+        return mx.where(allowed, logits, -mx.inf)
+
+
+def _mask(allowed: bytes | None) -> mx.array | None:
+    """Bits → one bool for each."""
+    if allowed is None:
+        return None
+    unpacked: Any = np.unpackbits(np.frombuffer(allowed, np.uint8), bitorder="little").view(np.bool_)
+    return mx.array(unpacked)
+
+
+def seen_in(sampler: Sampler, prompt: Sequence[int], logits: mx.array) -> mx.array | None:
+    """The ids of the prompt as a mask over the vocabulary, if a penalty will ask for it."""
+    if sampler.sampling.repetition_penalty == 1:
+        return None
+    seen = mx.zeros(logits.shape, mx.bool_)
+    if prompt:
+        seen[mx.array(list(prompt))] = True
+    return seen
+
+
+def marked(seen: mx.array | None, token: mx.array) -> mx.array | None:
+    if seen is None:
+        return None
+    copy = mx.array(seen)  # a copy by value: the step before keeps its own, in case it is drawn again
+    copy[token] = True
+    return copy
+
+
+def check_finite(logits: mx.array) -> None:
+    """Weights that hold NaN or Inf, or overflow, show here before they are taken for an answer.
+
+    Asked once per prompt, and of every step that finds no id (NaN is inside no nucleus).
+    """
+    if not mx.all(mx.isfinite(logits)).item():
+        raise CheckpointError(
+            "the model's scores are not numbers (NaN or Inf): its weights are damaged, or overflow in this "
+            "dtype; convert again, or load with dtype='float32'"
+        )

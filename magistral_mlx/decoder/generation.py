@@ -1,0 +1,182 @@
+"""Replies on the model's thread: prompts read behind what was read before, then ids one by one.
+
+Knows the engine and the prefix it works on. Does not know text, or who asks.
+"""
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import mlx.core as mx
+
+from magistral_mlx.wire import Guide
+
+from . import engine
+from .cache import KVCache, stacked
+from .drafts import Drafter, DraftModel, PromptLookup
+from .logprobs import Scorer
+from .model import Transformer
+from .pace import Pace
+from .prefix import Prefix
+from .sampling import Sampler
+from .speculation import Speculation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drafting:
+    """How a model's replies are drafted."""
+
+    pace: Pace
+    model: Transformer | None
+    """Another one, which guesses; None: what the last ids were followed by before is looked up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One reply to be made."""
+
+    prompt: list[int]
+    sampler: Sampler
+    limit: int
+    allowed: bytes | None = None
+    """The ids that it may begin with (`Guide.allowed`)."""
+    scorer: Scorer | None = None
+
+
+class Generation:
+    """One reply on the model's thread, and how much of its prompt an earlier turn had read."""
+
+    def __init__(
+        self, model: Transformer, request: Request, prefix: Prefix, drafting: Drafting | None = None
+    ) -> None:
+        self._model = model
+        self._request = request
+        self._prefix = prefix
+        self._drafting = drafting
+        self._speculation: Speculation | None = None
+        self.reused = 0
+
+    @property
+    def passes(self) -> int | None:
+        """Forward passes behind the ids so far; None: one each."""
+        return self._speculation and self._speculation.passes
+
+    def run(self) -> Generator[int | None, Guide | None, None]:
+        """None for each piece of prompt that is read, then ids; a guide sent in says how it goes on."""
+        try:
+            yield from self._run()
+        except Exception:  # arrays whose evaluation failed would fail again: the next turn reads anew
+            self._prefix.restart()
+            raise
+
+    def _run(self) -> Generator[int | None, Guide | None, None]:
+        model, prefix, request = self._model, self._prefix, self._request
+        prompt = request.prompt
+        self.reused = prefix.rewind(prompt)
+        logits = yield from _read(model, prompt[self.reused :], prefix.caches)
+        said = yield from self._decode(logits)
+        guide: Guide | None = None
+        while True:
+            try:
+                token = said.send(guide)
+            except StopIteration:
+                return
+            prefix.ids.append(token)
+            guide = yield token
+            prefix.ids += guide.said if guide else ()
+
+    def _decode(self, logits: mx.array) -> Generator[None, object, Generator[int, Guide | None, None]]:
+        """The loop, with drafts or without. A draft model reads the prompt first."""
+        request = self._request
+        decode = partial(engine.decode, allowed=request.allowed)
+        if self._drafting and request.allowed is None:  # drafts know nothing of what may be drawn
+            drafter = yield from self._drafter(self._drafting.model)
+            self._speculation = Speculation(drafter, self._drafting.pace)
+            decode = self._speculation.decode
+        return decode(
+            self._model,
+            logits,
+            self._prefix.caches,
+            sampler=request.sampler,
+            prompt=request.prompt,
+            limit=request.limit,
+            scorer=request.scorer,
+        )
+
+    def _drafter(self, model: Transformer | None) -> Generator[None, object, Drafter]:
+        """Who guesses; what a draft model has read is kept beside the prefix."""
+        prompt = self._request.prompt
+        if model is None:
+            return PromptLookup(prompt)
+        prefix = self._prefix.draft = self._prefix.draft or Prefix(model.new_caches())
+        common = prefix.rewind(prompt)
+        yield from _read(model, prompt[common:], prefix.caches)
+        return DraftModel(model, prefix, self._request.sampler)
+
+
+class BatchGeneration:
+    """Several replies on the model's thread, decoded as one batch.
+
+    Prompts are read one after another. What one has in common with that before it is read once: all of it
+    where one question is asked several times.
+    """
+
+    def __init__(self, model: Transformer, requests: Sequence[Request], prefix: Prefix) -> None:
+        self._model = model
+        self._requests = requests
+        self._prefix: Prefix | None = prefix
+        self.reused: list[int] = []
+
+    def run(self) -> Generator[engine.Drawn | None, engine.Told | None, None]:
+        """None for each piece of a prompt that is read, then ids by the number of their request."""
+        caches, lines = yield from self._read_all()
+        yield from engine.decode_batch(self._model, lines, caches)
+
+    def _read_all(self) -> Generator[None, object, tuple[list[KVCache], list[engine.Line]]]:
+        prefix, self._prefix = self._prefix, None  # not kept beside its copy in the batch
+        assert prefix is not None
+        lines: list[engine.Line] = []
+        rows: list[Sequence[KVCache]] = []
+        for request in self._requests:
+            if lines and request.prompt == lines[-1].prompt:
+                logits = lines[-1].logits
+                self.reused.append(len(request.prompt))
+            else:
+                prefix = prefix.fork()
+                self.reused.append(prefix.rewind(request.prompt))
+                logits = yield from _read(self._model, request.prompt[self.reused[-1] :], prefix.caches)
+            rows.append(prefix.caches)
+            lines.append(
+                engine.Line(
+                    prompt=request.prompt,
+                    logits=logits,
+                    sampler=request.sampler,
+                    limit=request.limit,
+                    allowed=request.allowed,
+                    scorer=request.scorer,
+                )
+            )
+        layers = [list(layer) for layer in zip(*rows, strict=True)]
+        del rows, prefix
+        return [_stacked(layers.pop(0)) for _ in range(len(layers))], lines
+
+
+def _stacked(caches: Sequence[KVCache]) -> KVCache:
+    """Evaluated at once, so that only one layer's keys and values are held twice."""
+    whole = stacked(caches)
+    mx.eval(whole.arrays())
+    return whole
+
+
+def _read(
+    model: Transformer, ids: Sequence[int], caches: Sequence[KVCache]
+) -> Generator[None, object, mx.array]:
+    """Feed a prompt; yields after each piece, the last one too."""
+    fed = engine.prefill(model, ids, caches)
+    while True:
+        try:
+            next(fed)
+        except StopIteration as done:
+            yield None
+            return done.value
+        yield None

@@ -1,0 +1,191 @@
+"""Several ids a forward pass, and the same ids as without: drafts are checked, never trusted.
+
+`Speculation.decode` is `engine.decode` with drafts. A pass is fed the last id and k guesses of what follows
+it, and the sampler draws at each of those k + 1 places, with the noise of each place:
+
+    fed      is    85    .    So       "is" was said before; 85 . So are guesses
+    drawn    85    ,    (…)   (…)      85 was right, "." was not: this pass brings 85 and ","
+
+As long as a draw is the guess, what was fed behind it is right, and so is the next draw; the first draw that
+is not the guess is still a right one, and what was fed behind it is trimmed. So a pass brings one to k + 1
+ids, each drawn from the model's own logits: a seed gives the ids that it gives without drafts (in float32; in
+16 bit a pass over several rows rounds otherwise than a pass over one, and the ids are as likely).
+
+While there is nothing to draft it goes one step ahead of what is known here, as `engine.decode` does.
+"""
+
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, cast
+
+import mlx.core as mx
+
+from magistral_mlx.wire import Guide
+
+from .cache import KVCache, trim_all
+from .drafts import Drafter
+from .drawing import Drawing, Step, marked, seen_in
+from .logprobs import Scorer
+from .model import Transformer
+from .pace import MOST, Pace
+from .sampling import UNSETTLED, Sampler
+
+
+class _Pass(NamedTuple):
+    """What one forward pass brings, all lazy: a draw behind each id that it was fed."""
+
+    steps: list[Step]  # k + 1
+    drafts: mx.array | None  # (k,), the guesses that it was fed; None: k is 0
+
+
+class Speculation:
+    """The drafts of one reply: who makes them, how many are worth it, and how many passes it took."""
+
+    def __init__(self, drafter: Drafter, pace: Pace, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._drafter = drafter
+        self._pace = pace
+        self._clock = clock
+        self.passes = 0
+        """Passes whose draws have been read."""
+
+    def decode(
+        self,
+        model: Transformer,
+        logits: mx.array,
+        caches: Sequence[KVCache],
+        *,
+        sampler: Sampler,
+        prompt: Sequence[int] = (),
+        limit: int,
+        scorer: Scorer | None = None,
+    ) -> Generator[int, Guide | None, None]:
+        """As `engine.decode`, without constraints; and at a yield the caches may hold more than was yielded.
+
+        What they hold of that is right, and lacks at most the last id; whoever goes on trims the rest.
+        """
+        drawing, drafter = Drawing(sampler, None, scorer), self._drafter
+        passes = _Passes(model, caches, drawing)
+        position, left = caches[0].offset, limit  # position: of the first id that `now` draws
+        now = passes.draw(logits[None], position, seen_in(sampler, prompt, logits))
+        watch, steady = _Watch(self._clock), False
+        while left > 0:
+            # 1. Nothing to draft: ask for the next pass before this one's id is known here.
+            blind = now.drafts is None and not self._count(left - 2)
+            ahead = passes.feed(now.steps[0], None, position + 1) if blind and left > 1 else None
+            # 2. Read what this pass drew, up to the first guess that was wrong.
+            first = now.steps[0]
+            ids = passes.read(now, position)
+            if ahead and now.steps[0] is not first:  # rare: it was settled by sorting, and is fed anew
+                trim_all(caches, 1)
+                ahead = passes.feed(now.steps[0], ids[0], position + 1)
+            trim_all(caches, len(now.steps) - len(ids))
+            self._note(len(now.steps) - 1, watch.lap(), plain=steady and blind)
+            drafter.extend(ids)
+            steady = blind
+            # 3. Go on from the last of them, with guesses if there are any.
+            last = now.steps[len(ids) - 1]
+            if not ahead and left > len(ids):
+                drafts = drafter.propose(count) if (count := self._count(left - len(ids) - 1)) else None
+                ahead = passes.feed(last, ids[-1], position + len(ids), drafts)
+            # 4. Hand them out, unless the caller would rather have something else said.
+            for at, token in enumerate(ids):
+                drawing.note(token, now.steps[at])
+                with watch.held():
+                    guide = yield token
+                assert guide is None or guide.allowed is None
+                said = [*guide.said] if guide else []
+                position += 1
+                left -= 1 + len(said)
+                if left <= 0:
+                    return
+                if said:
+                    drafter.rewind(len(ids) - at - 1)
+                    drafter.extend(said)
+                    trim_all(caches, caches[0].offset - position)
+                    position += len(said)
+                    ahead = passes.say(now.steps[at], token, said, position)
+                    steady = False
+                    break
+            assert ahead
+            now = ahead
+
+    def _count(self, most: int) -> int:
+        """How many to draft now."""
+        return self._pace.best(self._drafter.chance(), min(most, MOST)) if most > 0 else 0
+
+    def _note(self, drafts: int, seconds: float, *, plain: bool) -> None:
+        """A pass was read. Of those without drafts, one of a steady run is measured."""
+        self.passes += 1
+        if drafts or plain:
+            self._pace.took(drafts, seconds)
+
+
+class _Passes:
+    """Forward passes with a draw at each place. Positions are those of the first draw."""
+
+    def __init__(self, model: Transformer, caches: Sequence[KVCache], drawing: Drawing) -> None:
+        self._model = model
+        self._caches = caches
+        self._drawing = drawing
+
+    def draw(
+        self, logits: mx.array, position: int, seen: mx.array | None, drafts: mx.array | None = None
+    ) -> _Pass:
+        """Draw from `(k + 1, V)`, each draft taken for said in the next."""
+        steps = list[Step]()
+        for at in range(logits.shape[0]):
+            if at and drafts is not None:
+                seen = marked(seen, drafts[at - 1])
+            steps.append(self._drawing.draw(logits[at], position + at, seen))
+        mx.async_eval([(step.id, step.scores) for step in steps])
+        return _Pass(steps, drafts)
+
+    def feed(self, step: Step, id_: int | None, position: int, drafts: mx.array | None = None) -> _Pass:
+        """Feed a step's id (None: whatever it turns out to be), and guesses behind it."""
+        token = step.id if id_ is None else mx.array(id_)
+        ids = token.reshape(1) if drafts is None else mx.concatenate([token.reshape(1), drafts])
+        hidden = self._model(ids[None], self._caches)
+        return self.draw(self._model.logits(hidden)[0], position, marked(step.seen, token), drafts)
+
+    def say(self, step: Step, id_: int, ids: Sequence[int], position: int) -> _Pass:
+        """Feed what was sent in behind a step's id, which the caches hold."""
+        said = mx.array([*ids])
+        hidden = self._model(said[None], self._caches, last=True)
+        return self.draw(
+            self._model.logits(hidden)[0], position, marked(marked(step.seen, mx.array(id_)), said)
+        )
+
+    def read(self, now: _Pass, position: int) -> list[int]:
+        """Wait for the draws; those that follow only right guesses, so one at least. Settles them first."""
+        drawn = _ids(mx.stack([step.id for step in now.steps]))
+        drafts = [] if now.drafts is None else _ids(now.drafts)
+        for at, step in enumerate(now.steps):
+            if drawn[at] == UNSETTLED:
+                now.steps[at] = self._drawing.settle(step, position + at)
+                drawn[at] = cast("int", now.steps[at].id.item())
+            if at == len(drafts) or drawn[at] != drafts[at]:
+                return drawn[: at + 1]
+        raise AssertionError("unreachable: there is one draw more than guesses")
+
+
+class _Watch:
+    """Seconds from lap to lap, but for those in which the caller held what it was given."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._start = clock()
+
+    def lap(self) -> float:
+        start, self._start = self._start, self._clock()
+        return self._start - start
+
+    @contextmanager
+    def held(self) -> Generator[None]:
+        since = self._clock()
+        yield
+        self._start += self._clock() - since
+
+
+def _ids(array: mx.array) -> list[int]:
+    return cast("list[int]", array.tolist())

@@ -1,0 +1,166 @@
+"""What of a conversion is durable: a work directory beside the target, with a log of what was finished.
+
+    .NAME.partial/            beside the directory NAME that will be
+        journal.jsonl         the conversion's fingerprint, a line for each finished tensor, one for the end
+        out/                  becomes NAME, by one rename
+
+A line is written after the bytes that it speaks of, and the directories that lead to them, are on the disk,
+so what it says is true after any crash; a line cut off in the middle says nothing. Knows files and order; not
+what is converted.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from contextlib import suppress
+from io import FileIO
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, cast
+
+from magistral_mlx.errors import ConversionError
+
+_FINISHED = {"finished": True}
+
+
+class Journal:
+    """Opened for one conversion at a time; `done` holds what earlier runs finished, by tensor.
+
+    fingerprint: what must be as it was for a run to go on where another left off, each under its name.
+    """
+
+    def __init__(self, target: Path, fingerprint: dict[str, Any]) -> None:
+        self.target = target
+        self.work = work_directory(target)
+        self.out = self.work / "out"
+        self.done: dict[str, float | None] = {}
+        self.fingerprint = fingerprint
+        self._path = self.work / "journal.jsonl"
+        self._log: FileIO
+
+    @property
+    def published(self) -> bool:
+        """Whether the target is there, made by a run that was killed between its rename and its end."""
+        if self.out.exists() or not (self.target.is_dir() and self._path.exists()):
+            return False
+        return self._path.read_bytes().endswith(_line(_FINISHED))
+
+    def __enter__(self) -> Self:
+        """Take up what was begun with the same fingerprint, or begin."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        self._log = self._path.open("a+b", buffering=0)
+        try:
+            fcntl.flock(self._log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._log.close()
+            raise ConversionError(f"another conversion to {self.target} is running; wait for it") from error
+        try:
+            self._take_up()
+            if not self.published:
+                self.out.mkdir(exist_ok=True)
+            flush_directory(self.work)
+        except BaseException:
+            self._log.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._log.close()
+
+    def record(self, name: str, value: float | None) -> None:
+        """Note that `name` is finished, and a number about it. Its bytes must be flushed before."""
+        self._append({"tensor": name, "value": value})
+        self.done[name] = value
+
+    def publish(self) -> None:
+        """One rename: the target is there whole or not at all. Then the work directory goes."""
+        if not self.published:
+            self._append(_FINISHED)
+            fault("rename")
+            self.out.rename(self.target)
+            flush_directory(self.target.parent)
+            fault("renamed")
+        shutil.rmtree(self.work, ignore_errors=True)  # all is done: what cannot be removed is no failure
+
+    def _take_up(self) -> None:
+        self._log.seek(0)
+        *lines, rest = self._log.read().split(b"\n")
+        if rest:  # was cut off
+            self._log.truncate(sum(len(line) + 1 for line in lines))
+        if not lines:
+            self._append(self.fingerprint)
+            return
+        if (was := self._parsed(lines[0])) != self.fingerprint:
+            raise ConversionError(
+                f"a conversion to {self.target} was begun and not finished, and since then "
+                f"{_difference(was, self.fingerprint)}; go on with the same source and arguments, or "
+                f"remove {self.work} to begin anew"
+            )
+        for line in lines[1:]:
+            match self._parsed(line):
+                case {"tensor": str(name), "value": float() | None as value}:
+                    self.done[name] = value
+                case {"finished": True}:
+                    pass
+                case _:
+                    raise self._damaged(line)
+
+    def _append(self, line: dict[str, Any]) -> None:
+        data = _line(line)
+        while data:  # one write may take only some of it
+            data = data[self._log.write(data) :]
+        flush(self._log.fileno())
+        fault("journal")
+
+    def _parsed(self, line: bytes) -> dict[str, Any]:
+        with suppress(ValueError, RecursionError):
+            parsed: object = json.loads(line)
+            if isinstance(parsed, dict):
+                return cast("dict[str, Any]", parsed)
+        raise self._damaged(line)
+
+    def _damaged(self, line: bytes) -> ConversionError:
+        return ConversionError(
+            f"{self._path}, of a conversion that was not finished, is damaged: it says {line[:80]!r}; "
+            f"remove {self.work} to begin anew"
+        )
+
+
+def work_directory(target: Path) -> Path:
+    return target.parent / f".{target.name}.partial"
+
+
+def flush(fd: int) -> None:
+    """To the disk itself: on macOS fsync stops at the drive's cache, F_FULLFSYNC does not."""
+    with suppress(OSError, AttributeError):  # Linux has none; some file systems (network, FAT) refuse it
+        fcntl.fcntl(fd, cast("Any", fcntl).F_FULLFSYNC)
+        return
+    os.fsync(fd)
+
+
+def flush_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        flush(fd)
+    finally:
+        os.close(fd)
+
+
+def fault(point: str) -> None:
+    """A place where a test may pull the plug."""
+
+
+def _line(content: dict[str, Any]) -> bytes:
+    return json.dumps(content).encode() + b"\n"
+
+
+def _difference(was: dict[str, Any], now: dict[str, Any]) -> str:
+    """In words, what is not as it was."""
+    return ", ".join(
+        f"the {name} was {was.get(name, 'not there')}, is {now.get(name, 'not there')}"
+        for name in was | now
+        if was.get(name) != now.get(name)
+    )

@@ -1,0 +1,108 @@
+"""What the Hub has under a name, how much of it is here, and its large files, fetched so that it lasts.
+
+huggingface_hub forgets what it has of a file when it is killed: of a checkpoint in one file, all 47 GB. So
+large files go into its cache from here, each under its hash, behind what an earlier run had of it; it then
+finds them there and does the rest.
+
+Knows the Hub's interface and the cache's places. Does not know layouts or names of models (`hub`).
+"""
+
+import fcntl
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any, Self, cast
+
+from magistral_mlx.errors import HubError
+
+LARGE_BYTES = 32 * 10**6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RemoteFile:
+    """`blob`: its place in the cache, named after its hash."""
+
+    name: str
+    size: int
+    blob: Path
+
+    @property
+    def partial(self) -> Path:
+        return self.blob.with_name(f"{self.blob.name}.partial")
+
+    @property
+    def missing(self) -> int:
+        """Bytes that are not here yet."""
+        if self.blob.exists():
+            return 0
+        return self.size - (self.partial.stat().st_size if self.partial.exists() else 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repository:
+    """A model of the Hub at one commit, or some of its files."""
+
+    repo: str
+    commit: str
+    files: tuple[RemoteFile, ...]
+
+    @classmethod
+    def ask(cls, name: str) -> Self:
+        """The Hub's answer for "owner/repo" or "owner/repo@revision"; its errors are the caller's."""
+        from huggingface_hub import HfApi
+
+        repo, _, revision = name.partition("@")
+        info = HfApi().model_info(repo, revision=revision or None, files_metadata=True)
+        blobs = cache() / f"models--{repo.replace('/', '--')}" / "blobs"
+        found = (
+            RemoteFile(
+                name=file.rfilename,
+                size=(file.lfs.size if file.lfs else file.size) or 0,
+                blob=blobs / ((file.lfs.sha256 if file.lfs else file.blob_id) or "unknown"),
+            )
+            for file in info.siblings or []
+        )
+        return cls(repo=repo, commit=info.sha or "main", files=tuple(found))
+
+    def only(self, patterns: Iterable[str]) -> "Repository":
+        patterns = tuple(patterns)
+        kept = (file for file in self.files if any(fnmatch(file.name, pattern) for pattern in patterns))
+        return replace(self, files=tuple(kept))
+
+    @property
+    def missing(self) -> int:
+        return sum(file.missing for file in self.files)
+
+    def fetch_large(self) -> None:
+        """Bring the large files into the cache; what breaks off is there for the next run."""
+        from huggingface_hub import constants
+
+        for file in self.files:  # those that the Hub gives by Xet alone are not for us
+            if LARGE_BYTES <= file.size <= constants.MAX_HTTP_DOWNLOAD_SIZE and not file.blob.exists():
+                self._fetch(file)
+
+    def _fetch(self, file: RemoteFile) -> None:
+        from huggingface_hub import file_download, hf_hub_url, utils
+
+        file.blob.parent.mkdir(parents=True, exist_ok=True)
+        with file.partial.open("ab") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise HubError(f"{self.repo} is being downloaded by another process; wait for it") from error
+            cast("Any", file_download).http_get(
+                hf_hub_url(self.repo, file.name, revision=self.commit),
+                stream,
+                resume_size=stream.tell(),
+                headers=cast("Any", utils).build_hf_headers(),
+                expected_size=file.size,
+                displayed_filename=file.name,
+            )
+        file.partial.rename(file.blob)
+
+
+def cache() -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)

@@ -1,0 +1,266 @@
+"""A model's name → directories on this machine, by way of the Hub's cache where the name is one of the Hub's.
+
+    "demo"                        the model embedded in this package ("./demo" is a directory of yours)
+    a directory                   itself
+    "owner/repo", "…@revision"    its snapshot in the Hub's cache, downloaded only when asked to
+
+Weights and words may come from two places: conversions often lack tekken.json, which is then the original
+repository's. A repository with both layouts is downloaded in one, Mistral's own: 47 GB and not 94.
+
+Knows names, layouts and huggingface_hub, whose settings (HF_HOME, HF_HUB_OFFLINE, HF_TOKEN …) hold; it is
+imported late. Does not know what is in a file, nor how it gets here (`download`).
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from magistral_mlx.disk.room import shortage
+from magistral_mlx.errors import CheckpointError, HubError
+
+from .download import Repository, cache
+
+RECOMMENDED = "mlx-community/Magistral-Small-2506-4bit"
+RECOMMENDED_GB = 13
+"""What to offer a user who names no model, and what downloading it takes."""
+
+DEMO = Path(__file__).parents[1] / "demo"
+
+_WORDS = ("tekken.json", "SYSTEM_PROMPT.txt")
+_NATIVE = ("consolidated*.safetensors", "consolidated*.index.json", "params.json", *_WORDS)
+_HF = (
+    *("model*.safetensors", "model*.index.json", "config.json", "generation_config.json"),
+    *("tokenizer*", "special_tokens_map.json", "chat_template.jinja", *_WORDS, "mistral/*"),
+)
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@.+)?", re.ASCII)
+_FAMILY = re.compile(r"Magistral-Small-\d{4}")
+_BASE = re.compile(r"---\n(?:(?!---\n).*\n)*?base_model: *([\w.-]+/[\w.-]+) *\n", re.ASCII)
+_CONFIGS: dict[tuple[str, ...], str] = {_NATIVE: "params.json", _HF: "config.json"}
+
+Needs: TypeAlias = Callable[[Path], Mapping[Path, int]]
+"""A directory with a model's config → what else will be written, and where: path → bytes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Local:
+    """Where a model is: its weights with their config, and its tekken.json with the system prompt.
+
+    Either file of words is in the directory's root or in its `mistral/`.
+    """
+
+    weights: Path
+    words: Path
+
+
+def resolve(name: str, *, download: bool = False, then: Needs | None = None) -> Local:
+    """Find the model called `name`; without `download`, only what is on this machine is looked at.
+
+    With it, a Hub model is fetched or brought up to date, if there is room for it and for what is to be done
+    `then`. Where the Hub cannot be reached, what was fetched before will do.
+
+    Raises:
+        CheckpointError: neither a directory nor a name that the Hub could have.
+        HubError: not on this machine and not to be downloaded, unknown to the Hub, gated, out of reach, or
+            larger than the disk has room for.
+    """
+    if local := _here(name):
+        return local
+    weights = _fetch(name, None, then) if download else _cached(name, None)
+    return Local(weights=weights, words=_words(name, weights, download=download))
+
+
+def look(name: str) -> tuple[Path, int | None]:
+    """The directory of the model called `name`, and None; or one with its config, and what is not here.
+
+    Of a Hub model that is not on this machine nothing but its config is fetched, a few hundred bytes; the
+    number is what a download would take.
+    """
+    if local := _here(name):
+        return local.weights, None
+    with suppress(HubError):
+        return _cached(name, None), None
+    try:
+        wanted, layout = _ask(name)
+        return _snapshot(name, (_CONFIGS[layout],), local_files_only=False), wanted.missing
+    except _failures() as error:
+        raise HubError(f"{name!r} cannot be looked at: {_reason(error)}") from error
+
+
+def _here(name: str) -> Local | None:
+    """The model called `name`, where that is the demo or a directory; a name of no kind is refused."""
+    if name == "demo":
+        return Local(weights=DEMO, words=DEMO)
+    if found := directory(name):
+        return Local(weights=found, words=found)
+    if not HUB_NAME.fullmatch(name) or name.startswith("."):
+        raise CheckpointError(
+            f'Expected a directory, a Hub name such as "{RECOMMENDED}", or "demo"; found no directory '
+            f"{name!r}."
+        )
+    return None
+
+
+def check_upload(repo: str) -> None:
+    """Refuse a publication that could not be made, before the work that it is to publish."""
+    from huggingface_hub import HfApi
+
+    if not HUB_NAME.fullmatch(repo) or "@" in repo:
+        raise HubError(
+            f'Expected a Hub name such as "you/Magistral-Small-2506-4bit" to publish as, found {repo!r}.'
+        )
+    try:
+        HfApi().whoami()
+    except _failures() as error:
+        raise HubError(f"nothing can be published as {repo!r}: {_reason(error)}") from error
+
+
+def source(name: str) -> str | None:
+    """The Hub's name of what the model called `name` was made from, or is; None where nothing tells."""
+    place = directory(name)
+    if name == "demo" or place:
+        card = (place or DEMO) / "README.md"
+        found = _BASE.match(card.read_text(encoding="utf-8")) if card.is_file() else None
+        return found.group(1) if found else None
+    family = _FAMILY.search(name)
+    return f"mistralai/{family.group()}" if family else name.partition("@")[0]
+
+
+def known_as(name: str) -> list[str]:
+    """The names a model answers to, its source's first: clients ask the Hub for its prompt by that."""
+    place = directory(name)
+    own = place.resolve().name if place and name != "demo" else name
+    return list(dict.fromkeys(filter(None, (source(name), own))))
+
+
+def upload(directory: Path, repo: str) -> str:
+    """Publish a directory as the Hub model `repo`, made if it is not there; returns its address."""
+    from huggingface_hub import HfApi
+
+    try:
+        address = HfApi().create_repo(repo, exist_ok=True)
+        HfApi().upload_folder(repo_id=repo, folder_path=directory)
+    except (*_failures(), RuntimeError) as error:  # RuntimeError: of one file among several
+        raise HubError(
+            f"{directory} is there, but cannot be published as {repo!r}: {_reason(error)} "
+            f"Then: hf upload {repo} {directory}"
+        ) from error
+    return str(address)
+
+
+def directory(name: str) -> Path | None:
+    """`name` as a directory that is there."""
+    with suppress(OSError, ValueError, RuntimeError):  # too long, a null byte, an unknown ~user
+        found = Path(name).expanduser()
+        return found if name and found.is_dir() else None  # Path("") is the working directory
+    return None
+
+
+def _cached(name: str, patterns: tuple[str, ...] | None) -> Path:
+    """A model's snapshot in the cache, if it is whole in one layout (or in `patterns`)."""
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    for layout in (patterns,) if patterns else (_NATIVE, _HF):
+        with suppress(LocalEntryNotFoundError, HFValidationError):
+            found = _snapshot(name, layout, local_files_only=True)
+            if any(found.glob(layout[0])):  # a repository without such files is whole without them
+                return found
+    raise HubError(
+        f"{name!r} is neither a directory here nor a model on this machine. If it is a Hub name, ask again "
+        f"with --download, or: {_how(name, patterns)}"
+    )
+
+
+def _fetch(name: str, patterns: tuple[str, ...] | None, then: Needs | None = None) -> Path:
+    """A model's snapshot in one layout (or in `patterns`), with what is not here yet downloaded."""
+    try:
+        wanted, layout = (Repository.ask(name).only(patterns), patterns) if patterns else _ask(name)
+        _check_room(name, wanted, layout, then)
+        wanted.fetch_large()
+        return _snapshot(name, layout, local_files_only=False)
+    except _failures() as error:
+        with suppress(HubError):
+            return _cached(name, patterns)
+        raise HubError(f"{name!r} cannot be downloaded: {_reason(error)}") from error
+
+
+def _check_room(name: str, wanted: Repository, layout: tuple[str, ...], then: Needs | None) -> None:
+    """Refuse a download, and what is to come of it, before it starts."""
+    if not wanted.missing:
+        return
+    needed = {cache(): wanted.missing}
+    if then:
+        needed |= then(_snapshot(name, (_CONFIGS[layout],), local_files_only=False))
+    if short := shortage(needed):
+        raise HubError(f"{name!r} is not downloaded: {short}")
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What asking the Hub may end in."""
+    from huggingface_hub import errors
+
+    return vars(errors)["HTTPError"], OSError, ValueError  # of httpx or its successor, whichever is used
+
+
+def _snapshot(name: str, patterns: tuple[str, ...], *, local_files_only: bool) -> Path:
+    import huggingface_hub as hf
+
+    repo, _, revision = name.partition("@")
+    return Path(
+        hf.snapshot_download(  # pyright: ignore[reportUnknownMemberType]  # its progress bar is untyped
+            repo, revision=revision or None, allow_patterns=[*patterns], local_files_only=local_files_only
+        )
+    )
+
+
+def _ask(name: str) -> tuple[Repository, tuple[str, ...]]:
+    """A repository's files in the layout to take: Mistral's own where it has it."""
+    repository = Repository.ask(name)  # fails at once, not in 23 s
+    for layout in (_NATIVE, _HF):
+        if repository.only(layout[:1]).files:
+            return repository.only(layout), layout
+    raise HubError(f"{name!r} has no safetensors weights. Choose a model such as {RECOMMENDED!r}.")
+
+
+def _words(name: str, weights: Path, *, download: bool) -> Path:
+    """Where the tekken.json is: with the weights, or in the repository that they were converted from."""
+    if any((place / "tekken.json").is_file() for place in (weights, weights / "mistral")):
+        return weights
+    family = _FAMILY.search(name)
+    original = f"mistralai/{family.group() if family else 'Magistral-Small-2506'}"
+    return (_fetch if download else _cached)(original, _WORDS)
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, in words that say what to do."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__:
+        error = error.__cause__  # "not here either", said of what went wrong before
+    what = (str(error) or type(error).__name__).splitlines()[0]
+    known = (  # the narrower kind before the wider one
+        (errors.LocalTokenNotFoundError, "nobody is logged in here. `hf auth login`, or set HF_TOKEN."),
+        (errors.GatedRepoError, "it is gated. Accept the conditions on its page, then `hf auth login`."),
+        (errors.RepositoryNotFoundError, "the Hub has none, or a private one. Check it, or `hf auth login`."),
+        (errors.RevisionNotFoundError, "the Hub has it in no such revision. Check what follows the @."),
+        (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set. Unset it to ask the Hub."),
+        (errors.HFValidationError, f"it cannot be a Hub name ({what})."),
+    )
+    for kind, words in known:
+        if isinstance(error, kind):
+            return words
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+        return f"the Hub does not allow it ({what}). `hf auth login` with a token that may."
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"this machine cannot keep it ({what}). Make room for it, or set HF_HOME."
+    return f"the Hub was not reached, or broke off ({what}). Check the network and try again."
+
+
+def _how(name: str, patterns: tuple[str, ...] | None) -> str:
+    repo, _, revision = name.partition("@")
+    wanted = patterns or (_NATIVE if repo.startswith("mistralai/") else ())
+    options = [f"--revision {revision}"] * bool(revision) + [f"--include '{pattern}'" for pattern in wanted]
+    return " ".join(["hf download", repo, *options])

@@ -1,0 +1,211 @@
+"""How fast a model runs here, ours and mlx-lm's, and how near that is to what the machine's memory allows.
+
+Knows what to measure and in which order: both engines in turn, with the same ids, dtype and sampling. A trial
+is `trial`, what they come to is `figures`, what they ran on is `machine`. Prints nothing for people: that is
+`cli.bench`.
+"""
+# ruff: noqa: PLC0415 -- what takes half a second to import is imported where it is needed, not for --help
+
+import platform
+import tempfile
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib import metadata, util
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from magistral_mlx.errors import CheckpointError, MagistralError, MemoryLimitError
+
+from .figures import Json, ceiling, ratios, summary
+from .machine import bandwidth_of, measured_bandwidth, this_computer
+from .trial import OURS, PEER, spawn
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+    from magistral_mlx.disk.checkpoint import Checkpoint
+
+FORMAT = 1
+"""Of the report; `docs/benchmarks.md` says what stands in it."""
+_FILLER = "A train of {n} wagons carries {n} passengers in each; how many does it carry in all? "
+
+_Progress: TypeAlias = Callable[[int, int, str], None]
+"""(trials done, of so many, what is being done)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What to measure: `tokens` ids drawn behind prompts of `lengths` ids, `trials` times.
+
+    reply_tokens: at most so many of the one whole reply to a real question; 0: none.
+    temperature: of the ids drawn behind prompts; 0: greedy.
+    """
+
+    lengths: tuple[int, ...] = (512, 4096, 16384, 40960)
+    tokens: int = 128
+    trials: int = 5
+    reply_tokens: int = 2048
+    temperature: float = 0.7
+    dtype: str | None = None
+    against_peer: bool = False
+
+
+def run(name: str, settings: Settings, progress: _Progress) -> Json:
+    """Measure the model called `name` and report; `progress` is called as each thing begins.
+
+    Raises a MagistralError: there is no such model, it does not fit, the peer is missing or cannot read it.
+    """
+    if settings.against_peer and not util.find_spec("mlx_lm"):
+        raise MagistralError(f"{PEER} is not installed; get it with: pip install 'magistral_mlx[bench]'")
+    with place_of(name) as (place, words):
+        return _run(name, place, words, settings, progress)
+
+
+def _run(name: str, place: str, words: Path, settings: Settings, progress: _Progress) -> Json:
+    import mlx.core as mx
+
+    from magistral_mlx import memory
+    from magistral_mlx.disk.checkpoint import open_checkpoint
+    from magistral_mlx.fetch import hub
+    from magistral_mlx.text.tokenizer import Tokenizer
+
+    # 1. What there is to measure.
+    weights = hub.resolve(place).weights
+    checkpoint, tokenizer = open_checkpoint(weights), Tokenizer.from_directory(words)
+    if settings.against_peer and checkpoint.layout == "native":
+        raise CheckpointError(
+            f"{PEER} does not read Mistral's own layout; first: magistral-mlx convert {name} --out DIR"
+        )
+    dtype: mx.Dtype = getattr(mx, settings.dtype) if settings.dtype else memory.default_dtype()
+    lengths, skipped = _lengths(checkpoint, settings, dtype)
+    job: Json = {
+        "engine": OURS,
+        "model": place,
+        "weights": str(weights),
+        "dtype": str(dtype).removeprefix("mlx.core."),
+        "prompts": [prompt(tokenizer.encode_chat, length) for length in lengths],
+        "tokens": settings.tokens,
+        "reply_tokens": 0,
+        "temperature": settings.temperature,
+        "seed": 0,
+    }
+    # 2. A first load and a whole reply, apart: the trials then all find the files in memory.
+    asks = settings.reply_tokens and tokenizer.vocab_size >= checkpoint.config.vocab_size
+    first = Json(job, prompts=[], reply_tokens=settings.reply_tokens if asks else 0)
+    engines = (OURS, PEER) if settings.against_peer else (OURS,)
+    jobs = [Json(job, engine=engine, seed=trial) for trial in range(settings.trials) for engine in engines]
+    opening = spawn(first, lambda what: progress(0, 1 + len(jobs), what))
+    # 3. The trials, in turn, and what they come to.
+    trials: dict[str, list[Json]] = {engine: [] for engine in engines}
+    for done, each in enumerate(jobs, 1):
+        trials[each["engine"]].append(spawn(each, lambda what, n=done: progress(n, 1 + len(jobs), what)))
+    computer, model = this_computer(), _model(name, checkpoint, dtype)
+    known = bandwidth_of(computer)
+    bandwidth = known or measured_bandwidth()
+
+    def limit(context: int) -> float:
+        return ceiling(bandwidth, model, context + settings.tokens / 2)
+
+    return {
+        "format": FORMAT,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "machine": {"name": computer.name, **asdict(computer)},
+        "bandwidth": {"bytes_per_second": bandwidth, "source": "table" if known else "measured"},
+        "versions": versions(),
+        "model": model,
+        "settings": asdict(settings) | {"dtype": job["dtype"], "device": mx.default_device().type.name},
+        "skipped": skipped,
+        "first_load_seconds": opening["load_seconds"],
+        "reply": opening["reply"],
+        "summary": {engine: summary(found, limit) for engine, found in trials.items()},
+        "ratios": ratios(trials[OURS], trials[PEER]) if settings.against_peer else [],
+        "trials": trials,
+    }
+
+
+def prompt(encode: Callable[[str], list[int]], length: int) -> list[int]:
+    """A chat's ids, exactly so many: a long one is cut in its middle, so that both ends are right."""
+    repeats, ids = 1, list[int]()
+    while len(ids) < length:
+        ids = encode("".join(_FILLER.format(n=n) for n in range(repeats)))
+        repeats *= 2
+    tail = min(16, max(1, length // 2))
+    return ids[: length - tail] + ids[len(ids) - tail :]
+
+
+@contextmanager
+def place_of(name: str) -> Generator[tuple[str, Path]]:
+    """What to load, and where its tokenizer is. The demo is converted to 4 bit first, as a user would."""
+    from magistral_mlx.convert import conversion
+    from magistral_mlx.disk.checkpoint import open_checkpoint
+    from magistral_mlx.fetch import hub
+    from magistral_mlx.text import sidecars
+
+    found = hub.resolve(name)
+    if name != "demo":
+        yield name, found.words
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        out, checkpoint = Path(directory) / "demo-4bit", open_checkpoint(found.weights)
+        beside = sidecars.files(found.words, name=name, recipe="4bit", context=checkpoint.config.max_context)
+        conversion.convert(conversion.Job(checkpoint=checkpoint, out=out, sidecars=beside))
+        yield str(out), out
+
+
+def _lengths(
+    checkpoint: "Checkpoint", settings: Settings, dtype: "mx.Dtype"
+) -> tuple[list[int], dict[str, str]]:
+    """The lengths within the model's context, and why some are left out: what would swap measures a disk."""
+    from magistral_mlx import memory
+    from magistral_mlx.decoder.engine import PREFILL_CHUNK
+
+    config, weights, room = checkpoint.config, checkpoint.nbytes(dtype), memory.budget()
+    most = config.max_context - settings.tokens - 2
+    kept, skipped = list[int](), dict[str, str]()
+    for length in sorted({max(1, min(length, most)) for length in settings.lengths}):
+        needed = memory.needed(
+            config, weights, length + settings.tokens, chunk=PREFILL_CHUNK, itemsize=dtype.size
+        )
+        if needed <= room:
+            kept.append(length)
+        else:
+            skipped[str(length)] = f"needs {needed / 1e9:.1f} GB of memory, {room / 1e9:.1f} GB can be given"
+    if not kept:
+        raise MemoryLimitError("no prompt fits beside the weights: " + "; ".join(skipped.values()))
+    return kept, skipped
+
+
+def _model(name: str, checkpoint: "Checkpoint", dtype: "mx.Dtype") -> Json:
+    """What of the model the figures hang on; bytes as they lie in memory, computing in `dtype`."""
+    config = checkpoint.config
+    tensors = {
+        name: tensor
+        for name, tensor in checkpoint.tensors.items()
+        if config.tie_embeddings or not name.startswith("model.embed_tokens.")
+    }
+    on_disk = sum(tensor.entry.nbytes for tensor in checkpoint.tensors.values())
+    return {
+        "name": Path(name).resolve().name if Path(name).exists() and name != "demo" else name,
+        "parameters": config.parameters,
+        "layers": config.n_layers,
+        "vocabulary": config.vocab_size,
+        "bits_per_weight": 8 * on_disk / config.parameters,
+        "weight_bytes": checkpoint.nbytes(dtype),
+        "read_bytes_per_token": replace(checkpoint, tensors=tensors).nbytes(dtype),
+        "kv_bytes_per_token": config.kv_bytes_per_token(dtype.size),
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Of what figures hang on; None: not installed."""
+
+    def version(package: str) -> str | None:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return None
+
+    found = {package: version(package) for package in ("magistral_mlx", "mlx", "mlx-lm")}
+    return found | {"python": platform.python_version()}

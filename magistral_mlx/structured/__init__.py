@@ -1,0 +1,9 @@
+"""Words: answers and tool calls held to a grammar. Never imports mlx; needs the extra `structured`.
+
+    grammar      which ids may come next (llguidance)
+    constraint   a grammar for the answer alone
+    callgrammar  calls that have to be made
+    shape        a schema → a grammar; an answer → its value
+
+Each imports only what stands above it.
+"""

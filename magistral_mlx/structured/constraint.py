@@ -1,0 +1,132 @@
+"""A grammar for the answer alone: the reasoning before it stays free.
+
+Follows the ids of a reply as `thinking.ThinkParser` follows their text, by the same rules, and says before
+each draw which ids may come. Does not know why a reply ends, or how ids are drawn.
+
+Three things would bring text into the answer that no grammar has seen, or leave it without one:
+
+- A reply that skips the reasoning: its first ids may open a tag or begin an answer; both are followed, until
+  it is clear which.
+- An id that ends the reasoning and begins the answer (`>The`): allowed only where the grammar takes its end.
+- The end of text amid the reasoning, or another control token that would end it: not allowed, unless the
+  grammar begins with it, as where a tool is called.
+"""
+
+import codecs
+from functools import cached_property
+from typing import Literal
+
+from magistral_mlx.text.thinking import CLOSE, OPEN, unfinished
+
+from .grammar import Grammar, Matcher, Vocabulary, bits
+
+_OPEN, _CLOSE = OPEN.encode(), CLOSE.encode()
+
+
+class Constraint:
+    """Asked for a `mask` before each draw, told each id that was drawn (`accept`), the end of text excepted.
+
+    think: whether the reply may begin with reasoning. False: its first id is the answer's.
+    """
+
+    def __init__(self, grammar: Grammar, vocabulary: Vocabulary, *, think: bool = True) -> None:
+        self._matcher = Matcher(grammar, vocabulary)
+        self._vocabulary = vocabulary
+        self._think_ids = vocabulary.tokenizer.think_ids
+        self._think = think
+        self._state: Literal["start", "thinking", "answer"] = "start"
+        self._said = b""  # at the start all of it, while thinking what may be half a tag
+        self._matches = True  # whether what was said at the start could be an answer's beginning
+        self._free = vocabulary.text | bits(self._think_ids or ())
+        self._last: int | None = None
+
+    def mask(self) -> bytes | None:
+        """The ids that may come next (`wire.Guide.allowed`); None: those that it said last."""
+        allowed = self._allowed()
+        if allowed == self._last:
+            return None
+        self._last = allowed
+        return self._vocabulary.to_bytes(allowed)
+
+    def accept(self, token: int) -> None:
+        """An id was drawn, of those that were allowed."""
+        if self._state == "answer":
+            accepted = self._matcher.accept(token)
+            assert accepted
+        elif self._state == "thinking":
+            self._think_on(token)
+        else:
+            self._start(token)
+
+    def close_thinking(self) -> None:
+        """The reasoning was closed by us: the answer comes next."""
+        self._state = "answer"
+
+    @property
+    def done(self) -> bool:
+        """Whether the answer is whole, and nothing can follow it."""
+        return self._state == "answer" and self._matcher.done
+
+    def _allowed(self) -> int:
+        if self._state == "answer":
+            return self._matcher.mask()
+        if self._state == "thinking":
+            return (self._free | self._calls) & ~bits(self._ends_badly())
+        allowed = self._matcher.mask() if self._matches else 0
+        return allowed | self._opens() if self._think else allowed
+
+    # ---------------------------------------------------------------- the start
+
+    def _opens(self) -> int:
+        """The ids with which what was said may still become the opening tag."""
+        said = self._said.lstrip()
+        if not self._think_ids:
+            return self._vocabulary.opening(said) if _OPEN.startswith(said) else 0
+        return 0 if said else self._vocabulary.space | bits([self._think_ids[0]])
+
+    def _start(self, token: int) -> None:
+        if self._think_ids and token == self._think_ids[0]:
+            self._enter_thinking(b"")
+            return
+        self._matches = self._matches and self._matcher.accept(token)
+        if self._matches and self._vocabulary.pieces[token] is None:  # a tool call begins
+            self._state = "answer"
+            return
+        self._said += self._vocabulary.pieces[token] or b""
+        body = codecs.getincrementaldecoder("utf-8")("replace").decode(self._said).lstrip()
+        if not self._think_ids and body.startswith(OPEN):
+            self._enter_thinking(self._said.partition(_OPEN)[2])
+        elif body and (self._think_ids or not OPEN.startswith(body)):
+            assert self._matches
+            self._state = "answer"
+
+    def _enter_thinking(self, said: bytes) -> None:
+        self._state, self._said = "thinking", said
+        self._matcher.reset()
+
+    # ---------------------------------------------------------------- while it thinks
+
+    @cached_property
+    def _calls(self) -> int:
+        """The control tokens that the grammar may begin with; asked for while it has not begun."""
+        return self._matcher.mask() & ~self._vocabulary.text & ~bits([self._vocabulary.eos_id])
+
+    def _ends_badly(self) -> list[int]:
+        """The ids that would end the reasoning with text that cannot begin the answer."""
+        if self._think_ids:
+            return []
+        half = unfinished(self._said.decode("latin-1"), CLOSE)
+        return [i for i, tail in self._vocabulary.closing(half) if not self._matcher.would_accept(tail)]
+
+    def _think_on(self, token: int) -> None:
+        ends = self._think_ids is not None and token == self._think_ids[1]
+        if self._vocabulary.pieces[token] is None and (ends or self._matcher.accept(token)):
+            self._state = "answer"  # by a tag, or by a tool call
+        if self._think_ids:
+            return
+        self._said += self._vocabulary.pieces[token] or b""
+        _, tag, answer = self._said.partition(_CLOSE)
+        if tag:
+            self._state = "answer"
+            self._matcher.accept_bytes(answer)
+        self._said = self._said[1 - len(_CLOSE) :]

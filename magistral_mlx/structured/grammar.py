@@ -1,0 +1,271 @@
+"""Which ids may come next so that a text matches a JSON schema, a regular expression or a Lark grammar.
+
+Knows llguidance, and the vocabulary as bytes. Does not know phases (`constraint`), Python values (`shape`) or
+arrays. What it is given may come from strangers: sizes are bounded here, the work of each step by llguidance.
+
+llguidance is imported when it is first needed: it is the extra `structured`.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Self, cast
+
+from magistral_mlx.errors import SchemaError
+from magistral_mlx.text.thinking import CLOSE, OPEN
+from magistral_mlx.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
+
+LARGEST = 50_000
+"""Characters of a schema, a pattern or a grammar: fifty pages."""
+
+_FUEL = 100_000
+"""Of llguidance, for reading a grammar; a tenth of its default, which may burn for seconds."""
+
+LEAD = r"LEAD: /\n{1,2}/"
+"""What may stand between the closing tag and the answer. The transcript takes it off again."""
+
+_JOINED = 10
+_ELSEWHERE = {"$ref", "anyOf", "oneOf"}
+
+_SPACE = r"\x20|\n\x20{0,32}"
+"""White space between the parts of JSON: none, one space, or a new line and its indentation. A model that may
+say any amount of it need not come to an end."""
+
+_PLACE = re.compile(r"^at \d+\(\d+\): ")
+"""A line of the Lark text that we wrote: of no use to a reader."""
+
+_OPEN, _CLOSE = OPEN.encode(), CLOSE.encode()
+
+
+@dataclass(frozen=True, slots=True)
+class Regex:
+    """The whole answer matches this regular expression: Rust's syntax, which has no look-around."""
+
+    pattern: str
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What a text is to be, in llguidance's dialect of Lark; `Matcher` follows one."""
+
+    lark: str
+
+    @classmethod
+    def from_schema(cls, schema: Mapping[str, Any]) -> Self:
+        """JSON as a JSON schema describes it (2020-12). Keys come in the order of `properties`."""
+        return cls.from_lark(f"start: LEAD? json\n{LEAD}\njson: {json_rule(schema)}")
+
+    @classmethod
+    def from_regex(cls, pattern: str) -> Self:
+        """Text that a regular expression matches as a whole."""
+        quoted = _llguidance().regex_to_lark(_short(pattern), "")
+        return cls.from_lark(f"start: LEAD? TEXT\n{LEAD}\nTEXT: /{quoted}/")
+
+    @classmethod
+    def from_lark(cls, lark: str) -> Self:
+        """A grammar as it stands, with no `LEAD` but its own; `<[9]>` is the control token with the id 9."""
+        return cls(_short(lark))
+
+
+def json_rule(schema: Mapping[str, Any]) -> str:
+    """JSON by a schema, as what a rule of a grammar may hold."""
+    try:
+        text = json.dumps({**schema, "x-guidance": {"whitespace_pattern": _SPACE}}, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise SchemaError(f"Expected a JSON schema, found what is not JSON: {error}.") from error
+    _check_joins(schema)
+    return f"%json {text}"
+
+
+class Vocabulary:
+    """A tokenizer as matchers need it; building it takes about half a second for 131072 ids."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.pieces = tokenizer.pieces
+        self.eos_id = tokenizer.eos_id
+        self.opening = cache(self._opening)
+        self.closing = cache(self._closing)
+
+    @cached_property
+    def engine(self) -> "LLTokenizer":
+        return _llguidance().LLTokenizer(_Pieces(self.tokenizer))
+
+    @cached_property
+    def byte_ids(self) -> dict[int, int]:
+        """Byte → the id that says it alone; a tekken vocabulary has all 256."""
+        return {piece[0]: i for i, piece in enumerate(self.pieces) if piece and len(piece) == 1}
+
+    @cached_property
+    def text(self) -> int:
+        """Bits of all but control tokens."""
+        return (1 << len(self.pieces)) - 1 & ~bits(i for i, piece in enumerate(self.pieces) if piece is None)
+
+    @cached_property
+    def space(self) -> int:
+        """Bits of white space."""
+        return bits(i for i, piece in enumerate(self.pieces) if piece and piece.isspace())
+
+    def _opening(self, said: bytes) -> int:
+        """Bits of the ids that lead from `said`, the beginning of an opening tag, on towards all of it."""
+        allowed = 0 if said else self.space
+        for i, piece in self._of_tags:
+            body = said + piece if said else piece.lstrip()
+            if _OPEN.startswith(body) or (body.startswith(_OPEN) and _CLOSE not in body):
+                allowed |= 1 << i
+        return allowed
+
+    def _closing(self, half: int) -> list[tuple[int, bytes]]:
+        """The ids that end the closing tag, `half` of which was said, and what each says behind it."""
+        rest = _CLOSE[half:]
+        whole = [(i, piece.partition(_CLOSE)[2]) for i, piece in self._of_tags if _CLOSE in piece]
+        return whole + [
+            (i, piece[len(rest) :]) for i, piece in self._of_tags if half and piece.startswith(rest)
+        ]
+
+    @cached_property
+    def _of_tags(self) -> list[tuple[int, bytes]]:
+        """Every id that could say a part of a tag, and few others: looking through all of them takes time."""
+        return [
+            (i, piece)
+            for i, piece in enumerate(self.pieces)
+            if piece and (b"<" in piece or b">" in piece or piece in _OPEN)
+        ]
+
+    def to_bytes(self, allowed: int) -> bytes:
+        """Bits as a `Guide` carries them."""
+        return allowed.to_bytes((len(self.pieces) + 7) // 8, "little")
+
+
+class Matcher:
+    """A grammar, and how much of a text of its kind was said."""
+
+    def __init__(self, grammar: Grammar, vocabulary: Vocabulary) -> None:
+        llguidance = _llguidance()
+        self._vocabulary = vocabulary
+        self._matcher = llguidance.LLMatcher(
+            vocabulary.engine,
+            llguidance.LLMatcher.grammar_from_lark(grammar.lark),
+            limits=llguidance.LLParserLimits(initial_lexer_fuel=_FUEL, verbose_errors=False),
+            log_level=0,
+        )
+        self._check("it cannot use")
+        if not (self.mask() & ~vocabulary.space or self._matcher.is_accepting()):
+            raise SchemaError("Expected a schema that something matches; nothing does. Loosen it.")
+
+    def mask(self) -> int:
+        """Bits of the ids that may come next; the end of text is one of them where the text may end."""
+        allowed = int.from_bytes(self._matcher.compute_bitmask(), "little")
+        self._check("became too much for it")
+        if not allowed:
+            raise SchemaError(
+                "Expected a schema that can be gone on with; nothing matches any more. Loosen it."
+            )
+        return allowed
+
+    def accept(self, token: int) -> bool:
+        """Say an id, if it may come next."""
+        accepted = self._matcher.try_consume_tokens([token]) == 1
+        self._check("it became too much to follow")
+        return accepted
+
+    def accept_bytes(self, text: bytes) -> None:
+        """Say text that has no ids of its own: the end of an id whose beginning was something else."""
+        accepted = self._matcher.try_consume_tokens(self._spelled(text))
+        assert accepted == len(text)
+
+    def would_accept(self, text: bytes) -> bool:
+        return self._matcher.validate_tokens(self._spelled(text)) == len(text)
+
+    def reset(self) -> None:
+        """Nothing was said yet."""
+        self._matcher.reset()
+
+    @property
+    def done(self) -> bool:
+        """Whether the text is whole, and nothing can follow it."""
+        return self._matcher.is_stopped() and self._matcher.is_accepting()
+
+    def _spelled(self, text: bytes) -> list[int]:
+        return [self._vocabulary.byte_ids[byte] for byte in text]
+
+    def _check(self, what: str) -> None:
+        if self._matcher.is_error():
+            first, *more = self._matcher.get_error().splitlines()
+            reasons = [_PLACE.sub("", first), *(line for line in more if line.startswith("error:"))]
+            raise SchemaError(
+                f"Expected a schema that the grammar engine can follow, found one that {what}: "
+                f"{' '.join(reasons)[:500]}"
+            )
+
+
+class _Pieces:
+    """What llguidance asks of a tokenizer. Control tokens have made-up names: no text says them."""
+
+    is_tokenizer_wrapper = True
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.eos_token_id = tokenizer.eos_id
+        self.bos_token_id = tokenizer.bos_id
+        self.tokens: Sequence[bytes] = [
+            b"<|%d|>" % i if piece is None else piece for i, piece in enumerate(tokenizer.pieces)
+        ]
+        self.special_token_ids = [i for i, piece in enumerate(tokenizer.pieces) if piece is None]
+        self._encode = tokenizer.encode
+
+    def __call__(self, text: str) -> list[int]:
+        return self._encode(text)
+
+
+def bits(ids: Iterable[int]) -> int:
+    """A bit for each id."""
+    allowed = 0
+    for i in ids:
+        allowed |= 1 << i
+    return allowed
+
+
+def _check_joins(schema: Mapping[str, Any]) -> None:
+    """Refuse many patterns that may have to hold at once: what that costs doubles with each."""
+    nodes: list[Any] = [schema]
+    patterns, joined = 0, False
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, Mapping):
+            keys = cast("Mapping[str, Any]", node)
+            patterns += ("pattern" in keys) + len(keys.get("patternProperties") or ())
+            joined = joined or len(keys.get("allOf") or ()) > 1
+            joined = joined or (bool(keys.keys() & _ELSEWHERE) and bool(keys.keys() & {"pattern", "allOf"}))
+            nodes += keys.values()
+        elif isinstance(node, list):
+            nodes += cast("list[Any]", node)
+    if joined and patterns > _JOINED:
+        raise SchemaError(
+            f"Expected at most {_JOINED} patterns in a schema that joins some (allOf), found {patterns}. "
+            "Make one of several."
+        )
+
+
+def _short(text: str) -> str:
+    if not isinstance(text, str) or len(text) > LARGEST:  # type: ignore[redundant-expr] -- of a user
+        found = len(text) if isinstance(text, str) else f"a {type(text).__name__}"  # type: ignore[redundant-expr]
+        raise SchemaError(f"Expected text of at most {LARGEST} characters, found {found}. Make it smaller.")
+    return text
+
+
+@cache
+def _llguidance() -> ModuleType:
+    try:
+        import llguidance  # noqa: PLC0415 -- an extra
+    except ImportError as error:
+        raise SchemaError(
+            "Expected llguidance for structured answers, found it missing: "
+            'pip install "magistral_mlx[structured]"'
+        ) from error
+    return llguidance

@@ -1,0 +1,17 @@
+"""Replies as they grow, and conversations. `magistral_mlx.chat` puts these and the decoder together.
+
+    worker        the thread that owns the arrays
+    step          one step there, and what it took
+    options       what one reply is asked for
+    reply         one reply, whole or as it grows
+    notebook      a stream in Jupyter
+    stream        one reply as it is written
+    batch         several replies at once
+    answers       what several replies agree on
+    talkfile      text and tensors under a seal
+    saving        a conversation as text and tensors, and back
+    conversation  messages that grow
+    display       a stream in a terminal
+
+Each imports only what stands above it.
+"""

@@ -1,0 +1,184 @@
+"""Messages that grow, and what the model has read of them.
+
+Knows turns, and that prompts of one conversation begin alike. Encoding is the tokenizer's, reuse of what was
+read the `prefix`'s, replies the `stream`'s.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, Unpack, overload
+from weakref import WeakSet
+
+from magistral_mlx.decoder.prefix import Prefix
+from magistral_mlx.errors import ConversationError, PromptError
+from magistral_mlx.structured.grammar import Regex
+from magistral_mlx.text.prompt import Messages
+from magistral_mlx.text.tokenizer import Tokenizer
+
+from . import saving
+from .options import Options, Plain, offered
+from .reply import Reply
+from .stream import Stream
+
+T = TypeVar("T")
+
+
+class Speaker(saving.Home, Protocol):
+    """What a conversation asks of a model; `Magistral` is one."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    @property
+    def kv_bits(self) -> int | None: ...
+    def encode(self, messages: Messages, **options: Unpack[Options]) -> list[int]: ...
+    def stream_ids(
+        self,
+        prompt: Sequence[int],
+        *,
+        prefix: Prefix | None = None,
+        on_end: Callable[[Reply], None] = ...,
+        **options: Unpack[Options],
+    ) -> Stream: ...
+
+
+class Conversation:
+    """Messages that grow: each reply joins them when its stream ends, also one that was closed half-way.
+
+    What the model has read stays read: of the next prompt only what differs from there on is read again. That
+    holds a KV cache (160 KiB a token for Magistral) until `reset`, or until the conversation is dropped.
+
+    options: for every reply; may be changed between replies.
+    """
+
+    def __init__(
+        self,
+        model: Speaker,
+        options: Options,
+        *,
+        turns: Sequence[tuple[saving.Said, Reply]] = (),
+        prefix: Prefix | None = None,
+    ) -> None:
+        self.options = options
+        self._model = model
+        self._turns = list(turns)
+        self._prefix = prefix  # what the model has read of it; away while a stream uses it
+        self._streams: WeakSet[Stream] = WeakSet()
+
+    @property
+    def messages(self) -> list[dict[str, Any]]:
+        """What was said so far, as `Magistral.stream` takes it."""
+        pairs = ([*_messages(said), reply.message] for said, reply in self._turns)
+        return [message for pair in pairs for message in pair]
+
+    def stream(self, message: saving.Said, **options: Unpack[Options]) -> Stream:
+        """Say something; `options` are for this reply only.
+
+        message: text, or, after a reply with `tool_calls`, the result of each: `[call.result(…), …]`.
+        """
+        merged: Options = {**self.options, **options}
+
+        prompt = self._prompt(message, merged)
+        prefix = self._prefix or self._model.new_prefix(self._model.kv_bits)
+
+        def remember(reply: Reply) -> None:
+            self._prefix = prefix
+            if reply.answer or reply.thinking or reply.tool_calls:
+                self._turns.append((message if isinstance(message, str) else _messages(message), reply))
+
+        stream = self._model.stream_ids(prompt, prefix=prefix, on_end=remember, **merged)
+        self._prefix = None
+        self._streams.add(stream)
+        return stream
+
+    @overload
+    def ask(self, message: saving.Said, *, schema: type[T], **options: Unpack[Plain]) -> T: ...
+    @overload
+    def ask(self, message: saving.Said, *, schema: Mapping[str, Any], **options: Unpack[Plain]) -> Any: ...
+    @overload
+    def ask(self, message: saving.Said, *, schema: Regex, **options: Unpack[Plain]) -> str: ...
+    @overload
+    def ask(self, message: saving.Said, **options: Unpack[Plain]) -> Reply: ...
+    def ask(self, message: saving.Said, **options: Unpack[Options]) -> Any:
+        """The same, waited for; with a `schema`, the value itself (see `Magistral.ask`)."""
+        reply = self.stream(message, **options).drain()
+        return reply if options.get("schema") is None else reply.parsed
+
+    def astream(self, message: saving.Said, **options: Unpack[Options]) -> Stream:
+        """`stream`, for `async for`."""
+        return self.stream(message, **options)
+
+    @overload
+    async def aask(self, message: saving.Said, *, schema: type[T], **options: Unpack[Plain]) -> T: ...
+    @overload
+    async def aask(
+        self, message: saving.Said, *, schema: Mapping[str, Any], **options: Unpack[Plain]
+    ) -> Any: ...
+    @overload
+    async def aask(self, message: saving.Said, *, schema: Regex, **options: Unpack[Plain]) -> str: ...
+    @overload
+    async def aask(self, message: saving.Said, **options: Unpack[Plain]) -> Reply: ...
+    async def aask(self, message: saving.Said, **options: Unpack[Options]) -> Any:
+        """`ask`, for `await`."""
+        reply = await self.stream(message, **options).adrain()
+        return reply if options.get("schema") is None else reply.parsed
+
+    def undo(self) -> saving.Said | None:
+        """Forget the last exchange; returns what was said in it, to be said again or otherwise."""
+        return self._turns.pop()[0] if self._turns else None
+
+    def fork(self) -> "Conversation":
+        """Another conversation with the same past, to go on otherwise; what was read is shared."""
+        return Conversation(self._model, {**self.options}, turns=self._turns, prefix=self._twin())
+
+    def save(self, path: str | Path, *, with_cache: bool = True) -> None:
+        """Write it to a file that `Magistral.load_conversation` goes on from, in any later process.
+
+        with_cache: keep what the model has read, too (160 KiB a token for Magistral), so that going on reads
+            nothing again; False makes a small file, and everything is read again.
+
+        The file is there whole or not at all; an earlier save of that name is replaced, nothing else is.
+
+        Raises:
+            ConversationError: a stream of this conversation is open, or the file cannot be written.
+        """
+        if any(stream.is_open for stream in self._streams):
+            raise ConversationError(
+                "a stream of this conversation is open; read it to its end or close it, then save"
+            )
+        prefix = self._twin() if with_cache else None  # a later stream goes its way
+        saved = saving.Saved(options=self.options, turns=tuple(self._turns), prefix=prefix)
+        saving.save(Path(path), saved, self._model)
+
+    def reset(self) -> None:
+        """Forget everything that was said, and what was read."""
+        self._turns.clear()
+        self._prefix = None
+
+    def _twin(self) -> Prefix | None:
+        """What was read, once more. On the model's thread, where a stream just closed may be in mid-step."""
+        return self._model.run(self._prefix.fork) if self._prefix else None
+
+    def _prompt(self, said: saving.Said, options: Options) -> list[int]:
+        """Kept reasoning goes on from the ids as they were sampled; encoding its text again could differ.
+
+        Reasoning that led to tool calls is kept until they are answered and the next question comes.
+        """
+        tokenizer, last = self._model.tokenizer, self._turns[-1][1] if self._turns else None
+        messages = _messages(said)
+        keeps = options.get("keep_thinking") or not isinstance(said, str)
+        if keeps and last and last.token_ids:
+            end = [] if last.token_ids[-1] == tokenizer.eos_id else [tokenizer.eos_id]
+            behind = [*last.prompt_ids, *last.token_ids, *end]
+            turn = tokenizer.encode_turn(said, calls=last.tool_calls, tools=offered(options), behind=behind)
+            if turn is not None:
+                return behind + turn
+        return self._model.encode([*self.messages, *messages], **options)
+
+
+def _messages(said: saving.Said) -> list[dict[str, Any]]:
+    if isinstance(said, str):
+        return [{"role": "user", "content": said}]
+    results = [{**result} for result in said]
+    if not results or any(result.get("role") != "tool" for result in results):
+        raise PromptError("Expected a question, or results of tool calls, found other messages.")
+    return results

@@ -1,0 +1,80 @@
+"""A stream drawn in a Jupyter notebook: reasoning in a block that folds, the answer in Markdown.
+
+Redraws at most ten times a second, whatever the model's speed. Knows events and IPython's display; not
+models.
+"""
+
+import html
+import time
+from collections.abc import Iterable
+from importlib import import_module
+from typing import Any
+
+from magistral_mlx.events import AnswerToken, Event, Finished, ThinkToken, ToolCallToken
+
+INTERVAL = 0.1
+"""Seconds between two drawings: smooth to the eye, and cheap for a browser that redraws all of it."""
+
+
+def show(events: Iterable[Event]) -> None:
+    """Draw a reply as it comes. Interrupting the kernel ends it; what was said stays on the page."""
+    ipython: Any = import_module("IPython.display")  # a notebook has it; this package does not ask for it
+    thinking = ipython.display(ipython.HTML(""), display_id=True)
+    answer = ipython.display(ipython.Markdown(""), display_id=True)
+    view, drawn = _View(), 0.0
+
+    def redraw() -> None:
+        thinking.update(ipython.HTML(view.thinking()))
+        answer.update(ipython.Markdown(view.said()))
+
+    try:
+        for event in events:
+            view.take(event)
+            if time.monotonic() - drawn >= INTERVAL:
+                redraw()
+                drawn = time.monotonic()
+    finally:
+        view.over = True
+        redraw()
+
+
+class _View:
+    """What is to be seen at a moment."""
+
+    def __init__(self) -> None:
+        self.answer = ""
+        self.calls = ""
+        self.over = False
+        self._thoughts = ""
+        self._tokens = 0
+        self._began = time.monotonic()
+        self._seconds = 0.0
+
+    def take(self, event: Event) -> None:
+        match event:
+            case ThinkToken(text=text, token_ids=ids):
+                self._thoughts += text
+                self._tokens += len(ids)
+                self._seconds = time.monotonic() - self._began
+            case AnswerToken(text=text):
+                self.answer += text
+            case ToolCallToken(text=text, name=name):
+                self.calls += f"\n{name} {text}" if name else text
+            case Finished(stats=stats):
+                self._tokens, self._seconds = stats.thinking_tokens, stats.thinking_seconds
+
+    def said(self) -> str:
+        """The answer, and the tool calls below it, as code."""
+        return self.answer + (f"\n\n```{self.calls}\n```" if self.calls else "")
+
+    def thinking(self) -> str:
+        """A block that is open while the model thinks and folded from the answer on."""
+        if not self._thoughts:
+            return "" if self.said() or self.over else "<i>thinking …</i>"
+        thinks = not self.said() and not self.over
+        title = "Thinking …" if thinks else f"Thought for {self._seconds:.0f} s · {self._tokens:,} tokens"
+        return (
+            f"<details{' open' if thinks else ''}><summary>{title}</summary>"
+            f'<div style="white-space: pre-wrap; opacity: 0.7; border-left: 3px solid; padding-left: 0.8em">'
+            f"{html.escape(self._thoughts)}</div></details>"
+        )

@@ -1,0 +1,185 @@
+"""One reply as it is written: `Stream` yields its events, to `for` or to `async for`.
+
+Takes steps from a generator that lives on the model's thread: an id, or None while the prompt is read; what
+is sent into it says how the reply goes on. What ids say, and when a reply has ended, is `Telling`'s to know.
+"""
+
+import asyncio
+import threading
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Self
+
+from magistral_mlx.events import Event
+from magistral_mlx.text.thinking import Phase
+from magistral_mlx.wire import Guide, TokenLogprob
+
+from . import step
+from .reply import Reply, Telling
+from .worker import Pending, Worker
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a stream's ids come from."""
+
+    worker: Worker
+    steps: Generator[int | None, Guide | None, None]
+    reused: Callable[[], int]
+    """How many ids of the prompt were read before; known when the first step is done."""
+    passes: Callable[[], int | None] = lambda: None
+    """How many forward passes the ids so far took, where they are not one each."""
+
+
+class Stream:
+    """An iterator of `ThinkToken`, `AnswerToken` and, at its end, `Finished`; a context manager; a `reply`.
+
+    The model takes a step only when the next event is asked for. Leaving the `with`, `close`, or cancelling
+    the task that waits stops it at once; the model is free for the next stream. Iterate from one thread or
+    task; `close` from any.
+    """
+
+    def __init__(
+        self, source: Source, telling: Telling, *, on_end: Callable[[Reply], None] = lambda _: None
+    ) -> None:
+        self._source: Source | None = source
+        self._telling = telling
+        self._events = telling.events
+        self._on_end = on_end
+        self._pending: Pending[None] | None = None
+        self._guide: Guide | None = None  # how it goes on at the next step
+        self._lock = threading.RLock()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Event:
+        while not self._events:
+            if (asked := self._ask()) is None:
+                raise StopIteration
+            self._receive(asked)
+        return self._events.popleft()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Event:
+        while not self._events:
+            if (asked := self._ask()) is None:
+                raise StopAsyncIteration
+            try:
+                await asyncio.wait([asyncio.wrap_future(asked)])
+            except asyncio.CancelledError:
+                self.close()
+                raise
+            self._receive(asked)
+        return self._events.popleft()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
+
+    def _ipython_display_(self) -> None:
+        """As the value of a notebook's cell, a stream runs and draws itself."""
+        from .notebook import show  # noqa: PLC0415 -- only a notebook has what it needs
+
+        with self:
+            show(self)
+
+    def close(self) -> None:
+        """Stop now. What was said so far stays in `reply`; nothing more is yielded."""
+        self._end(silently=True)
+
+    def drain(self) -> Reply:
+        """Run to the end and return the whole reply."""
+        with self:
+            for _ in self:
+                pass
+        return self.reply
+
+    async def adrain(self) -> Reply:
+        """`drain`, for `await`."""
+        async with self:
+            async for _ in self:
+                pass
+        return self.reply
+
+    def stop_thinking(self) -> None:
+        """End the reasoning at the next line or sentence and go on to the answer. From any thread."""
+        self._telling.stop_thinking()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether there may be more to come."""
+        return self._source is not None
+
+    @property
+    def phase(self) -> Phase:
+        """Where the reply stands: still thinking, or answering."""
+        return self._telling.phase
+
+    @property
+    def reply(self) -> Reply:
+        """What has been said so far; the whole reply once the stream has ended."""
+        return self._telling.reply
+
+    @property
+    def logprobs(self) -> Sequence[TokenLogprob | None]:
+        """Where they are asked for, of each id so far: in step with the ids of the events, joined."""
+        return self._telling.logprobs
+
+    def _ask(self) -> Pending[None] | None:
+        """The step under way, or a new one; None: nothing is to come."""
+        if self._telling.reason is not None:
+            self._end()
+        with self._lock:
+            if self._source is not None and (self._pending is None or _went_well(self._pending)):
+                self._pending = self._source.worker.submit(partial(self._step, self._source))
+            return self._pending
+
+    def _step(self, source: Source) -> None:
+        """One id, said to the reply before anybody is told that it is there.
+
+        Runs on the model's thread, where no Ctrl-C arrives: however a wait is interrupted, no id is lost.
+        """
+        token, cost = step.take(source.steps, self._guide)
+        with self._lock:
+            if self._source is None:  # closed while the step ran
+                return
+            if token is None:
+                self._telling.read(source.reused(), cost)
+            else:
+                self._guide = self._telling.say(token, cost, source.passes())
+
+    def _receive(self, asked: Pending[None]) -> None:
+        """Wait for the step, if it is not done yet."""
+        try:
+            asked.wait()
+        except Exception:  # the model's, not an interrupt of the wait
+            self.close()
+            raise
+        if self._telling.reason is not None:
+            self._end()
+
+    def _end(self, *, silently: bool = False) -> None:
+        """Let go of the model, and tell whoever waits for the reply: once."""
+        with self._lock:
+            source, self._source, self._pending = self._source, None, None
+            if source is not None and silently:
+                self._events.clear()
+        if source is not None:  # not under the lock: what is done then may wait for the model's thread
+            self._on_end(self.reply)
+
+
+def _went_well(done: Pending[None]) -> bool:
+    """False while it is under way; and after an error, so that whoever asks next is told of it."""
+    return done.here and done.exception() is None

@@ -1,0 +1,98 @@
+"""The one thread that owns a model's arrays, and the queue in front of it.
+
+MLX keeps its streams per thread: an array that is not evaluated yet means nothing in another thread. So a
+model is loaded, run and dropped here, one short job at a time, in the order of asking; whoever asks may be in
+any thread. Jobs are single steps, which is why streams that are open together take turns.
+
+Does not know what a job does.
+"""
+
+import queue
+import threading
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeAlias, TypeVar
+
+import mlx.core as mx
+
+from magistral_mlx.errors import ClosedError
+
+T = TypeVar("T")
+_Queue: TypeAlias = "queue.SimpleQueue[tuple[Pending[Any], Callable[[], Any]] | None]"
+
+
+class Pending(Future[T]):
+    """A job's future, for a thread that Ctrl-C may interrupt at any moment: wait for it by `wait`.
+
+    `Future.result`, `done` and `add_done_callback` hold a lock in Python code. An interrupt there may leave
+    it locked for ever, and with it the worker that wants to set the result. This waits in C, and asks for
+    the result when the worker has let go of it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self.here = False
+        """Whether the job is done; the result, or the error, is there."""
+
+    def ring(self) -> None:
+        """The worker has done with it."""
+        self.here = True
+        self._bell.put(None)
+
+    def wait(self) -> T:
+        """The result, when it is there. May be called again, also after an interrupt."""
+        while not self.here:
+            self._bell.get()
+        return self.result()
+
+
+class Worker:
+    """A thread that runs jobs until it is closed, dropped, or the interpreter exits.
+
+    The thread is a daemon that is joined all the same: `weakref.finalize` does it at exit, when the
+    interpreter still runs. A non-daemon thread would be waited for before that, and wait for ever; one that
+    is not joined dies inside MLX, and takes the process with it.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._jobs: _Queue = queue.SimpleQueue()
+        thread = threading.Thread(target=_work, args=(self._jobs,), name=name, daemon=True)
+        thread.start()
+        self.close = weakref.finalize(self, _stop, self._jobs, thread)
+        """Finish the jobs in the queue and end the thread. May be called again."""
+
+    def submit(self, job: Callable[[], T]) -> "Pending[T]":
+        """Queue a job; what it returns or raises is the future's."""
+        if not self.close.alive:
+            raise ClosedError("this model was closed; load it again")
+        future: Pending[T] = Pending()
+        self._jobs.put((future, job))
+        return future
+
+    def run(self, job: Callable[[], T]) -> T:
+        """Run a job and wait for it."""
+        return self.submit(job).wait()
+
+
+def _work(jobs: _Queue) -> None:
+    while (item := jobs.get()) is not None:
+        future, job = item
+        if future.set_running_or_notify_cancel():
+            try:
+                result = job()
+            except BaseException as error:  # noqa: BLE001 -- it is raised where the job was asked for
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+                del result
+        future.ring()
+        del item, future, job  # nothing is kept alive while waiting for the next
+    mx.clear_streams()
+
+
+def _stop(jobs: _Queue, thread: threading.Thread) -> None:
+    jobs.put(None)
+    if thread is not threading.current_thread():  # the last reference may be dropped by a job
+        thread.join()

@@ -1,0 +1,15 @@
+"""Words: messages → ids, ids → typed events. Never imports mlx.
+
+    thinking      <think>…</think> in text that comes in pieces
+    tools         definitions, calls, results from outside
+    prompt        messages, checked; the model cards' prompts
+    toolcalls     control tokens and text → calls
+    tokenizer     messages → ids → text (mistral_common)
+    hf_tokenizer  tekken.json → tokenizer.json
+    sidecars      the files beside converted weights
+    transcript    ids → typed events
+    loops         repetition without end, noticed
+    closing       when reasoning is closed by us
+
+Each imports only what stands above it.
+"""

@@ -1,0 +1,44 @@
+"""When the reasoning is closed by us: its budget is spent, it goes round in circles, or somebody asks for it.
+
+Then it may finish its line or sentence, within a small grace, so that what was thought can be used. Knows
+counts and places in a transcript; not how the closing is done (`transcript`) or fed (`engine`).
+"""
+
+from magistral_mlx.checks import whole_number
+
+from .thinking import CLOSE
+from .transcript import Transcript
+
+GRACE = 32
+"""Tokens that the reasoning may go on for, looking for the end of a line or sentence."""
+
+TEAR = len(CLOSE) - 1
+"""Tokens more, in which half a closing tag or character may become a whole one."""
+
+
+class Closing:
+    """Asked once per id. `budget`: tokens of thinking, None for no limit; `ask` may come from any thread.
+
+    Reasoning that has begun is at most `max(budget, 1) + GRACE + TEAR` tokens long, and the closing tag.
+    """
+
+    def __init__(self, budget: int | None = None) -> None:
+        self._budget = None if budget is None else whole_number("think_budget", budget, least=0)
+        self._asked = False
+        self._waited = 0
+
+    def ask(self) -> None:
+        """Close at the next good place."""
+        self._asked = True
+
+    def due(self, transcript: Transcript, thinking_tokens: int) -> bool:
+        """Whether to close now."""
+        spent = self._budget is not None and thinking_tokens >= self._budget
+        if not (spent or self._asked) or transcript.phase != "thinking":
+            return False
+        self._waited += 1
+        if not transcript.can_close:
+            return False
+        if transcript.torn:
+            return self._waited > GRACE + TEAR
+        return transcript.at_pause or not transcript.thinking or self._waited > GRACE

@@ -1,0 +1,165 @@
+"""What a prompt is made of before it becomes ids: checked messages, and the text that makes the model think.
+
+Knows the shapes that messages may take, how earlier reasoning is told from earlier answers, and the system
+prompts of the model cards. Does not know ids or mistral_common: `tokenizer` takes it from here.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias, cast, get_args
+
+from magistral_mlx.checks import check_text
+from magistral_mlx.errors import PromptError
+from magistral_mlx.events import ToolCall
+
+from .thinking import OPEN, parse
+from .tools import call_id, read_calls
+
+Role: TypeAlias = Literal["system", "user", "assistant", "tool"]
+Messages: TypeAlias = str | Sequence[Mapping[str, Any]]
+"""A question, or `{"role", "content"}` messages; an assistant's may also carry "thinking" and "tool_calls",
+and a tool's carries the "tool_call_id" of the call that it answers."""
+
+TEXT_TAGS_PROMPT = """\
+A user will ask you to solve a task. You should first draft your thinking process (inner monologue) until \
+you have derived the final answer. Afterwards, write a self-contained summary of your thoughts (i.e. your \
+summary should be succinct but contain all the critical steps you needed to reach the conclusion). You \
+should use Markdown to format your response. Write both your thoughts and summary in the same language \
+as the task posed by the user. NEVER use \\boxed{} in your response.
+
+Your thinking process must follow the template below:
+<think>
+Your thoughts or/and draft, like working through an exercise on scratch paper. Be as casual and as long as \
+you want until you are confident to generate a correct answer.
+</think>
+
+Here, provide a concise summary that reflects your reasoning and presents a clear final answer to the user. \
+Don't mention that this is a summary.
+
+Problem:
+
+"""
+"""The card of Magistral-Small-2506, for a checkpoint that brings no SYSTEM_PROMPT.txt."""
+
+CONTROL_TAGS_PROMPT = """\
+First draft your thinking process (inner monologue) until you arrive at a response. Format your response \
+using Markdown, and use LaTeX for any mathematical equations. Write both your thoughts and the response in \
+the same language as the input.
+
+Your thinking process must follow the template below:[THINK]Your thoughts or/and draft, like working through \
+an exercise on scratch paper. Be as casual and as long as you want until you are confident to generate the \
+response. Use the same language as the input.[/THINK]Here, provide a self-contained response."""
+"""The card of Magistral-Small-2507 and 2509: likewise, where the tokenizer has think tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """One message, checked: its answer text and its reasoning are apart, ids of calls are Mistral's."""
+
+    role: Role
+    content: str
+    thinking: str = ""
+    calls: tuple[ToolCall, ...] = ()
+    answers: str = ""
+    """Of a tool: the id of the call."""
+
+
+def read_messages(messages: Messages) -> list[Turn]:
+    """Check `messages` and take them apart; PromptError says which one is wrong and why.
+
+    Order is left to mistral_common, which joins neighbours of one role, except that every tool call must be
+    answered, and that the last message must be the user's or a tool's: there would be nothing to answer.
+    """
+    if isinstance(messages, str):
+        messages = [{"role": "user", "content": messages}]
+    turns = [_turn(message, f"messages[{at}]") for at, message in enumerate(_listed(messages))]
+    if turns[-1].role not in ("user", "tool"):
+        raise PromptError(
+            f"Expected the last message from the user or a tool, found {turns[-1].role}. Add the question."
+        )
+    _check_answers(turns)
+    return turns
+
+
+def without_thinking(turns: Sequence[Turn]) -> list[Turn]:
+    """Earlier turns without their reasoning. What led to calls since the last question is not earlier."""
+    now = max((at for at, turn in enumerate(turns) if turn.role == "user"), default=-1)
+    return [turn if at > now else replace(turn, thinking="") for at, turn in enumerate(turns)]
+
+
+def _check_answers(turns: Sequence[Turn]) -> None:
+    """Each call is answered, once, before anybody else speaks."""
+    open_calls: list[str] = []
+    for at, turn in enumerate(turns):
+        if turn.role == "tool":
+            if turn.answers not in open_calls:
+                raise PromptError(
+                    f"Expected messages[{at}] to answer a tool call of the message before, found another "
+                    "tool_call_id. Each call has one result, behind the message that calls."
+                )
+            open_calls.remove(turn.answers)
+        elif open_calls:
+            raise _unanswered(open_calls, f"before messages[{at}]")
+        open_calls += [call.id for call in turn.calls]
+    if open_calls:
+        raise _unanswered(open_calls, "at the end")
+
+
+def _unanswered(calls: Sequence[str], where: str) -> PromptError:
+    return PromptError(
+        f"Expected a result of each tool call {where}, found {len(calls)} without. Add a message of the role "
+        "tool for each."
+    )
+
+
+def _listed(messages: object) -> Sequence[object]:
+    if isinstance(messages, Sequence) and messages:
+        return cast("Sequence[object]", messages)
+    found = "none" if isinstance(messages, Sequence) else f"a {type(messages).__name__}"
+    raise PromptError(f"Expected a question or a list of messages, found {found}. Pass at least one.")
+
+
+def _turn(message: object, where: str) -> Turn:
+    if not isinstance(message, Mapping):
+        kind = type(message).__name__
+        raise PromptError(f'Expected {where} to be a {{"role", "content"}} mapping, found a {kind}.')
+    fields = {
+        key: value for key, value in cast("Mapping[object, object]", message).items() if value is not None
+    }
+    role = fields.pop("role", None)
+    if role not in get_args(Role):
+        raise PromptError(
+            f"Expected {where} to have the role system, user, assistant or tool, found {role!r}."
+        )
+    content = fields.pop("content", None)
+    if role == "assistant":
+        elsewhere = fields.pop("reasoning_content", None)  # what servers and other clients call it
+        calls = read_calls(fields.pop("tool_calls", ()), f"{where}'s tool_calls")
+        turn = _assistant(content, fields.pop("thinking", None) or elsewhere, calls, where)
+    elif role == "tool":
+        turn = _result(content, fields.pop("tool_call_id", None), where)
+        fields.pop("name", None)  # that of the call
+    else:
+        turn = Turn(role=cast("Role", role), content=check_text(content, f"{where}'s content"))
+    if fields:  # dropping what a caller meant to say (images) would be worse
+        raise PromptError(
+            f"Expected {where} to hold a role and its text, found also {sorted(map(str, fields))}."
+        )
+    return turn
+
+
+def _assistant(content: object, thinking: object, calls: tuple[ToolCall, ...], where: str) -> Turn:
+    silent = (thinking or calls) and (content is None or (isinstance(content, str) and not content.strip()))
+    text = "" if silent else check_text(content, f"{where}'s content")
+    if thinking:
+        thinking = check_text(thinking, f"{where}'s thinking")
+        return Turn(role="assistant", content=text, thinking=thinking, calls=calls)
+    if not text.lstrip().startswith(OPEN):
+        return Turn(role="assistant", content=text, calls=calls)
+    thinking, answer = parse(text)
+    return Turn(role="assistant", content=answer, thinking=thinking, calls=calls)
+
+
+def _result(content: object, answers: object, where: str) -> Turn:
+    text = check_text(content, f"{where}'s content", may_be_blank=True)  # a tool may have nothing to say
+    return Turn(role="tool", content=text, answers=call_id(check_text(answers, f"{where}'s tool_call_id")))

@@ -1,0 +1,203 @@
+"""Tool calls in what a model writes: control tokens and text that come in pieces → calls, or text after all.
+
+Knows the two forms: `[TOOL_CALLS]name[CALL_ID]id[ARGS]{…}`, once a call, where the id may be missing (v11;
+v13 never has it), and one `[TOOL_CALLS][{"name", "arguments"}, …]` for all calls (v7). Does not know ids of
+tokens, phases, or which tools there are: the caller reports the control tokens.
+
+The rules:
+
+- A call is one when its arguments are a JSON object. They end with the object's last brace; what follows,
+  other than white space, is text again.
+- Arguments are passed on as they come, once they begin as an object. In the v7 form a call comes when all of
+  them are there.
+- What turns out to be no call (no name, no arguments, no JSON, cut off) is given back as the text it was,
+  names of its control tokens included.
+"""
+
+import json
+from typing import Any, Literal, TypeAlias
+
+from magistral_mlx.events import ToolCall, ToolCallToken
+
+from .tools import FUNCTION_NAME, call_id, is_object
+
+Marker: TypeAlias = Literal["[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"]
+_LONGEST = 80
+"""Characters of a name or an id, and white space about it, after which it is none."""
+
+
+Part: TypeAlias = ToolCallToken | str
+"""A piece of a call, without its ids of tokens; or text that is of none."""
+
+
+class CallParser:
+    """`mark` a control token and `feed` text as they come; `flush` once, at the end.
+
+    key: ids that the model leaves out, or gives twice, are made from it: the same key, the same ids.
+    """
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+        self._state: Literal["text", "name", "id", "arguments", "list", "after"] = "text"
+        self._raw: list[str] = []  # all of the call under way, to be text if it breaks
+        self._held = ""  # a name, an id, or white space, as long as it may be one
+        self._name = self._id = ""
+        self._json: list[str] = []
+        self._depth = _Depth()
+        self._index = -1
+        self._ids: set[str] = set()
+        self.calls: tuple[ToolCall, ...] = ()
+        """Those that are whole."""
+
+    @property
+    def active(self) -> bool:
+        """Whether text belongs here: a call has begun, and nothing else since."""
+        return self._state != "text"
+
+    def mark(self, marker: Marker) -> list[Part]:
+        """A control token came, after all text that came before it."""
+        if marker == "[TOOL_CALLS]":
+            parts = self.flush()
+            self._state, self._raw, self._held = "name", [marker], ""
+            self._name, self._id, self._json, self._depth = "", "", [], _Depth()
+            return parts
+        if self._state in ("text", "after"):
+            return []  # as a control token that has no place
+        self._raw.append(marker)
+        word, self._held = self._held.strip(), ""
+        if self._state == "name" and word:
+            self._name, self._state = word, "id" if marker == "[CALL_ID]" else "arguments"
+            return []
+        if self._state == "id" and marker == "[ARGS]":
+            self._id, self._state = word, "arguments"
+            return []
+        return self._broken()
+
+    def feed(self, text: str) -> list[Part]:
+        if not text or not self.active:
+            return [text] if text else []
+        self._raw.append(text)
+        match self._state:
+            case "name" | "id":
+                return self._word(text)
+            case "arguments":
+                return self._arguments(text)
+            case "list":
+                return self._list(text)
+            case _:
+                return self._broken() if text.strip() else []
+
+    def flush(self) -> list[Part]:
+        """No text can follow. A call that is not whole was none; white space behind one was nothing."""
+        if self._state == "after":
+            self._raw, self._state = [], "text"
+        return self._broken() if self.active else []
+
+    def _word(self, text: str) -> list[Part]:
+        """A name or an id: of letters, digits, - and _."""
+        self._held += text
+        word = self._held.strip()
+        if self._state == "name" and word.startswith("["):
+            self._state = "list"
+            return self._list(self._held.lstrip())
+        legal = not word or FUNCTION_NAME.fullmatch(word)
+        return [] if legal and len(self._held) <= _LONGEST else self._broken()
+
+    def _arguments(self, text: str) -> list[Part]:
+        new = text if self._json else text.lstrip()
+        if not new:
+            return []
+        if not self._json and not new.startswith("{"):
+            return self._broken()
+        first = not self._json
+        end = self._depth.feed(new)
+        self._json.append(new[:end])
+        piece = self._begin if first else self._piece
+        parts: list[Part] = [piece(new[:end])]
+        if end is None:
+            return parts
+        arguments = "".join(self._json)
+        if not is_object(arguments):
+            return parts + self._broken()
+        self.calls += (ToolCall(id=self._id, name=self._name, arguments=arguments),)
+        return parts + self._whole(new[end:])
+
+    def _list(self, text: str) -> list[Part]:
+        end = self._depth.feed(text)
+        self._json.append(text[:end])
+        if end is None:
+            return []
+        calls = _listed("".join(self._json))
+        if not calls:
+            return self._broken()
+        parts: list[Part] = []
+        for self._name, self._id, arguments in calls:
+            parts.append(self._begin(arguments))
+            self.calls += (ToolCall(id=self._id, name=self._name, arguments=arguments),)
+        return parts + self._whole(text[end:])
+
+    def _piece(self, text: str) -> ToolCallToken:
+        return ToolCallToken(text=text, index=self._index)
+
+    def _begin(self, text: str) -> ToolCallToken:
+        """The first piece of a call; its id is of no other call here."""
+        self._index += 1
+        self._id = call_id(self._id or f"{self._key}/{self._index}")
+        while self._id in self._ids:
+            self._id = call_id(f"{self._key}/{self._index}/{self._id}")
+        self._ids.add(self._id)
+        return ToolCallToken(text=text, index=self._index, id=self._id, name=self._name)
+
+    def _whole(self, rest: str) -> list[Part]:
+        self._state, self._raw = "after", []
+        return self.feed(rest)
+
+    def _broken(self) -> list[Part]:
+        """What came since the last call was text."""
+        raw, self._raw, self._state = "".join(self._raw), [], "text"
+        return [raw]
+
+
+class _Depth:
+    """Finds the bracket that closes the first one, outside of strings."""
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._quoted = self._escaped = False
+
+    def feed(self, text: str) -> int | None:
+        """How much of `text` it takes to the end, which is not looked for again; None: it goes on."""
+        for at, char in enumerate(text):
+            if self._escaped:
+                self._escaped = False
+            elif self._quoted:
+                self._escaped, self._quoted = char == "\\", char != '"'
+            elif char == '"':
+                self._quoted = True
+            elif char in "{[":
+                self._depth += 1
+            elif char in "}]":
+                self._depth -= 1
+                if not self._depth:
+                    return at + 1
+        return None
+
+
+def _listed(text: str) -> list[tuple[str, str, str]]:
+    """(name, id, arguments) of each call in a JSON list; none if any of them is no call."""
+    try:
+        found: list[Any] = json.loads(text)
+        return [_read(call["name"], call.get("id"), call["arguments"]) for call in found]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return []
+
+
+def _read(name: str, given: object, arguments: object) -> tuple[str, str, str]:
+    if not FUNCTION_NAME.fullmatch(name):
+        raise ValueError(name)
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    if not is_object(text):
+        raise ValueError(text)
+    own = given if isinstance(given, str) else ""
+    (own + text).encode()  # raises, if half of a surrogate pair was escaped
+    return name, own, text

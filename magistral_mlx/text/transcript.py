@@ -1,0 +1,185 @@
+"""Ids as they are sampled → events: text with its phase, tool calls, and every id accounted for.
+
+Joins the detokenizer to the parsers of tool calls and of reasoning, and ends the answer at a stop string.
+Does not know where ids come from, when a stream ends or why (`chat`).
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TypeAlias
+
+from magistral_mlx.errors import SamplingError
+from magistral_mlx.events import AnswerToken, ThinkToken, ToolCall, ToolCallToken
+
+from .thinking import CLOSE, Phase, Piece, ThinkParser, unfinished
+from .tokenizer import Tokenizer
+from .toolcalls import CallParser, Part
+
+TextEvent: TypeAlias = ThinkToken | AnswerToken | ToolCallToken
+
+_PAUSE = re.compile(r"(\n|(?<!\d)[.!?…]|[。！？؟।])[\"'”’»)\]*`」』）]*\s?$")  # noqa: RUF001 -- full-width ones are meant
+"""Where a reader would pause."""
+
+
+class Transcript:
+    """`feed` every id that was sampled, the end of text too; `flush` once, at the end.
+
+    An id whose text is not visible yet (a tag, half a character, what may begin a stop string) rides on the
+    next event. Those that no event took are what `flush` returns beside its events, for `Finished`.
+
+    calls: looks for tool calls; None: none were offered, and their control tokens are like any other.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, stop: tuple[str, ...] = (), calls: CallParser | None = None
+    ) -> None:
+        self._detokenizer = tokenizer.detokenizer()
+        self._think_ids = tokenizer.think_ids
+        self._parser = ThinkParser(tags="control" if self._think_ids else "text")
+        self._stop = StopStrings(stop)
+        self._calls = calls or CallParser("")
+        self._markers = tokenizer.call_markers if calls else {}
+        self._pending: list[int] = []
+        self._tail = ""
+        self._texts: dict[Phase, list[str]] = {"thinking": [], "answer": []}
+
+    @property
+    def phase(self) -> Phase:
+        """Where the transcript stands after the ids fed so far; see `ThinkParser.phase`."""
+        return self._parser.phase
+
+    @property
+    def can_close(self) -> bool:
+        """Whether `force_close` is in place: reasoning has begun, and not ended."""
+        return self._parser.can_close
+
+    @property
+    def torn(self) -> bool:
+        """Whether a close now would come in the middle of a character, or of what may be a tag."""
+        return self._parser.in_tag or self._detokenizer.pending
+
+    @property
+    def at_pause(self) -> bool:
+        """Whether the text so far ends a line or a sentence (`3.` does not: the number may go on)."""
+        return _PAUSE.search(self._tail) is not None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was met. Whatever is fed after it brings no text."""
+        return self._stop.met
+
+    @property
+    def thinking(self) -> str:
+        return "".join(self._texts["thinking"])
+
+    @property
+    def answer(self) -> str:
+        return "".join(self._texts["answer"])
+
+    @property
+    def tool_calls(self) -> tuple[ToolCall, ...]:
+        """Those that are whole."""
+        return self._calls.calls
+
+    def closing_ids(self, tokenizer: Tokenizer) -> list[int]:
+        """What would close the reasoning here: the closing tag, on a line of its own where it is text."""
+        if self._think_ids:
+            return [self._think_ids[1]]
+        return tokenizer.encode(("" if self._tail.endswith("\n") else "\n") + CLOSE + "\n")
+
+    def force_close(self, ids: list[int], *, late: bool = True) -> list[TextEvent]:
+        """Close the reasoning here, with `closing_ids`. Their event is theirs alone.
+
+        late: drop the tag that the model may still write then.
+        Ids that waited for text come before it, if need be on an event without any.
+        """
+        events = self._events(
+            self._parser.feed(self._detokenizer.flush()) + self._parser.force_close(late=late)
+        )
+        if self._pending:
+            events.append(ThinkToken(text="", token_ids=tuple(self._pending)))
+            self._pending = []
+        return [*events, ThinkToken(text="", token_ids=tuple(ids), forced=True)]
+
+    def feed(self, token_id: int) -> list[TextEvent]:
+        self._pending.append(token_id)
+        text = self._detokenizer.feed(token_id)
+        self._tail = (self._tail + text)[-8:]
+        events = self._said(self._calls.feed(text))
+        if marker := self._markers.get(token_id):
+            if marker == "[TOOL_CALLS]":
+                events += self._interrupt()
+            events += self._said(self._calls.mark(marker))
+        elif self._think_ids and token_id == self._think_ids[0]:
+            self._parser.mark_open()
+        elif self._think_ids and token_id == self._think_ids[1]:
+            self._parser.mark_close()
+        return events
+
+    def flush(self) -> tuple[list[TextEvent], tuple[int, ...]]:
+        """The last events, and the ids left over."""
+        events = self._said(self._calls.feed(self._detokenizer.flush()))
+        events += self._said(self._calls.flush()) + self._events(self._parser.flush())
+        events += self._event("answer", self._stop.flush())
+        leftover, self._pending = tuple(self._pending), []
+        return events, leftover
+
+    def _interrupt(self) -> list[TextEvent]:
+        """A tool call begins: text that was held back comes before it, and the reasoning is over."""
+        events = self._said(self._calls.flush()) + self._events(self._parser.interrupt())
+        return events + self._event("answer", self._stop.flush())
+
+    def _said(self, parts: Iterable[Part]) -> list[TextEvent]:
+        """Pieces of calls, and the text that is of none."""
+        events: list[TextEvent] = []
+        for part in parts:
+            if isinstance(part, str):
+                events += self._events(self._parser.feed(part))
+            else:
+                token_ids, self._pending = tuple(self._pending), []
+                events.append(replace(part, token_ids=token_ids))
+        return events
+
+    def _events(self, pieces: list[Piece]) -> list[TextEvent]:
+        events: list[TextEvent] = []
+        for phase, text in pieces:
+            events += self._event(phase, text if phase == "thinking" else self._stop.feed(text))
+        return events
+
+    def _event(self, phase: Phase, text: str) -> list[TextEvent]:
+        if not text:
+            return []
+        self._texts[phase].append(text)
+        token_ids, self._pending = tuple(self._pending), []
+        kind = ThinkToken if phase == "thinking" else AnswerToken
+        return [kind(text=text, token_ids=token_ids)]
+
+
+class StopStrings:
+    """Text up to the stop string that is complete first, however the text was cut."""
+
+    def __init__(self, stops: tuple[str, ...]) -> None:
+        if not all(stops):
+            raise SamplingError(f"Expected stop strings with at least one character, found {stops!r}.")
+        self._stops = stops
+        self._held = ""
+        self.met = False
+
+    def feed(self, text: str) -> str:
+        if self.met:
+            return ""
+        self._held += text
+        found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if found:
+            self.met = True
+            return self._held[: min(found)[1]]
+        undecided = max((unfinished(self._held, stop) for stop in self._stops), default=0)
+        return self._release(len(self._held) - undecided)
+
+    def flush(self) -> str:
+        return "" if self.met else self._release(len(self._held))
+
+    def _release(self, size: int) -> str:
+        visible, self._held = self._held[:size], self._held[size:]
+        return visible
