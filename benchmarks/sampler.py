@@ -4,7 +4,7 @@
 
 Temperature 0.7 and top_p 0.95 on both sides: mlx-lm's `make_sampler`, ours as `decode` calls it. Both get
 logits; the log-softmax that mlx-lm takes of them before, every step, is not counted. Peaked and flat logits
-cost the same. That what is drawn is the nucleus of float64 is not for here: `tests/test_sampling.py`.
+cost the same. That what is drawn is the nucleus of float64 is not for here: `tests/decoder/test_sampling.py`.
 """
 
 import argparse

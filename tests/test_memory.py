@@ -20,7 +20,7 @@ from magistral_mlx.disk.tensorfile import Entry
 from magistral_mlx.errors import MagistralWarning, MemoryLimitError
 from magistral_mlx.memory import Guard, Machine, MemoryPlan
 from tests import models
-from tests.test_cache import feed
+from tests.decoder.test_cache import feed
 
 
 def test_refused_before_anything_is_read(tmp_path, monkeypatch):

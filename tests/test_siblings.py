@@ -13,7 +13,7 @@ from magistral_mlx.disk import manifest
 from magistral_mlx.disk.checkpoint import load, open_checkpoint
 from magistral_mlx.text.tokenizer import Tokenizer
 from tests import mlx_lm_reference, models
-from tests.test_checkpoint import LAYOUTS
+from tests.disk.test_checkpoint import LAYOUTS
 from tests.tokenizers import tiny_tekken
 
 PROMPT = "Think first.\n[THINK]A draft.[/THINK]Then answer."

@@ -24,7 +24,7 @@ from magistral_mlx.decoder.sampling import Sampler, Sampling
 from magistral_mlx.disk.checkpoint import load, open_checkpoint
 from magistral_mlx.text import sidecars
 from tests import models
-from tests.test_cache import feed
+from tests.decoder.test_cache import feed
 from tests.tokenizers import tiny_tekken
 
 CLOSE = 1e-4
@@ -32,7 +32,7 @@ CLOSE = 1e-4
 EVEN = replace(models.TINY, dim=256, n_layers=2, n_heads=6, n_kv_heads=2, head_dim=64, hidden_dim=384)
 """Every width divides by 128, so that every group size fits."""
 IDS = np.random.default_rng(5).integers(0, models.TINY.vocab_size, size=40).tolist()
-RECORDED = Path(__file__).parent / "data" / "transformers_logits.npz"
+RECORDED = Path(__file__).parents[1] / "data" / "transformers_logits.npz"
 
 
 def ours(path: Path, ids: list[int] = IDS, dtype: mx.Dtype = mx.float32) -> np.ndarray:

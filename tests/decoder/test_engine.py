@@ -22,7 +22,7 @@ from magistral_mlx.disk.checkpoint import load, open_checkpoint
 from magistral_mlx.errors import CheckpointError
 from magistral_mlx.wire import Guide
 from tests import models
-from tests.test_cache import feed
+from tests.decoder.test_cache import feed
 
 V = 50
 NARROW = Sampling(temperature=3.0, top_p=0.1)

@@ -22,7 +22,7 @@ from magistral_mlx.talk.notebook import _View
 from magistral_mlx.text.tokenizer import Tokenizer
 from magistral_mlx.text.tools import call_id, read_tools
 from tests.scripted import scripted
-from tests.test_toolcalls import ids_of
+from tests.text.test_toolcalls import ids_of
 from tests.tokenizers import VERSIONS
 
 Open = Callable[[str], Tokenizer]

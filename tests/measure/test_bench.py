@@ -16,7 +16,7 @@ from magistral_mlx.measure import bench, figures, machine, trial
 from magistral_mlx.measure.bench import Settings
 from magistral_mlx.measure.machine import Computer
 
-DOCS = (Path(__file__).parent.parent / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+DOCS = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text(encoding="utf-8")
 QUICK = ("--length", "24", "--tokens", "4", "--trials", "1", "--reply-tokens", "8")
 
 

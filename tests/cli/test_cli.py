@@ -138,7 +138,7 @@ def test_convert_then_ask_then_refuse_to_overwrite(run: Run, tmp_path: Path):
 
 
 def test_the_script_is_the_command(tmp_path: Path):
-    script = Path(__file__).parent.parent / "scripts" / "convert.py"
+    script = Path(__file__).parents[2] / "scripts" / "convert.py"
     command = [sys.executable, str(script), "demo", "--out", str(tmp_path / "out"), "--mode", "mxfp4"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "4.26 bits per weight (mxfp4)" in done.stdout

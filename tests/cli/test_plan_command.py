@@ -17,7 +17,7 @@ from magistral_mlx.disk.tensorfile import Entry
 from magistral_mlx.errors import MagistralError
 from tests import models
 
-DOCS = Path(__file__).parent.parent / "docs" / "memory.md"
+DOCS = Path(__file__).parents[2] / "docs" / "memory.md"
 Run = Callable[..., Result]
 
 

@@ -18,9 +18,9 @@ from magistral_mlx.errors import ConfigError
 from magistral_mlx.fetch.hub import DEMO
 from magistral_mlx.text.tokenizer import Tokenizer
 from tests import models
-from tests.test_cache import feed
+from tests.decoder.test_cache import feed
 
-sys.path.append(str(Path(__file__).parent.parent / "scripts"))
+sys.path.append(str(Path(__file__).parents[2] / "scripts"))
 from demo_problems import held_out_problems
 
 CONFIG = replace(models.TINY, n_layers=2, dim=96, n_heads=4, n_kv_heads=2, hidden_dim=128)

@@ -15,7 +15,7 @@ from magistral_mlx.decoder.prefix import Prefix
 from magistral_mlx.decoder.sampling import Sampler, Sampling
 from magistral_mlx.disk.checkpoint import load, open_checkpoint
 from tests import models
-from tests.test_cache import feed
+from tests.decoder.test_cache import feed
 
 FEW_IDS = st.lists(st.integers(0, 2), max_size=60)
 

@@ -20,7 +20,7 @@ from magistral_mlx.fetch.hub import DEMO
 from magistral_mlx.server.safety import Rules
 from tests.serving import ASK, HUB_ID, QUESTION, Running
 
-CARD = (Path(__file__).parent / "card_client.txt").read_text(encoding="utf-8")
+CARD = (Path(__file__).parents[1] / "card_client.txt").read_text(encoding="utf-8")
 """The client on the model card of Magistral-Small-2506, as it stands there."""
 
 

@@ -9,7 +9,7 @@ from openai import OpenAI
 from magistral_mlx.text.tokenizer import Tokenizer
 from tests.scripted import scripted
 from tests.serving import ASK, Running
-from tests.test_toolcalls import ids_of
+from tests.text.test_toolcalls import ids_of
 
 TOOLS = [
     {

@@ -31,11 +31,11 @@ from magistral_mlx.text.sidecars import files
 from magistral_mlx.text.tokenizer import Tokenizer
 from magistral_mlx.wire import Guide
 from tests import models
+from tests.decoder.test_engine import NARROW, PROMPT, Remembering, V, remembered, start
+from tests.decoder.test_sampling import reference
 from tests.scripted import scripted
-from tests.test_engine import NARROW, PROMPT, Remembering, V, remembered, start
-from tests.test_sampling import reference
 
-sys.path.append(str(Path(__file__).parent.parent / "scripts"))
+sys.path.append(str(Path(__file__).parents[2] / "scripts"))
 from demo_problems import held_out_problems
 
 GREEDY = Sampling(temperature=0)

@@ -32,8 +32,8 @@ from magistral_mlx.disk.checkpoint import load, open_checkpoint
 from magistral_mlx.talk.worker import Worker
 from magistral_mlx.text.tokenizer import Tokenizer
 from tests import models
+from tests.decoder.test_cache import feed
 from tests.scripted import scripted
-from tests.test_cache import feed
 from tests.tokenizers import CONTROLS
 
 Open = Callable[[str], Tokenizer]

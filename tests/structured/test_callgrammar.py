@@ -12,8 +12,8 @@ from magistral_mlx import PromptError, Sampling, SchemaError
 from magistral_mlx.chat import Magistral
 from magistral_mlx.text.tokenizer import Tokenizer
 from tests.scripted import Script, scripted
-from tests.test_toolcalls import ids_of
-from tests.test_tools import PARIS, TOOLS
+from tests.text.test_toolcalls import ids_of
+from tests.text.test_tools import PARIS, TOOLS
 from tests.tokenizers import VERSIONS
 
 Open = Callable[[str], Tokenizer]

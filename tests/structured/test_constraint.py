@@ -12,7 +12,7 @@ from magistral_mlx.structured.grammar import Grammar, Vocabulary
 from magistral_mlx.text.thinking import CLOSE, OPEN
 from magistral_mlx.text.tokenizer import Tokenizer
 from magistral_mlx.text.transcript import Transcript
-from tests.test_grammar import ids_of
+from tests.structured.test_grammar import ids_of
 from tests.tokenizers import CONTROLS
 
 Open = Callable[[str], Tokenizer]

@@ -15,7 +15,7 @@ from nbclient import NotebookClient
 from magistral_mlx import AnswerToken, Finished, Stats, ThinkToken
 from magistral_mlx.talk.notebook import _View
 
-NOTEBOOK = Path(__file__).parent.parent / "docs" / "notebook.ipynb"
+NOTEBOOK = Path(__file__).parents[2] / "docs" / "notebook.ipynb"
 
 
 def test_the_example_runs_and_draws_itself():

@@ -19,7 +19,7 @@ from magistral_mlx.decoder.sampling import Sampler
 from magistral_mlx.measure import bench, doctor, real_layer
 from magistral_mlx.text.transcript import Transcript
 
-DOCS = (Path(__file__).parent.parent / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+DOCS = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")

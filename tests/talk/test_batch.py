@@ -20,8 +20,8 @@ from magistral_mlx.decoder.sampling import Sampler
 from magistral_mlx.disk.checkpoint import load, open_checkpoint
 from magistral_mlx.wire import Guide
 from tests import models
-from tests.test_cache import feed
-from tests.test_engine import FORCED, MASKS, NARROW, Sent, guide, say
+from tests.decoder.test_cache import feed
+from tests.decoder.test_engine import FORCED, MASKS, NARROW, Sent, guide, say
 
 # ------------------------------------------------------------------ caches side by side
 

@@ -28,7 +28,7 @@ NARROW = replace(
 )
 def test_the_true_shape(tmp_path, layout, file):
     """As a user calls it: 47 GB and its header, in seconds and next to no room."""
-    script = Path(__file__).parents[1] / "scripts" / "sparse_checkpoint.py"
+    script = Path(__file__).parents[2] / "scripts" / "sparse_checkpoint.py"
     out = tmp_path / "sparse"
     done = subprocess.run(
         [sys.executable, script, out, "--layout", layout],
@@ -171,7 +171,7 @@ def test_memory(tmp_path):
     """At most 300 MB above a process that has imported mlx, with a tokenizer of the published size."""
     words = published_tekken(tmp_path / "words", "v11").parent
     make(tmp_path / "sparse", layers=1, config=replace(MAGISTRAL, vocab_size=8192), words=words)
-    script = Path(__file__).parents[1] / "scripts" / "convert.py"
+    script = Path(__file__).parents[2] / "scripts" / "convert.py"
     _, idle = run("-c", "import mlx.core as mx; mx.eval(mx.zeros(1))")
     _, peak = run(script, tmp_path / "sparse", "--out", tmp_path / "out")
     assert idle < 100
