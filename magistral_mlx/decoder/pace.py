@@ -21,6 +21,11 @@ UNKNOWN = 0.5
 """Of a plain pass: what a draft is taken to cost until it is measured, where it is likely to be right."""
 WORTH = 1.1
 """So many times the ids a second, or it is not worth drafting."""
+ALLOWED = 4
+"""Plain passes whose time drafting may have lost before it pauses. What it loses in trying, or by a wrong
+estimate, is bounded by this, whatever the estimates say."""
+REPAID = 0.02
+"""Of the time that passes: how fast a loss is forgiven, so how much of it may be lost in the long run."""
 
 
 class Pace:
@@ -31,10 +36,14 @@ class Pace:
         self._last: dict[int, int] = {}  # the number of the last of them
         self._warm: set[int] = set()
         self._passes = 0
+        self._lost = 0.0  # seconds, of those that drafting has cost and not brought in
 
-    def took(self, drafts: int, seconds: float) -> None:
-        """A pass that checked so many drafts took so long."""
+    def took(self, drafts: int, seconds: float, ids: int = 1) -> None:
+        """A pass that checked so many drafts took so long and brought so many ids."""
         self._passes += 1
+        if drafts and 0 in self._seconds:
+            self._lost += seconds - ids * self._plain
+        self._lost = max(self._lost - REPAID * seconds, 0.0)
         if drafts not in self._warm:  # the first of a shape may have compiled kernels
             self._warm.add(drafts)
             return
@@ -49,15 +58,22 @@ class Pace:
         """How many to draft, up to `most`, where each is right with this chance if those before it are."""
         if chance <= 0 or most < 1 or len(self._seconds.get(0, ())) < SURE:
             return 0
+        if self._lost > ALLOWED * self._plain:
+            return 0
         costs = self._costs(min(most, MOST))
         rates = [_expected(chance, k) / cost for k, cost in enumerate(costs)]
         best = max(range(len(rates)), key=rates.__getitem__)
         return best if rates[best] > WORTH * rates[0] else 0
 
+    @property
+    def _plain(self) -> float:
+        """Seconds of a pass without drafts."""
+        return statistics.median(self._seconds[0])
+
     def _costs(self, most: int) -> list[float]:
         """Seconds of a pass with 0, 1, … drafts. What is not measured goes on in proportion, and not far."""
-        known = {k: statistics.median(seconds) for k, seconds in self._seconds.items()}
-        plain = known.pop(0)
+        plain = self._plain
+        known = {k: statistics.median(seconds) for k, seconds in self._seconds.items() if k}
 
         def cost(k: int) -> float:
             if k in known or k == 0:

@@ -15,7 +15,7 @@ While there is nothing to draft it goes one step ahead of what is known here, as
 """
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, cast
 
@@ -67,7 +67,7 @@ class Speculation:
         drawing, drafter = Drawing(sampler, None, scorer), self._drafter
         passes = _Passes(model, caches, drawing)
         position, left = caches[0].offset, limit  # position: of the first id that `now` draws
-        now = passes.draw(logits[None], position, seen_in(sampler, prompt, logits))
+        now = passes.draw([logits], position, seen_in(sampler, prompt, logits))
         watch, steady = _Watch(self._clock), False
         while left > 0:
             # 1. Nothing to draft: ask for the next pass before this one's id is known here.
@@ -80,7 +80,7 @@ class Speculation:
                 trim_all(caches, 1)
                 ahead = passes.feed(now.steps[0], ids[0], position + 1)
             trim_all(caches, len(now.steps) - len(ids))
-            self._note(len(now.steps) - 1, watch.lap(), plain=steady and blind)
+            self._note(len(now.steps) - 1, watch.lap(), len(ids), plain=steady and blind)
             drafter.extend(ids)
             steady = blind
             # 3. Go on from the last of them, with guesses if there are any.
@@ -114,11 +114,11 @@ class Speculation:
         """How many to draft now."""
         return self._pace.best(self._drafter.chance(), min(most, MOST)) if most > 0 else 0
 
-    def _note(self, drafts: int, seconds: float, *, plain: bool) -> None:
+    def _note(self, drafts: int, seconds: float, ids: int, *, plain: bool) -> None:
         """A pass was read. Of those without drafts, one of a steady run is measured."""
         self.passes += 1
         if drafts or plain:
-            self._pace.took(drafts, seconds)
+            self._pace.took(drafts, seconds, ids)
 
 
 class _Passes:
@@ -130,36 +130,37 @@ class _Passes:
         self._drawing = drawing
 
     def draw(
-        self, logits: mx.array, position: int, seen: mx.array | None, drafts: mx.array | None = None
+        self, rows: Iterable[mx.array], position: int, seen: mx.array | None, drafts: mx.array | None = None
     ) -> _Pass:
-        """Draw from `(k + 1, V)`, each draft taken for said in the next."""
+        """Draw from k + 1 times `(V,)`, each draft taken for said in the next."""
         steps = list[Step]()
-        for at in range(logits.shape[0]):
+        for at, logits in enumerate(rows):
             if at and drafts is not None:
                 seen = marked(seen, drafts[at - 1])
-            steps.append(self._drawing.draw(logits[at], position + at, seen))
+            steps.append(self._drawing.draw(logits, position + at, seen))
         mx.async_eval([(step.id, step.scores) for step in steps])
         return _Pass(steps, drafts)
 
     def feed(self, step: Step, id_: int | None, position: int, drafts: mx.array | None = None) -> _Pass:
         """Feed a step's id (None: whatever it turns out to be), and guesses behind it."""
         token = step.id if id_ is None else mx.array(id_)
-        ids = token.reshape(1) if drafts is None else mx.concatenate([token.reshape(1), drafts])
-        hidden = self._model(ids[None], self._caches)
-        return self.draw(self._model.logits(hidden)[0], position, marked(step.seen, token), drafts)
+        ids = token if drafts is None else mx.concatenate([token.reshape(1), drafts])
+        logits = self._model.logits(self._model(ids.reshape(1, -1), self._caches))  # (1, k + 1, V)
+        rows = (logits[0, at] for at in range(logits.shape[1]))
+        return self.draw(rows, position, marked(step.seen, token), drafts)
 
     def say(self, step: Step, id_: int, ids: Sequence[int], position: int) -> _Pass:
         """Feed what was sent in behind a step's id, which the caches hold."""
         said = mx.array([*ids])
         hidden = self._model(said[None], self._caches, last=True)
-        return self.draw(
-            self._model.logits(hidden)[0], position, marked(marked(step.seen, mx.array(id_)), said)
-        )
+        seen = marked(marked(step.seen, mx.array(id_)), said)
+        return self.draw([self._model.logits(hidden)[0, 0]], position, seen)
 
     def read(self, now: _Pass, position: int) -> list[int]:
         """Wait for the draws; those that follow only right guesses, so one at least. Settles them first."""
-        drawn = _ids(mx.stack([step.id for step in now.steps]))
-        drafts = [] if now.drafts is None else _ids(now.drafts)
+        # One by one: a new array would be computed behind the next pass, which may have been asked for.
+        drawn = [cast("int", step.id.item()) for step in now.steps]
+        drafts = [] if now.drafts is None else cast("list[int]", now.drafts.tolist())
         for at, step in enumerate(now.steps):
             if drawn[at] == UNSETTLED:
                 now.steps[at] = self._drawing.settle(step, position + at)
@@ -185,7 +186,3 @@ class _Watch:
         since = self._clock()
         yield
         self._start += self._clock() - since
-
-
-def _ids(array: mx.array) -> list[int]:
-    return cast("list[int]", array.tolist())
