@@ -219,8 +219,9 @@ def this_machine() -> Machine:
 
 
 def mac(memory_gib: int) -> Machine:
-    """Another Mac, by the memory it is sold with: an estimate."""
-    return Machine(memory=memory_gib * 2**30, budget=mac_budget(memory_gib), estimated=True)
+    """Another Mac, by the memory it is sold with: an estimate of what macOS lets the GPU have by default."""
+    share = 2 / 3 if memory_gib <= 32 else 3 / 4
+    return Machine(memory=memory_gib * 2**30, budget=int(memory_gib * 2**30 * share), estimated=True)
 
 
 def budget() -> int:
@@ -233,12 +234,6 @@ def budget() -> int:
 def default_dtype() -> mx.Dtype:
     """bfloat16 on a GPU. On a CPU float32: MLX's bf16 matmuls there are slower and lose precision."""
     return mx.bfloat16 if mx.default_device().type == mx.DeviceType.gpu else mx.float32
-
-
-def mac_budget(memory_gib: int) -> int:
-    """What macOS lets the GPU have of a Mac's memory by default, in bytes: an estimate, for planning."""
-    share = 2 / 3 if memory_gib <= 32 else 3 / 4
-    return int(memory_gib * 2**30 * share)
 
 
 def kv_bytes(config: ModelConfig, positions: int, *, itemsize: int, kv_bits: int | None = None) -> int:
@@ -271,15 +266,6 @@ def pass_bytes(
     unpacked = 2 * T * keys * itemsize if kv_bits and L > FEW else 0
     drawing = 13 * 4 * config.vocab_size if L == 1 else 0
     return layer + scores + growth + unpacked + drawing
-
-
-def needed(config: ModelConfig, weight_bytes: int, context: int, *, chunk: int, itemsize: int = 2) -> int:
-    """Bytes at the peak of a reply with so long a context on a Mac."""
-    machine = Machine(memory=0, budget=0)
-    plan = MemoryPlan(
-        config=config, weights=weight_bytes, context=context, machine=machine, itemsize=itemsize, chunk=chunk
-    )
-    return plan.total
 
 
 def _gb(nbytes: float) -> str:
