@@ -20,7 +20,7 @@ CHIPS = (
     | {"M4": 120, "M4 Pro": 273, "M4 Max": 546}
     | {"M5": 153, "M5 Pro": 307, "M5 Max": 614}
 )
-"""Memory bandwidth as Apple states it, GB/s."""
+"""Memory bandwidth as Apple states it, GB/s; `docs/benchmarks.md` says where each figure was read."""
 SMALLER = {"M3 Max": 300, "M4 Max": 410, "M5 Max": 460}
 """The same of their variants with fewer than 40 GPU cores."""
 
