@@ -15,6 +15,9 @@ MAX_STOPS = 16
 
 Effort: TypeAlias = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 Whole: TypeAlias = Annotated[int, Field(ge=1)]
+Temperature: TypeAlias = Annotated[float, Field(ge=0)]
+TopP: TypeAlias = Annotated[float, Field(gt=0, le=1)]
+TopK: TypeAlias = Annotated[int, Field(ge=0)]
 Stops: TypeAlias = Annotated[list[Annotated[str, Field(max_length=1024)]], Field(max_length=MAX_STOPS)]
 
 
@@ -49,9 +52,9 @@ class Sampled(Wire):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Whole | None = None
-    temperature: Annotated[float, Field(ge=0)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
     frequency_penalty: float | None = None
@@ -74,6 +77,7 @@ class ChatRequest(Sampled):
     think_budget: Annotated[int, Field(ge=0)] | None = None
     tools: Annotated[list[dict[str, Any]], Field(max_length=128)] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     response_format: dict[str, Any] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -91,7 +95,7 @@ class CompletionRequest(Sampled):
     echo: bool | None = None
     suffix: str | None = None
     best_of: int | None = None
-    logprobs: int | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
 
 class TokenizeRequest(Wire):

@@ -208,15 +208,18 @@ HOSTILE = [
 ]
 """None of these is a request."""
 
-POSTS = [CHAT, "/raw/v1/chat/completions", "/v1/completions", "/v1/tokenize", "/v1/detokenize"]
+POSTS = [
+    *(CHAT, "/raw/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/messages/count_tokens"),
+    *("/v1/tokenize", "/v1/detokenize"),
+]
 
 
 @pytest.mark.parametrize("body", HOSTILE, ids=lambda body: repr(body[:40]))
 def test_hostile_bodies(served: Running, body: bytes):
-    for path in (CHAT, "/v1/detokenize"):
+    for path in (CHAT, "/v1/messages", "/v1/detokenize"):
         answer = served.post(path, body)
         assert 400 <= answer.status < 500
-        assert answer.error["message"]
+        assert answer.json["error"]["message"]
 
 
 def broken(seed: int) -> bytes:
