@@ -16,6 +16,7 @@
     safety              who may ask at all, and with how much
     web                 the page and its policy
     app                 the routes
+    connection          one client's line, and how long it may keep silent
     host                a socket, uvicorn, and an end without loose ends
 
 Each imports only what stands above it. Needs the extra `server`; only the command `serve`

@@ -5,11 +5,10 @@ Knows slots, the service and HTTP. Does not know what was asked, or how a reply 
 
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 from sse_starlette import EventSourceResponse
-from sse_starlette.sse import SendTimeoutError
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -23,9 +22,6 @@ from .service import Job, Service
 from .slots import Slot
 
 T = TypeVar("T")
-
-SEND_SECONDS = 60
-"""A client that takes nothing for so long has left."""
 
 
 async def answer(service: Service, request: Request, job: Job, shape: Shape, *, stream: bool) -> Response:
@@ -67,11 +63,11 @@ class _Events(EventSourceResponse):
     """Events that hold a slot until the last one is sent, or the client has left."""
 
     def __init__(self, pieces: AsyncGenerator[bytes], slot: Slot, first: Stream) -> None:
-        super().__init__(pieces, send_timeout=SEND_SECONDS)
+        super().__init__(pieces)
         self._slot, self._first = slot, first
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._slot, self._first, suppress(SendTimeoutError):
+        with self._slot, self._first:
             await super().__call__(scope, receive, send)
 
 
