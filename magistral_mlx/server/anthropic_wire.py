@@ -40,7 +40,7 @@ def _blocks(content: Any) -> Any:
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
-_Texts: TypeAlias = Annotated[list[Text], Field(max_length=MAX_MESSAGES)]
+_Texts: TypeAlias = Annotated[list[Text], Field(max_length=MAX_MESSAGES, fail_fast=True)]
 Texts: TypeAlias = Annotated[_Texts, BeforeValidator(_blocks, json_schema_input_type=str | _Texts)]
 
 
@@ -54,7 +54,7 @@ class ToolResult(Wire):
 Block: TypeAlias = Annotated[
     Text | Thinking | RedactedThinking | ToolUse | ToolResult, Field(discriminator="type")
 ]
-_Content: TypeAlias = Annotated[list[Block], Field(max_length=MAX_MESSAGES)]
+_Content: TypeAlias = Annotated[list[Block], Field(max_length=MAX_MESSAGES, fail_fast=True)]
 Content: TypeAlias = Annotated[_Content, BeforeValidator(_blocks, json_schema_input_type=str | _Content)]
 
 
@@ -110,10 +110,10 @@ class CountRequest(Wire):
     """
 
     model: str | None = None
-    messages: Annotated[list[Turn], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[Turn], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     system: Texts | None = None
     thinking: Annotated[Enabled | Adaptive | Disabled, Field(discriminator="type")] | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: ToolChoice | None = None
     output_config: OutputConfig | None = None
 

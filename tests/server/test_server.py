@@ -5,6 +5,7 @@ import re
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -282,9 +283,10 @@ def test_requests_take_turns(served: Running):
 def test_the_end_is_graceful():
     with Magistral.load("demo") as model:
         server = Running(model, running=1)
-        with begin(server) as running, begin(server, ASK) as waiting:
-            until(lambda: server.service.slots.waiting == 1)
+        with begin(server) as running, ExitStack() as later:
             running.recv(1)
+            waiting = later.enter_context(begin(server, ASK))
+            until(lambda: server.service.slots.waiting == 1)
             ended = threading.Thread(target=server.end)
             ended.start()
             rest = b"".join(iter(lambda: running.recv(65536), b""))
@@ -318,6 +320,7 @@ def refused(answer: Answer, code: str) -> None:
         (ASK | {"temperature": float("nan")}, "invalid_value"),
         (ASK | {"temperature": -1}, "invalid_value"),
         (ASK | {"seed": 2**80}, "invalid_value"),
+        (ASK | {"messages": [{"role": "user", "content": " " * 10**6}]}, "invalid_value"),
         (ASK | {"stop": [""]}, "invalid_value"),
         (ASK | {"frequency_penalty": 1.0}, "unsupported"),
         (ASK | {"messages": [{"role": "user", "content": "\ud800"}]}, "invalid_value"),
