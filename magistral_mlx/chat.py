@@ -271,7 +271,7 @@ class Magistral:
         self.close()
 
     def new_prefix(self, kv_bits: int | None = None, *, quantize_after: int | None = None) -> Prefix:
-        """Caches that have read nothing; see `Transformer.new_caches`. Without `quantize_after`, the model's."""
+        """Empty caches; see `Transformer.new_caches`. Without `quantize_after` the model's own is taken."""
         after = self.quantize_after if quantize_after is None else quantize_after
         return Prefix(self.transformer.new_caches(kv_bits, quantize_after=after))
 

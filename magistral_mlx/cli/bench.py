@@ -1,5 +1,4 @@
 """The command `bench`: what `bench` measures, as a table, a JSON file, a row of Markdown and a chart."""
-# ruff: noqa: PLC0415 -- what takes half a second to import is imported where it is needed, not for --help
 
 import json
 from collections.abc import Callable, Generator

@@ -1,5 +1,4 @@
 """The command `serve`: a loaded model behind HTTP, until Ctrl-C."""
-# ruff: noqa: PLC0415 -- what takes half a second to import is imported where it is needed, not for --help
 
 import re
 import socket

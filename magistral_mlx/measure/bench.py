@@ -4,7 +4,6 @@ Knows what to measure and in which order: both engines in turn, with the same id
 is `trial`, what they come to is `figures`, what they ran on is `machine`. Prints nothing for people: that is
 `cli.bench`.
 """
-# ruff: noqa: PLC0415 -- what takes half a second to import is imported where it is needed, not for --help
 
 import platform
 import tempfile

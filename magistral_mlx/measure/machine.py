@@ -65,7 +65,7 @@ def bandwidth_of(computer: Computer) -> float | None:
 
 def measured_bandwidth(nbytes: int = 2**27) -> float:
     """Bytes per second at which MLX sums (reads) or negates (reads and writes) an array, the better one."""
-    import mlx.core as mx  # noqa: PLC0415 -- the rest of this file needs no model's library
+    import mlx.core as mx
 
     x = mx.ones(nbytes // 4)
     best = 0.0
