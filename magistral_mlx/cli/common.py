@@ -4,6 +4,7 @@ import signal
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -43,6 +44,15 @@ def first_interrupt_stops_thinking(stream: "Stream") -> Generator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def writable(file: Path) -> None:
+    """Refuse a place where a result could not be written, before the work that it is the result of."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.open("a").close()
+    except OSError as error:
+        raise click.BadParameter(f"{file} cannot be written: {error.strerror}; name another file") from error
 
 
 def size(nbytes: float) -> str:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from .common import writable
+
 if TYPE_CHECKING:
     from magistral_mlx.measure.doctor import Check
     from magistral_mlx.measure.figures import Json
@@ -23,14 +25,14 @@ if TYPE_CHECKING:
     help="Where the report goes.",
 )
 def doctor(file: Path) -> None:
-    """Check that this machine computes what it should: half a minute, nothing to download.
+    """Check that this machine computes what it should.
 
-    Writes one JSON file, to be attached to an issue: chip, memory, versions and what was found; no names, no
-    paths. Exit code 1 if a check fails.
+    Half a minute, nothing to download. Writes one JSON file, to be attached to an issue: chip, memory,
+    versions and what was found; no names, no paths. Exit code 1 if a check fails.
     """
     from magistral_mlx.measure.doctor import examine
 
-    file.parent.mkdir(parents=True, exist_ok=True)
+    writable(file)
     report = examine(_tell)
     file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     click.echo(f"\n{_machine(report)}\n{file}: this report. Open an issue with it, whatever it says.")

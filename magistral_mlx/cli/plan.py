@@ -37,7 +37,10 @@ def _gib(_ctx: click.Context, _param: click.Parameter, value: str | None) -> int
 @click.option("--kv-bits", type=click.Choice(["16", "8"]), default="16", help="Of the KV cache.")
 @click.option("--all-macs", is_flag=True, help="Every size of Mac in one table (Markdown).")
 def plan(*, model: str, context: int | None, memory_gib: int | None, kv_bits: str, all_macs: bool) -> None:
-    """What MODEL (a directory, a Hub name, or 'demo') takes, and whether it fits. Reads no weight."""
+    """What a model takes, and whether it fits.
+
+    MODEL is a directory, a Hub name, or 'demo'. Reads no weight.
+    """
     import mlx.core as mx
 
     from magistral_mlx import memory

@@ -104,7 +104,7 @@ def test_no_room_for_the_download_and_the_output(fake, monkeypatch, tmp_path):
     free(monkeypatch, 13 * 10**9)
     done = run("convert", NAME, "--out", "out", "--download")
     assert done.exit_code == 1
-    assert f"{tmp_path}/cache needs 0.0 GB more and out needs 13.3 GB more on disk and" in done.stderr
+    assert f"{tmp_path}/cache needs 0.0 MB more and out needs 13.3 GB more on disk and" in done.stderr
     assert "has 13.0 GB free; make room or use another disk" in done.stderr
     assert set(fake.served) == {f"{NAME}/params.json"}
     assert not Path("out").exists()
