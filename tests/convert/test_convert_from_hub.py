@@ -77,6 +77,25 @@ def test_a_dry_run_of_a_config_json(fake, fields, options, size):
     assert set(fake.served) == {"someone/hf/config.json"}
 
 
+def test_a_plan_reads_the_config_alone(fake):
+    done = run("plan", NAME, "--memory", "64GB", "--context", "8192")
+    assert done.exit_code == 0, done.stderr
+    assert "weights         47.1 GB" in done.stdout
+    assert set(fake.served) == {f"{NAME}/params.json"}
+
+
+def test_the_plan_of_what_is_here_agrees(fake):
+    """Of a quantized directory, with exceptions, and one of them no matrix of the decoder's."""
+    made = run("convert", "demo", "--out", "out", "--recipe", "mixed-4-6", "--override", "lm_head=bf16")
+    assert made.exit_code == 0, made.stderr
+    config = json.loads(Path("out/config.json").read_text())
+    config["quantization"]["vision_tower.layers.0.proj"] = False
+    fake.repos["someone/small"] = hf(**config)
+    here, there = (run("plan", name, "--memory", "16").stdout for name in ("out", "someone/small"))
+    assert here == there != ""
+    assert set(fake.served) == {"someone/small/config.json"}
+
+
 def test_the_dry_run_of_what_is_here_agrees(fake, tmp_path):
     """The plan from the config alone is the plan from the checkpoint."""
     source = models.write_hf(tmp_path / "source", replace(models.TINY, tie_embeddings=None))
