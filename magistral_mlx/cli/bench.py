@@ -79,8 +79,7 @@ def bench(
     if greedy:
         wanted["temperature"] = 0.0
     settings = Settings(**wanted, dtype=dtype, against_peer=against is not None)
-    file = file or Path(f"{this_computer().name}.json")
-    writable(file)
+    file = writable(file or Path(f"{this_computer().name}.json"))
     resolve(model, download=download)
     with _progress() as advance:
         report = run(model, settings, advance)

@@ -1,4 +1,4 @@
-"""What the commands share: a model's name made a place, Ctrl-C made two things, sizes made readable."""
+"""What the commands share: model names, files that a user names, Ctrl-C, readable sizes."""
 
 import signal
 import sys
@@ -29,6 +29,27 @@ def resolve(name: str, *, download: bool, then: hub.Needs | None = None) -> hub.
         return hub.resolve(name, download=True, then=then)
 
 
+def read_text(file: Path) -> str:
+    """A text file that the user named."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise click.BadParameter(f"{file} cannot be read as UTF-8 text: {error}") from error
+
+
+def writable(file: Path) -> Path:
+    """`file`, once it is certain that it can be written: before the work whose result it will hold."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        there = file.exists()
+        file.open("a").close()
+        if not there:
+            file.unlink()
+    except OSError as error:
+        raise click.BadParameter(f"{file} cannot be written: {error.strerror}") from error
+    return file
+
+
 @contextmanager
 def first_interrupt_stops_thinking(stream: "Stream") -> Generator[None]:
     """Ctrl-C while the model thinks asks it for the answer; during the answer, or again, it interrupts."""
@@ -44,15 +65,6 @@ def first_interrupt_stops_thinking(stream: "Stream") -> Generator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def writable(file: Path) -> None:
-    """Refuse a place where a result could not be written, before the work that it is the result of."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.open("a").close()
-    except OSError as error:
-        raise click.BadParameter(f"{file} cannot be written: {error.strerror}; name another file") from error
 
 
 def size(nbytes: float) -> str:

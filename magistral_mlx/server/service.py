@@ -73,12 +73,14 @@ class Service:
             reason: FinishReason | None = None
             async with first if index == 0 else await self._open(job, index) as stream:
                 self._by_id[job.id] = stream
-                told = 0  # ids
+                came = told = 0  # ids
                 async for event in stream:
-                    before, told = told, told + len(event.token_ids)
+                    came += len(event.token_ids)
                     if any(heard := voice.hear(event)):
-                        logprobs = stream.logprobs[before:told] if heard.text else ()
+                        logprobs = stream.logprobs[told:came] if heard.text else ()
                         yield index, heard._replace(logprobs=logprobs) if logprobs else heard
+                    if any(heard) or not voice.late:
+                        told = came
                     if isinstance(event, Finished):
                         reason = event.reason
                     elif voice.stopped:
@@ -86,7 +88,8 @@ class Service:
                         break
             if reason is None:  # closed by `close`
                 raise ClosingError
-            yield index, Ended(reason, stream.reply.stats, stream.reply.tool_calls)
+            reply = stream.reply
+            yield index, Ended(reason, reply.stats, reply.tool_calls, reply.stop_string)
 
     async def choices(self, job: Job) -> list[Choice]:
         """The same, waited for."""

@@ -5,6 +5,7 @@ import re
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -114,6 +115,60 @@ def test_completions_go_on_with_the_text_as_it_stands(served: Running, reply: Re
     }
     streamed = served.post("/v1/completions", {"prompt": chat, "seed": 1, "max_tokens": 200, "stream": True})
     assert "".join(p["choices"][0]["text"] for p in streamed.events) == tokenizer.decode(reply.token_ids)
+
+
+@pytest.mark.parametrize("as_ids", [False, True])
+def test_completions_with_an_echo(served: Running, as_ids: bool):
+    tokenizer, texts = served.service.model.tokenizer, ["48 + 37 =", "12 + 5 ="]
+    prompts = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts] if as_ids else texts
+    asked = {"prompt": prompts, "seed": 3, "max_tokens": 4, "n": 2}
+    plain = [choice["text"] for choice in served.post("/v1/completions", asked).json["choices"]]
+    assert all(plain)
+    echoed = [texts[at // 2] + said for at, said in enumerate(plain)]
+    body = served.post("/v1/completions", asked | {"echo": True}).json
+    assert [choice["text"] for choice in body["choices"]] == echoed
+    told = [""] * 4
+    for piece in served.post("/v1/completions", asked | {"echo": True, "stream": True}).events:
+        told[piece["choices"][0]["index"]] += piece["choices"][0]["text"]
+    assert told == echoed
+
+
+def test_completions_with_logprobs(served: Running):
+    """Columns of a table, in step with the text; cut where a stop string cuts it."""
+    asked = {
+        "prompt": "48 + 37 é€😀 =",
+        "seed": 3,
+        "max_tokens": 40,
+        "temperature": 50,
+        "top_p": 1,
+        "logprobs": 2,
+    }
+    [choice] = served.post("/v1/completions", asked).json["choices"]
+    table, text = choice["logprobs"], choice["text"]
+    assert len({len(column) for column in table.values()}) == 1
+    assert len(table["tokens"]) > 10
+    for token, at in zip(table["tokens"], table["text_offset"], strict=True):
+        assert "\ufffd" in token or text.startswith(token, at)
+    for logprob, top in zip(table["token_logprobs"], table["top_logprobs"], strict=True):
+        assert logprob <= max(top.values()) <= 0
+        assert len(top) == 2 or "\ufffd" in top
+    pieces = [
+        piece["choices"][0] for piece in served.post("/v1/completions", asked | {"stream": True}).events
+    ]
+    for column, values in table.items():
+        assert [one for p in pieces if p["logprobs"] for one in p["logprobs"][column]] == values
+    cut = served.post("/v1/completions", asked | {"stop": text[4:7]}).json["choices"][0]
+    assert cut["text"] == text[: text.index(text[4:7])]
+    kept = [at for at in table["text_offset"] if at < len(cut["text"])]
+    assert cut["logprobs"]["text_offset"] == kept
+    bare = served.post("/v1/completions", asked | {"logprobs": 0}).json["choices"][0]["logprobs"]
+    assert bare["token_logprobs"] == table["token_logprobs"]
+    assert not any(bare["top_logprobs"])
+
+
+@pytest.mark.parametrize("asked", [{"suffix": "."}, {"echo": True, "logprobs": 0}, {"best_of": 2}], ids=str)
+def test_completions_that_are_not_done(served: Running, asked: dict[str, Any]):
+    refused(served.post("/v1/completions", {"prompt": "x"} | asked), "unsupported")
 
 
 def test_completions_of_several_prompts(served: Running):
@@ -228,9 +283,10 @@ def test_requests_take_turns(served: Running):
 def test_the_end_is_graceful():
     with Magistral.load("demo") as model:
         server = Running(model, running=1)
-        with begin(server) as running, begin(server, ASK) as waiting:
-            until(lambda: server.service.slots.waiting == 1)
+        with begin(server) as running, ExitStack() as later:
             running.recv(1)
+            waiting = later.enter_context(begin(server, ASK))
+            until(lambda: server.service.slots.waiting == 1)
             ended = threading.Thread(target=server.end)
             ended.start()
             rest = b"".join(iter(lambda: running.recv(65536), b""))
@@ -264,6 +320,7 @@ def refused(answer: Answer, code: str) -> None:
         (ASK | {"temperature": float("nan")}, "invalid_value"),
         (ASK | {"temperature": -1}, "invalid_value"),
         (ASK | {"seed": 2**80}, "invalid_value"),
+        (ASK | {"messages": [{"role": "user", "content": " " * 10**6}]}, "invalid_value"),
         (ASK | {"stop": [""]}, "invalid_value"),
         (ASK | {"frequency_penalty": 1.0}, "unsupported"),
         (ASK | {"messages": [{"role": "user", "content": "\ud800"}]}, "invalid_value"),
