@@ -81,7 +81,7 @@ class _Serving(TypedDict):
 @click.option("--allow-host", multiple=True, help="A name by which it is called, besides its address.")
 @click.option("--allow-origin", multiple=True, help="A site whose pages may ask, such as https://my.site.")
 def serve(**options: Unpack[_Serving]) -> None:
-    """Serve a model to OpenAI-style clients on this machine, until Ctrl-C."""
+    """Serve a model to OpenAI-style clients and a page, until Ctrl-C."""
     key = check(options)
     from magistral_mlx.chat import Magistral
     from magistral_mlx.fetch import hub, last_model
@@ -101,7 +101,7 @@ def serve(**options: Unpack[_Serving]) -> None:
         origins=frozenset(options["allow_origin"]),
     )
     listening = bind(host, options["port"])
-    name = options["model"] or last_model.last_used()
+    name = last_model.last_used() if options["model"] is None else options["model"]
     if name is None:
         raise click.UsageError(f"no model was used yet: give --model demo, or --model {hub.RECOMMENDED}")
     resolve(name, download=options["download"])
