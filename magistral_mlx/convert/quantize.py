@@ -78,7 +78,7 @@ def blocks(
     """
     tensor, packed = checkpoint.tensors[name], checkpoint.scheme(name.removesuffix(".weight"))
     rows = tensor.entry.shape[0]
-    row_bytes = tensor.row_bytes * 16 // packed.bits if packed else tensor.row_bytes
+    row_bytes = tensor.entry.row_bytes * 16 // packed.bits if packed else tensor.entry.row_bytes
     step = max(BLOCK_BYTES // (row_bytes * tensor.block), 1) * tensor.block
     spans = [(first, min(first + step, rows)) for first in range(0, rows, step)]
     source = (

@@ -29,10 +29,6 @@ class _Output:
     sha256: str | None
 
 
-def _ignored(done: int, total: int) -> None:
-    """No progress is shown."""
-
-
 def sha256(file: Path, *, stop: Callable[[], bool] = lambda: False) -> str:
     """The hash of a file, read once from front to back; gives up early when `stop()`."""
     digest = hashlib.sha256()
@@ -61,7 +57,9 @@ def wrong_sizes(directory: Path) -> list[str]:
     return [wrong for output in outputs if (wrong := _wrong_size(directory, output))]
 
 
-def verify(directory: Path, *, progress: Callable[[int, int], None] = _ignored) -> list[str]:
+def verify(
+    directory: Path, *, progress: Callable[[int, int], None] = lambda _done, _total: None
+) -> list[str]:
     """Every file that is not as it was written, by reading all of them. Empty: all is well."""
     manifest = read(directory)
     if manifest is None:
