@@ -41,7 +41,7 @@ class Block:
 
 @dataclass(slots=True)
 class Loss:
-    """What rounding took from a tensor, over its blocks."""
+    """A tensor's quantization error, summed over its blocks."""
 
     lost: float = 0.0
     had: float = 0.0

@@ -1,4 +1,4 @@
-"""Proof of a conversion: what went in, what came out, by what recipe, and how much was lost.
+"""The manifest of a conversion: source, recipe, output, their hashes, and the quantization error.
 
 `mistral/manifest.json` holds SHA-256 and size of every file of source and output, the recipe, the versions
 that wrote it, and each matrix's quantization error. It holds no time and no path, so the same conversion
@@ -83,7 +83,7 @@ def verify(
 
 
 def worst(errors: Mapping[str, float], n: int = 3) -> list[tuple[str, float]]:
-    """The matrices that lost most, worst first."""
+    """The matrices with the largest quantization error, worst first."""
     return sorted(errors.items(), key=lambda item: -item[1])[:n]
 
 
