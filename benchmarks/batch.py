@@ -3,7 +3,7 @@
     python benchmarks/batch.py [--trials 8] [--narrow]
 
 The demo model at 4 bits, or with `--narrow` the 40 layers and 131072 ids of Magistral with little width.
-Every line draws with its own seed behind the same prompt. On a GPU a step of eight reads the weights once, as
+Every row draws with its own seed behind the same prompt. On a GPU a step of eight reads the weights once, as
 a step of one does; a CPU is bound by arithmetic, and shows what host and kernels cost per step.
 """
 
@@ -20,8 +20,8 @@ sys.path.append(str(Path(__file__).parent.parent))
 from benchmarks.pairs import TRIALS, in_turn, ratio, seconds, told, write
 from benchmarks.tokens_per_second import MAGISTRAL, make, narrowed
 from magistral_mlx import memory
-from magistral_mlx.decoder.cache import stacked
-from magistral_mlx.decoder.engine import Line, decode_batch, prefill
+from magistral_mlx.decoder.batch import Request, Row, decode_batch
+from magistral_mlx.decoder.engine import prefill
 from magistral_mlx.decoder.model import Transformer
 from magistral_mlx.decoder.sampling import Sampler, Sampling
 from magistral_mlx.disk.checkpoint import load, open_checkpoint
@@ -70,12 +70,15 @@ def rate(model: Transformer, n: int) -> float:
         next(prefill(model, PROMPT, caches))
     except StopIteration as done:
         logits: mx.array = done.value
-    lines = [
-        Line(prompt=PROMPT, logits=logits, sampler=Sampler(Sampling(), seed), limit=TOKENS + 2)
+    rows = [
+        Row(
+            Request(prompt=PROMPT, sampler=Sampler(Sampling(), seed), limit=TOKENS + 2),
+            logits,
+            [cache.fork() for cache in caches],
+        )
         for seed in range(n)
     ]
-    side_by_side = [stacked([cache] * n) for cache in caches]
-    steps = decode_batch(model, lines, side_by_side)
+    steps = decode_batch(model, rows)
     next(steps)
     return n * TOKENS / seconds(lambda: list(islice(steps, TOKENS)))
 

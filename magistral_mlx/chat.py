@@ -20,7 +20,8 @@ import mlx.core as mx
 
 from . import memory
 from .checks import whole_number
-from .decoder.generation import BatchGeneration, Drafting, Generation, Request
+from .decoder.batch import Request
+from .decoder.generation import BatchGeneration, Drafting, Generation
 from .decoder.logprobs import Scorer
 from .decoder.model import Transformer
 from .decoder.pace import Pace

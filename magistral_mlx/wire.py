@@ -20,6 +20,10 @@ class Guide:
     allowed: bytes | None = None
 
 
+AS_BEFORE = Guide()
+"""What None stands for, where nobody has ended."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLogprob:
     """How likely the model held one id, by its own distribution: temperature 1, nothing filtered.

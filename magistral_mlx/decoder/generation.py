@@ -12,13 +12,12 @@ import mlx.core as mx
 from magistral_mlx.wire import Guide
 
 from . import engine
-from .cache import KVCache, stacked
+from .batch import Drawn, Request, Row, Told, decode_batch
+from .cache import KVCache
 from .drafts import Drafter, DraftModel, PromptLookup
-from .logprobs import Scorer
 from .model import Transformer
 from .pace import Pace
 from .prefix import Prefix
-from .sampling import Sampler
 from .speculation import Speculation
 
 
@@ -29,18 +28,6 @@ class Drafting:
     pace: Pace
     model: Transformer | None
     """Another one, which guesses; None: what the last ids were followed by before is looked up."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """One reply to be made."""
-
-    prompt: list[int]
-    sampler: Sampler
-    limit: int
-    allowed: bytes | None = None
-    """The ids that it may begin with (`Guide.allowed`)."""
-    scorer: Scorer | None = None
 
 
 class Generation:
@@ -127,45 +114,24 @@ class BatchGeneration:
         self._prefix: Prefix | None = prefix
         self.reused: list[int] = []
 
-    def run(self) -> Generator[engine.Drawn | None, engine.Told | None, None]:
+    def run(self) -> Generator[Drawn | None, Told | None, None]:
         """None for each piece of a prompt that is read, then ids by the number of their request."""
-        caches, lines = yield from self._read_all()
-        yield from engine.decode_batch(self._model, lines, caches)
+        yield from decode_batch(self._model, (yield from self._read_all()))
 
-    def _read_all(self) -> Generator[None, object, tuple[list[KVCache], list[engine.Line]]]:
-        prefix, self._prefix = self._prefix, None  # not kept beside its copy in the batch
+    def _read_all(self) -> Generator[None, object, list[Row]]:
+        prefix, self._prefix = self._prefix, None  # not kept beside what is made of it
         assert prefix is not None
-        lines: list[engine.Line] = []
-        rows: list[Sequence[KVCache]] = []
+        rows: list[Row] = []
+        read: list[int] = []
+        logits: mx.array | None = None
         for request in self._requests:
-            if lines and request.prompt == lines[-1].prompt:
-                logits = lines[-1].logits
-                self.reused.append(len(request.prompt))
-            else:
-                prefix = prefix.fork()
-                self.reused.append(prefix.rewind(request.prompt))
-                logits = yield from _read(self._model, request.prompt[self.reused[-1] :], prefix.caches)
-            rows.append(prefix.caches)
-            lines.append(
-                engine.Line(
-                    prompt=request.prompt,
-                    logits=logits,
-                    sampler=request.sampler,
-                    limit=request.limit,
-                    allowed=request.allowed,
-                    scorer=request.scorer,
-                )
-            )
-        layers = [list(layer) for layer in zip(*rows, strict=True)]
-        del rows, prefix
-        return [_stacked(layers.pop(0)) for _ in range(len(layers))], lines
-
-
-def _stacked(caches: Sequence[KVCache]) -> KVCache:
-    """Evaluated at once, so that only one layer's keys and values are held twice."""
-    whole = stacked(caches)
-    mx.eval(whole.arrays())
-    return whole
+            shared = len(read)
+            if logits is None or request.prompt != read:
+                read, shared = request.prompt, prefix.rewind(request.prompt)
+                logits = yield from _read(self._model, read[shared:], prefix.caches)
+            self.reused.append(shared)
+            rows.append(Row(request, logits, prefix.fork().caches))
+        return rows
 
 
 def _read(
