@@ -39,10 +39,11 @@ from .structured.grammar import Regex, Vocabulary
 from .structured.shape import shape_of
 from .talk import saving
 from .talk.batch import Batch, BatchSource
+from .talk.company import Company
 from .talk.conversation import Conversation
 from .talk.options import MAX_TOKENS, Options, Plain, forced, offered
 from .talk.reply import Reply, Telling
-from .talk.stream import Source, Stream
+from .talk.stream import Alone, Stream
 from .talk.worker import Pending, Worker
 from .text.loops import LoopGuard
 from .text.prompt import Messages
@@ -230,6 +231,7 @@ class Magistral:
         prompt: Sequence[int],
         *,
         prefix: Prefix | None = None,
+        company: Company | None = None,
         on_end: Callable[[Reply], None] = lambda _: None,
         **options: Unpack[Options],
     ) -> Stream:
@@ -237,16 +239,22 @@ class Magistral:
 
         prefix: what was read in an earlier turn; nobody else may use it until `on_end`, which is called once,
             with what was said.
+        company: those it is written with (`new_company`); without, it takes turns with others.
         """
         prefix = prefix or self.new_prefix(self.kv_bits)
-        telling, request = self._begin(prompt, _seed(options), options, held=prefix.nbytes)
+        owed = company.owed if company else 0
+        telling, request = self._begin(prompt, _seed(options), options, held=prefix.nbytes - owed)
+        if company:
+            needs = self._guard.kv(len(prompt), kv_bits=self.kv_bits)
+            generation = Generation(self.transformer, request, prefix)
+            return Stream(company.join(generation, telling, needs=needs), telling, on_end=on_end)
         drafting = None
         if options.get("speculate", self._draft is not None):
             drafting = Drafting(pace=self._pace, model=self._draft)
         generation = Generation(self.transformer, request, prefix, drafting)
-        source = Source(
-            worker=self._worker,
-            steps=generation.run(),
+        source = Alone(
+            self._worker,
+            generation.run(),
             reused=lambda: generation.reused,
             passes=lambda: generation.passes,
         )
@@ -266,6 +274,10 @@ class Magistral:
     def new_prefix(self, kv_bits: int | None = None, *, quantize_after: int = 0) -> Prefix:
         """Caches that have read nothing; see `Transformer.new_caches`."""
         return Prefix(self.transformer.new_caches(kv_bits, quantize_after=quantize_after))
+
+    def new_company(self) -> Company:
+        """For replies that are written together, each by `stream_ids(…, company=…)`."""
+        return Company(self._worker)
 
     def run(self, job: Callable[[], T]) -> T:
         """Run a job on the thread that owns the model's arrays, and wait for it."""
@@ -303,7 +315,7 @@ class Magistral:
     ) -> tuple[Telling, Request]:
         """One reply, both halves: what its ids will say, and how they are had.
 
-        held: bytes of active memory that are this reply's own already.
+        held: bytes of active memory that are this reply's own already, less those that others will yet take.
         """
         limit = self._limit(prompt, options.get("max_tokens", MAX_TOKENS))
         others = mx.get_active_memory() - self._guard.weights - held

@@ -36,9 +36,9 @@ class Generation:
     def __init__(
         self, model: Transformer, request: Request, prefix: Prefix, drafting: Drafting | None = None
     ) -> None:
-        self._model = model
+        self.model = model
+        self.prefix = prefix
         self._request = request
-        self._prefix = prefix
         self._drafting = drafting
         self._speculation: Speculation | None = None
         self.reused = 0
@@ -53,14 +53,12 @@ class Generation:
         try:
             yield from self._run()
         except Exception:  # arrays whose evaluation failed would fail again: the next turn reads anew
-            self._prefix.restart()
+            self.prefix.restart()
             raise
 
     def _run(self) -> Generator[int | None, Guide | None, None]:
-        model, prefix, request = self._model, self._prefix, self._request
-        prompt = request.prompt
-        self.reused = prefix.rewind(prompt)
-        logits = yield from _read(model, prompt[self.reused :], prefix.caches)
+        prefix = self.prefix
+        logits = yield from self._read()
         said = yield from self._decode(logits)
         guide: Guide | None = None
         while True:
@@ -72,6 +70,19 @@ class Generation:
             guide = yield token
             prefix.ids += guide.said if guide else ()
 
+    def row(self, chunk: int | None) -> Generator[None, object, Row]:
+        """Read the prompt, by pieces of `chunk` ids or of what is sent in → what is decoded with others.
+
+        Whoever does that notes the ids in the prefix, and restarts it on errors.
+        """
+        logits = yield from self._read(chunk)
+        return Row(self._request, logits, self.prefix.caches)
+
+    def _read(self, chunk: int | None = None) -> Generator[None, object, mx.array]:
+        prompt = self._request.prompt
+        self.reused = self.prefix.rewind(prompt)
+        return (yield from _read(self.model, prompt[self.reused :], self.prefix.caches, chunk))
+
     def _decode(self, logits: mx.array) -> Generator[None, object, Generator[int, Guide | None, None]]:
         """The loop, with drafts or without. A draft model reads the prompt first."""
         request = self._request
@@ -81,9 +92,9 @@ class Generation:
             self._speculation = Speculation(drafter, self._drafting.pace)
             decode = self._speculation.decode
         return decode(
-            self._model,
+            self.model,
             logits,
-            self._prefix.caches,
+            self.prefix.caches,
             sampler=request.sampler,
             prompt=request.prompt,
             limit=request.limit,
@@ -95,7 +106,7 @@ class Generation:
         prompt = self._request.prompt
         if model is None:
             return PromptLookup(prompt)
-        prefix = self._prefix.draft = self._prefix.draft or Prefix(model.new_caches())
+        prefix = self.prefix.draft = self.prefix.draft or Prefix(model.new_caches())
         common = prefix.rewind(prompt)
         yield from _read(model, prompt[common:], prefix.caches)
         return DraftModel(model, prefix, self._request.sampler)
@@ -135,14 +146,15 @@ class BatchGeneration:
 
 
 def _read(
-    model: Transformer, ids: Sequence[int], caches: Sequence[KVCache]
+    model: Transformer, ids: Sequence[int], caches: Sequence[KVCache], chunk: int | None = None
 ) -> Generator[None, object, mx.array]:
-    """Feed a prompt; yields after each piece, the last one too."""
-    fed = engine.prefill(model, ids, caches)
+    """Feed a prompt, by pieces of `chunk` ids or of what is sent in; yields after each, the last one too."""
+    fed = engine.prefill(model, ids, caches, chunk=chunk or engine.PREFILL_CHUNK)
+    sent: object = None
     while True:
         try:
-            next(fed)
+            fed.send(sent if isinstance(sent, int) else None)
         except StopIteration as done:
             yield None
             return done.value
-        yield None
+        sent = yield None

@@ -47,7 +47,9 @@ def test_interrupting_keeps_the_reply_and_the_model(kernel: tuple[KernelManager,
     manager, client = kernel
     setup = "from magistral_mlx import Magistral, Sampling; model = Magistral.load('demo')"
     assert finished(client, client.execute(setup))["status"] == "ok"
-    noise = "sampling=Sampling(temperature=9, top_p=1), seed=4"  # of the first seeds one that goes on for long
+    noise = (
+        "sampling=Sampling(temperature=9, top_p=1), seed=4"  # of the first seeds one that goes on for long
+    )
     endless = f"stream = model.stream('hm', {noise}, think=False); stream"
     asked = client.execute(endless, stop_on_error=False)
     while client.get_iopub_msg(timeout=60)["msg_type"] != "update_display_data":
