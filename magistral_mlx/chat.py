@@ -294,6 +294,11 @@ class Magistral:
         )
 
     @property
+    def at_once(self) -> int:
+        """How many long replies this machine's memory has room for at once: 1 to 8."""
+        return self._guard.at_once(AT_ONCE, kv_bits=self.kv_bits)
+
+    @property
     def dtype(self) -> mx.Dtype:
         """What activations are computed in."""
         return self.transformer.dtype
