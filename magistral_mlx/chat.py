@@ -327,7 +327,7 @@ class Magistral:
         self._guard.check_reply(len(prompt), limit, kv_bits=self.kv_bits, held=max(others, 0))
         stop, schema, top = options.get("stop", ()), options.get("schema"), options.get("logprobs")
         shape = None if schema is None else shape_of(schema)
-        told = offered(options)
+        told, several = offered(options), options.get("parallel_tool_calls", True)
         grammar = with_calls(shape and shape.grammar, self.tokenizer, told=told, forced=forced(options))
         constraint = grammar and Constraint(grammar, self._vocabulary, think=options.get("think", True))
         scorer = None if top is None else Scorer(top)
@@ -335,7 +335,7 @@ class Magistral:
             Transcript(
                 self.tokenizer,
                 stop=(stop,) if isinstance(stop, str) else tuple(stop),
-                calls=CallParser(_key(prompt, seed)) if told else None,
+                calls=CallParser(_key(prompt, seed), most=None if several else 1) if told else None,
             ),
             self.tokenizer,
             prompt_ids=tuple(prompt),

@@ -12,6 +12,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
+from .errors import PromptError
+
 FinishReason: TypeAlias = Literal["stop", "tool_calls", "length", "loop", "cancelled"]
 """`stop`: end of text or a stop string; `tool_calls`: the same, and there are calls to answer; `length`:
 max_tokens or the context is spent; `loop`: the answer went round in circles; `cancelled`: closed early (on a
@@ -80,9 +82,13 @@ class ToolCall:
         }
 
     def result(self, content: object) -> dict[str, Any]:
-        """The message that answers this call. What is not text becomes JSON."""
-        text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
-        return {"role": "tool", "tool_call_id": self.id, "content": text}
+        """The message that answers this call. What is not text becomes JSON, or is a `PromptError`."""
+        if not isinstance(content, str):
+            try:
+                content = json.dumps(content, ensure_ascii=False, allow_nan=False)
+            except (TypeError, ValueError, RecursionError) as error:
+                raise PromptError(f"Expected a tool's result to be text or JSON: {error}.") from error
+        return {"role": "tool", "tool_call_id": self.id, "content": content}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

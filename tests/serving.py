@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from magistral_mlx import Magistral
 from magistral_mlx.server.app import create_app
+from magistral_mlx.server.connection import Connection
 from magistral_mlx.server.host import Host, bind
 from magistral_mlx.server.safety import Rules
 from magistral_mlx.server.service import Service
@@ -61,6 +62,7 @@ class Running:
         running: int = 4,
         waiting: int = 64,
         prefix_bytes: int = 8 * 2**20,
+        connection: type[Connection] = Connection,
     ) -> None:
         self.service = Service(
             model, ids=[HUB_ID, "demo"], running=running, waiting=waiting, prefix_bytes=prefix_bytes
@@ -68,7 +70,7 @@ class Running:
         listening = bind("127.0.0.1", 0)
         self.port: int = listening.getsockname()[1]
         self.app = create_app(self.service, rules or Rules())
-        self.host = Host(self.app, close=self.service.close)
+        self.host = Host(self.app, close=self.service.close, connection=connection)
         self._thread = threading.Thread(target=self.host.run, args=([listening],))
         self._thread.start()
         until(lambda: self.host.started)

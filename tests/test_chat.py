@@ -164,7 +164,8 @@ def test_messages_and_a_string_are_the_same(demo: Magistral):
 
 def test_a_stop_string_ends_the_answer_only(script: Callable[..., Magistral]):
     model = script("<think>\nSTOP here? no.\n</think>\nOne STOP two")
-    reply = model.ask(QUESTION, stop=["STOP"])
+    reply = model.ask(QUESTION, stop=["never", "STOP"])
+    assert (reply.stop_string, model.ask(QUESTION).stop_string) == ("STOP", None)
     assert model.ask(QUESTION, stop="STOP").answer == reply.answer
     assert (reply.thinking, reply.answer, reply.finish_reason) == ("STOP here? no.", "One ", "stop")
 

@@ -8,7 +8,7 @@ import pytest
 from transformers import MistralConfig
 
 from magistral_mlx.config import MAX_LAYERS, ModelConfig, Quantization, Scheme
-from magistral_mlx.disk.configfile import read_config, read_params, text_name
+from magistral_mlx.disk.configfile import read_config, read_directory, read_params, text_name
 from magistral_mlx.errors import ConfigError
 
 PARAMS = {
@@ -304,3 +304,8 @@ def test_a_schemes_own_values():
 
 def test_cache_bytes_per_token():
     assert MAGISTRAL.kv_bytes_per_token(2) == 160 * 1024
+
+
+def test_a_text_config_counts_only_where_there_is_one(tmp_path):
+    path = written(tmp_path, HF | {"text_config": [1], "torch_dtype": "float16"})
+    assert read_directory(path.parent)[1] == "float16"

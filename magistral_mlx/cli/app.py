@@ -17,7 +17,7 @@ import click
 from magistral_mlx.errors import MagistralError, MagistralWarning
 
 from . import bench, convert, doctor, plan, serve, service
-from .common import first_interrupt_stops_thinking, resolve
+from .common import first_interrupt_stops_thinking, read_text, resolve
 
 if TYPE_CHECKING:  # mlx, mistral_common and rich load when a command needs them, not for --help
     from magistral_mlx.chat import Magistral
@@ -198,7 +198,7 @@ def _settings(options: _Reply) -> "Options":
         raise click.UsageError("--system and --system-file exclude each other")
     system = options["system"]
     if options["system_file"] is not None:
-        system = options["system_file"].read_text(encoding="utf-8")
+        system = read_text(options["system_file"])
     settings: Options = {
         "sampling": Sampling(
             temperature=options["temperature"],

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import resolve, size
+from .common import resolve, size, writable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -79,9 +79,8 @@ def bench(
     if greedy:
         wanted["temperature"] = 0.0
     settings = Settings(**wanted, dtype=dtype, against_peer=against is not None)
-    file = file or Path(f"{this_computer().name}.json")
+    file = writable(file or Path(f"{this_computer().name}.json"))
     resolve(model, download=download)
-    file.parent.mkdir(parents=True, exist_ok=True)
     with _progress() as advance:
         report = run(model, settings, advance)
     console = Console()

@@ -1,9 +1,10 @@
-"""What the commands share: a model's name made a place, Ctrl-C made two things, sizes made readable."""
+"""What the commands share: model names, files that a user names, Ctrl-C, readable sizes."""
 
 import signal
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -26,6 +27,27 @@ def resolve(name: str, *, download: bool, then: hub.Needs | None = None) -> hub.
         if download or not sys.stdin.isatty() or not click.confirm(f"{error}\nDownload it now?"):
             raise
         return hub.resolve(name, download=True, then=then)
+
+
+def read_text(file: Path) -> str:
+    """A text file that the user named."""
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise click.BadParameter(f"{file} cannot be read as UTF-8 text: {error}") from error
+
+
+def writable(file: Path) -> Path:
+    """`file`, once it is certain that it can be written: before the work whose result it will hold."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        there = file.exists()
+        file.open("a").close()
+        if not there:
+            file.unlink()
+    except OSError as error:
+        raise click.BadParameter(f"{file} cannot be written: {error.strerror}") from error
+    return file
 
 
 @contextmanager

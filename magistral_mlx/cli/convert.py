@@ -73,6 +73,8 @@ def convert(
     from magistral_mlx.talk.display import progress_bar
     from magistral_mlx.text import sidecars
 
+    local = source == "demo" or hub.directory(source)
+    name_of_source = None if local else source
     recipe = _recipe(name, bits, group_size, mode, overrides)
     planned = partial(_planned, source, recipe, dtype, dequantize=dequantize)
     job_of = partial(
@@ -80,7 +82,7 @@ def convert(
         out=out,
         recipe=recipe,
         dtype=getattr(mx, dtype) if dtype else None,
-        source_name=source if "/" in source and not Path(source).exists() else None,
+        source_name=name_of_source,
         dequantize=dequantize,
         allow_nonfinite=allow_nonfinite,
         verify=not no_verify,
@@ -102,7 +104,7 @@ def convert(
     plan = job.plan()
     beside = sidecars.files(
         found.words,
-        name=source,
+        name=name_of_source or str(found.weights.resolve()),
         recipe=str(recipe),
         context=checkpoint.config.max_context,
         size=f"{size(plan.total_bytes)}, {plan.bits_per_weight:.2f} bits per weight",

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from .common import writable
+
 if TYPE_CHECKING:
     from magistral_mlx.measure.doctor import Check
     from magistral_mlx.measure.figures import Json
@@ -30,7 +32,7 @@ def doctor(file: Path) -> None:
     """
     from magistral_mlx.measure.doctor import examine
 
-    file.parent.mkdir(parents=True, exist_ok=True)
+    writable(file)
     report = examine(_tell)
     file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     click.echo(f"\n{_machine(report)}\n{file}: this report. Open an issue with it, whatever it says.")

@@ -6,6 +6,7 @@ Knows a person at a keyboard. What is said is kept by `Conversation` and drawn b
 import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -94,7 +95,7 @@ class Repl:
         )
 
     def _budget(self, value: str) -> None:
-        if value and not value.isdecimal():
+        if value and not (value.isdecimal() and len(value) < 10):
             return complain("expected a number of tokens: /budget 2000")
         self._talk.options["think_budget"] = int(value) if value else None
         return self._say(f"thinking ends after {value} tokens" if value else "thinking has no limit")
@@ -110,19 +111,19 @@ class Repl:
     def _save(self, name: str) -> None:
         if not name:
             return complain("expected a file name: /save sums.talk")
-        self._talk.save(Path(name).expanduser())
+        self._talk.save(_path(name))
         return self._say(f"saved {len(self._talk.messages)} messages to {name}")
 
     def _load(self, name: str) -> None:
         if not name:
             return complain("expected a file name: /load sums.talk")
-        self._talk = self._model.load_conversation(Path(name).expanduser())
+        self._talk = self._model.load_conversation(_path(name))
         return self._say(f"loaded {len(self._talk.messages)} messages from {name}")
 
     def _export(self, name: str) -> None:
         if not name:
             return complain("expected a file name: /export talk.json")
-        path = Path(name).expanduser()
+        path = _path(name)
         try:
             with path.open("x", encoding="utf-8") as file:  # never over something that is there
                 json.dump(self._talk.messages, file, ensure_ascii=False, indent=1)
@@ -135,6 +136,13 @@ class Repl:
 
     def _say(self, text: str) -> None:
         self._terminal.note(text)
+
+
+def _path(name: str) -> Path:
+    """`~` is the user's home; of a user who is not there it stays as it is, and no such file is found."""
+    with suppress(RuntimeError):
+        return Path(name).expanduser()
+    return Path(name)
 
 
 def _switch(value: str, now: bool) -> bool:

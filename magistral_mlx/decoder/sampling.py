@@ -104,7 +104,7 @@ class Sampler:
         if self.sampling.top_p < 1:
             keep = _sums_before(weights)[first] < self.sampling.top_p * sum_by_parts(weights)
         if self.sampling.top_k:
-            keep &= first < self.sampling.top_k
+            keep &= first < self._top_k
         if self.sampling.min_p:
             keep &= weights >= self.sampling.min_p
         noisy = down + self._noise(position, scaled.shape)[order]
@@ -124,11 +124,16 @@ class Sampler:
         return self.sampling.top_p < 1 or self.sampling.top_k > 0 or self.sampling.min_p > 0
 
     @property
+    def _top_k(self) -> int:
+        """As many as MLX can count to are as many as there are."""
+        return min(self.sampling.top_k, 2**31 - 1)
+
+    @property
     def _candidates(self) -> int:
         """So many that one draw in 1000 finds none: each misses with a chance of at most 1 - top_p."""
         if self.sampling.top_k or self.sampling.min_p:  # they do not tell how much they keep
             return CANDIDATES
-        return min(CANDIDATES, math.ceil(math.log(1e-3) / math.log1p(-self.sampling.top_p)))
+        return math.ceil(min(CANDIDATES, math.log(1e-3) / math.log1p(-self.sampling.top_p)))
 
     def _scaled(self, logits: mx.array, seen: mx.array | None) -> mx.array:
         """Penalised, in float32, divided by the temperature."""
@@ -165,7 +170,7 @@ class Sampler:
             floor = self.sampling.top_p * sum_by_parts(weights)[..., None]
             inside = sum_by_parts(weights[..., None, :] * above) < floor
         if self.sampling.top_k:
-            inside &= mx.sum(above, axis=-1) < self.sampling.top_k
+            inside &= mx.sum(above, axis=-1) < self._top_k
         if self.sampling.min_p:
             inside &= mx.take_along_axis(weights, best, axis=-1) >= self.sampling.min_p
         return inside

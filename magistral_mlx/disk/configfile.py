@@ -60,7 +60,7 @@ def _from_params(fields: "_Fields") -> ModelConfig:
         norm_eps=fields.number("norm_eps"),
         rope_theta=fields.number("rope_theta"),
         max_context=fields.integer("max_position_embeddings", "max_seq_len", default=131072),
-        tie_embeddings=bool(fields.get(bool, "tied_embeddings", default=False)),
+        tie_embeddings=fields.get(bool, "tied_embeddings", default=False),
         has_vision=isinstance(fields.raw.get("vision_encoder"), dict),
     )
 
@@ -102,9 +102,8 @@ def read_directory(path: Path) -> tuple[ModelConfig, str]:
         return read_params(params), "bfloat16"
     config = read_config(path / "config.json")
     raw = read_json(path / "config.json")
-    told = (
-        level.get(name) for level in (raw, raw.get("text_config") or {}) for name in ("dtype", "torch_dtype")
-    )
+    levels: list[Json] = [raw, raw["text_config"]] if raw["model_type"] == "mistral3" else [raw]
+    told = (level.get(name) for level in levels for name in ("dtype", "torch_dtype"))
     dtype = next((name for name in told if name in ("bfloat16", "float16", "float32")), "bfloat16")
     return replace(config, tie_embeddings=bool(config.tie_embeddings)), dtype
 

@@ -8,12 +8,14 @@ Knows the Hub's interface and the cache's places. Does not know layouts or names
 """
 
 import fcntl
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Self, cast
 
+from magistral_mlx.disk import manifest
 from magistral_mlx.errors import HubError
 
 LARGE_BYTES = 32 * 10**6
@@ -21,11 +23,12 @@ LARGE_BYTES = 32 * 10**6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RemoteFile:
-    """`blob`: its place in the cache, named after its hash."""
+    """blob: its place in the cache, named after its hash. sha256: None of what is no LFS object."""
 
     name: str
     size: int
     blob: Path
+    sha256: str | None
 
     @property
     def partial(self) -> Path:
@@ -60,6 +63,7 @@ class Repository:
                 name=file.rfilename,
                 size=(file.lfs.size if file.lfs else file.size) or 0,
                 blob=blobs / ((file.lfs.sha256 if file.lfs else file.blob_id) or "unknown"),
+                sha256=file.lfs.sha256 if file.lfs else None,
             )
             for file in info.siblings or []
         )
@@ -86,20 +90,27 @@ class Repository:
         from huggingface_hub import file_download, hf_hub_url, utils
 
         file.blob.parent.mkdir(parents=True, exist_ok=True)
-        with file.partial.open("ab") as stream:
+        with file.partial.open("a+b") as stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise HubError(f"{self.repo} is being downloaded by another process; wait for it") from error
+            if file.blob.exists():  # another process has just finished it
+                return
+            kept = stream.seek(0, os.SEEK_END)
             cast("Any", file_download).http_get(
                 hf_hub_url(self.repo, file.name, revision=self.commit),
                 stream,
-                resume_size=stream.tell(),
+                resume_size=kept,
                 headers=cast("Any", utils).build_hf_headers(),
                 expected_size=file.size,
                 displayed_filename=file.name,
             )
-        file.partial.rename(file.blob)
+            stream.flush()
+            if kept and file.sha256 and manifest.sha256(file.partial) != file.sha256:
+                file.partial.unlink()  # a crash may leave zeros where its last bytes should be
+                raise HubError(f"{file.name} of {self.repo} came damaged; run it again: it begins anew")
+            file.partial.rename(file.blob)  # while it is locked: nobody takes it up in between
 
 
 def cache() -> Path:

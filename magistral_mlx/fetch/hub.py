@@ -122,7 +122,8 @@ def source(name: str) -> str | None:
     place = directory(name)
     if name == "demo" or place:
         card = (place or DEMO) / "README.md"
-        found = _BASE.match(card.read_text(encoding="utf-8")) if card.is_file() else None
+        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+        found = _BASE.match(text)
         return found.group(1) if found else None
     family = _FAMILY.search(name)
     return f"mistralai/{family.group()}" if family else name.partition("@")[0]
@@ -160,10 +161,8 @@ def directory(name: str) -> Path | None:
 
 def _cached(name: str, patterns: tuple[str, ...] | None) -> Path:
     """A model's snapshot in the cache, if it is whole in one layout (or in `patterns`)."""
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
     for layout in (patterns,) if patterns else (_NATIVE, _HF):
-        with suppress(LocalEntryNotFoundError, HFValidationError):
+        with suppress(OSError, ValueError):  # not there, or a name that cannot be
             found = _snapshot(name, layout, local_files_only=True)
             if any(found.glob(layout[0])):  # a repository without such files is whole without them
                 return found

@@ -1,37 +1,32 @@
 """The routes. Each turns a request into a job of the service, and what is said into a response."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
-from contextlib import aclosing, suppress
 from functools import partial
 from importlib.metadata import version
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from sse_starlette import EventSourceResponse
-from sse_starlette.sse import SendTimeoutError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from magistral_mlx.errors import MagistralError
-from magistral_mlx.talk.stream import Stream
+from magistral_mlx.talk.options import Options
 
-from . import failures, requests, web
-from .failures import GONE, RefusedError
+from . import anthropic_requests, failures, requests, web
+from .anthropic_replies import Blocks
+from .anthropic_wire import CountRequest, MessagesRequest
+from .completion_replies import Completion
+from .delivery import answer
+from .failures import RefusedError
 from .metrics import CONTENT_TYPE
-from .replies import DONE, Chat, Completion, Ended, Shape, usage
+from .replies import Chat
 from .safety import Rules, Safety
 from .service import Job, Service
-from .slots import ClosingError, FullError, Slot
+from .slots import ClosingError, FullError
 from .voices import Apart, Tagged, Verbatim
-from .wire import ChatRequest, CompletionRequest, DetokenizeRequest, Sampled, TokenizeRequest
-
-T = TypeVar("T")
-
-SEND_SECONDS = 60
-"""A client that takes nothing for so long has left."""
+from .wire import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
 
 def create_app(service: Service, rules: Rules) -> ASGIApp:
@@ -40,6 +35,7 @@ def create_app(service: Service, rules: Rules) -> ASGIApp:
     app.state.service = service
     for base, raw in (("/v1", False), ("/raw/v1", True)):
         app.include_router(_interface(service, raw=raw), prefix=base)
+    app.include_router(_anthropic(service), prefix="/v1")
     app.include_router(_about(service))
     app.router.routes += web.routes()
     for kind in (Exception, MagistralError, RefusedError, FullError, ClosingError):
@@ -74,13 +70,11 @@ def _interface(service: Service, *, raw: bool) -> APIRouter:
 
     @router.post("/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
-        messages, options = requests.chat(body, tokenizer)
-        prompt = await asyncio.to_thread(service.model.encode, messages, **options)
-        options.pop("system", None)
-        shape = Chat(name, tokenizer)
+        prompt, options = await _prompt(service, body)
+        shape = Chat(name, tokenizer, body)
         voice = Tagged if raw else Apart
         job = Job(prompts=[prompt], options=options, voice=voice, n=body.n or 1, id=shape.id)
-        return await _answer(service, request, body, job, shape)
+        return await answer(service, request, job, shape, stream=bool(body.stream))
 
     @router.post("/chat/completions/{id_}/stop_thinking", status_code=204)
     async def stop_thinking(id_: str) -> None:
@@ -94,7 +88,8 @@ def _interface(service: Service, *, raw: bool) -> APIRouter:
         voice = partial(Verbatim, tokenizer, requests.stops(body))
         options["stop"] = ()
         job = Job(prompts=prompts, options=options, voice=voice, n=body.n or 1)
-        return await _answer(service, request, body, job, Completion(name, tokenizer))
+        shape = Completion(name, tokenizer, body, requests.echoes(body, tokenizer))
+        return await answer(service, request, job, shape, stream=bool(body.stream))
 
     @router.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
@@ -106,6 +101,33 @@ def _interface(service: Service, *, raw: bool) -> APIRouter:
         return {"prompt": await asyncio.to_thread(tokenizer.decode, body.tokens)}
 
     return router
+
+
+def _anthropic(service: Service) -> APIRouter:
+    """Anthropic's interface: the same chat in other words."""
+    router = APIRouter(responses={"4XX": _ANTHROPIC_ERROR, "5XX": _ANTHROPIC_ERROR})
+
+    @router.post("/messages")
+    async def messages(body: MessagesRequest, request: Request) -> Response:
+        prompt, options = await _prompt(service, anthropic_requests.chat(body))
+        shape = Blocks(service.ids[0], prompt_tokens=len(prompt))
+        job = Job(prompts=[prompt], options=options, voice=Apart, id=shape.id)
+        return await answer(service, request, job, shape, stream=bool(body.stream))
+
+    @router.post("/messages/count_tokens")
+    async def count_tokens(body: CountRequest) -> dict[str, int]:
+        prompt, _ = await _prompt(service, anthropic_requests.chat(body))
+        return {"input_tokens": len(prompt)}
+
+    return router
+
+
+async def _prompt(service: Service, asked: ChatRequest) -> tuple[list[int], Options]:
+    """What a chat comes to: the ids to go on from, and how."""
+    messages, options = requests.chat(asked, service.model.tokenizer)
+    prompt = await asyncio.to_thread(service.model.encode, messages, **options)
+    options.pop("system", None)
+    return prompt, options
 
 
 def _about(service: Service) -> APIRouter:
@@ -121,59 +143,6 @@ def _about(service: Service) -> APIRouter:
         return Response(service.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
     return router
-
-
-async def _answer(service: Service, request: Request, body: Sampled, job: Job, shape: Shape) -> Response:
-    """Wait for a turn, then say it whole, or as it comes."""
-    slot = await _while_connected(request, service.slots.take())
-    if body.stream:
-        try:
-            first = await _while_connected(request, service.begin(job))
-        except BaseException:
-            slot.release()
-            raise
-        counted = bool(body.stream_options and body.stream_options.include_usage)
-        return _Events(_pieces(service, job, first, shape, counted=counted), slot, first)
-    with slot:
-        choices = await _while_connected(request, service.choices(job))
-    used = usage([choice.ended for choice in choices], job.n)
-    return Response(shape.whole(choices, used), media_type="application/json")
-
-
-async def _pieces(
-    service: Service, job: Job, first: Stream, shape: Shape, *, counted: bool
-) -> AsyncGenerator[bytes]:
-    """A job as server-sent events. An error that comes when some were sent is one of them."""
-    ends: dict[int, Ended] = {}
-    try:
-        for index in range(job.choices):
-            yield shape.opening(index)
-        async with aclosing(service.run(job, first)) as told:
-            async for index, said in told:
-                if not isinstance(said, Ended):
-                    yield shape.piece(index, said)
-                    continue
-                ends[index] = said
-                yield shape.ending(index, said)
-        if counted:
-            yield shape.counted(usage([ends[index] for index in range(job.choices)], job.n))
-    except Exception as error:  # noqa: BLE001 -- the status was sent long ago: this is how it can still be told
-        failures.log(error)
-        yield b"data: " + failures.of(error).body + b"\n\n"
-        return
-    yield DONE
-
-
-class _Events(EventSourceResponse):
-    """Events that hold a slot until the last one is sent, or the client has left."""
-
-    def __init__(self, pieces: AsyncGenerator[bytes], slot: Slot, first: Stream) -> None:
-        super().__init__(pieces, send_timeout=SEND_SECONDS)
-        self._slot, self._first = slot, first
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._slot, self._first, suppress(SendTimeoutError):
-            await super().__call__(scope, receive, send)
 
 
 class _Counted:
@@ -192,33 +161,15 @@ class _Counted:
         await self._app(scope, receive, sending)
 
 
-async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Do it, unless the client leaves first."""
-    task, left = asyncio.ensure_future(work), asyncio.ensure_future(_left(request))
-    try:
-        await asyncio.wait((task, left), return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise RefusedError(GONE, "the client has left")
-    finally:
-        for one in (task, left):
-            one.cancel()
-        await asyncio.gather(task, left, return_exceptions=True)
-
-
-async def _left(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _failed(_: Request, error: Exception) -> Response:
+async def _failed(request: Request, error: Exception) -> Response:
     match error:
         case RequestValidationError():
-            return failures.of_validation(error.errors()).response
+            told = failures.of_validation(error.errors())
         case HTTPException():
-            return RefusedError(error.status_code, str(error.detail), headers=error.headers).response
+            told = RefusedError(error.status_code, str(error.detail), headers=error.headers)
         case _:
-            return failures.of(error).response
+            told = failures.of(error)
+    return told.response(request.url.path)
 
 
 def _model(service: Service, id_: str) -> dict[str, Any]:
@@ -226,26 +177,17 @@ def _model(service: Service, id_: str) -> dict[str, Any]:
     return {"id": id_, "object": "model", "created": 0, "owned_by": "local", "max_model_len": context}
 
 
-_ERROR: dict[str, Any] = {
-    "description": "what was expected, and what was found",
-    "content": {
-        "application/json": {
-            "schema": {
-                "type": "object",
-                "required": ["error"],
-                "properties": {
-                    "error": {
-                        "type": "object",
-                        "required": ["message", "type", "param", "code"],
-                        "properties": {
-                            "message": {"type": "string"},
-                            "type": {"type": "string"},
-                            "param": {"type": ["string", "null"]},
-                            "code": {"type": ["string", "null"]},
-                        },
-                    }
-                },
-            }
-        }
-    },
-}
+def _object(**properties: Any) -> dict[str, Any]:
+    return {"type": "object", "required": [*properties], "properties": properties}
+
+
+def _told(**body: Any) -> dict[str, Any]:
+    """How the published interface says what an error looks like."""
+    content = {"application/json": {"schema": _object(**body)}}
+    return {"description": "what was expected, and what was found", "content": content}
+
+
+_TEXT = {"type": "string"}
+_MAYBE = {"type": ["string", "null"]}
+_ERROR = _told(error=_object(message=_TEXT, type=_TEXT, param=_MAYBE, code=_MAYBE))
+_ANTHROPIC_ERROR = _told(type={"const": "error"}, error=_object(type=_TEXT, message=_TEXT))

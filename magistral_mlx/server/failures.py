@@ -1,4 +1,4 @@
-"""Errors in the one shape that clients know: `{"error": {"message", "type", "param", "code"}}`.
+"""Errors in the shapes that clients know: OpenAI's, and under `/v1/messages` Anthropic's.
 
 Knows which error of the library is whose fault. What was asked is never repeated in a message of ours: it
 may be long, private, or no Unicode.
@@ -42,9 +42,19 @@ class RefusedError(Exception):
         return json.dumps({"error": error}).encode()
 
     @property
-    def response(self) -> Response:
-        return Response(self.body, self.status, self.headers, media_type="application/json")
+    def as_anthropic(self) -> bytes:
+        kind = _ANTHROPIC_KINDS.get(self.status) or _KINDS.get(self.status)
+        kind = kind or ("api_error" if self.status >= 500 else "invalid_request_error")
+        return json.dumps({"type": "error", "error": {"type": kind, "message": str(self)}}).encode()
 
+    def response(self, path: str) -> Response:
+        """As it is told to who asked for that path."""
+        body = self.as_anthropic if path.startswith(ANTHROPIC) else self.body
+        return Response(body, self.status, self.headers, media_type="application/json")
+
+
+ANTHROPIC = "/v1/messages"
+"""Where clients of Anthropic's interface ask."""
 
 _KINDS = {
     401: "authentication_error",
@@ -52,6 +62,7 @@ _KINDS = {
     404: "not_found_error",
     429: "rate_limit_error",
 }
+_ANTHROPIC_KINDS = {408: "timeout_error", 413: "request_too_large", 503: "overloaded_error"}
 
 GONE = 499
 """What a request whose client has left ends with; nobody reads it, a log may show it."""

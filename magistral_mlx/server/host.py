@@ -13,6 +13,8 @@ from starlette.types import ASGIApp
 
 from magistral_mlx.errors import ServerError
 
+from .connection import Connection
+
 GRACE_SECONDS = 5
 """For connections to end by themselves, once everything that ran was stopped."""
 
@@ -20,11 +22,14 @@ GRACE_SECONDS = 5
 class Host(uvicorn.Server):
     """Serves until `should_exit`, Ctrl-C or SIGTERM; `run` then returns. A second Ctrl-C waits for nobody."""
 
-    def __init__(self, app: ASGIApp, *, close: Callable[[], None]) -> None:
+    def __init__(
+        self, app: ASGIApp, *, close: Callable[[], None], connection: type[Connection] = Connection
+    ) -> None:
         AppStatus.disable_automatic_graceful_drain()  # streams are told by `close`, and tell their clients
         super().__init__(
             uvicorn.Config(
                 app,
+                http=connection,
                 log_level="warning",
                 access_log=False,
                 lifespan="off",

@@ -8,17 +8,17 @@ import json
 import secrets
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from magistral_mlx.events import FinishReason, Stats, ToolCall, ToolCallToken
 from magistral_mlx.text.tokenizer import Tokenizer
 from magistral_mlx.wire import TokenLogprob
 
+from . import failures
 from .voices import Heard
+from .wire import Sampled
 
-DONE = b"data: [DONE]\n\n"
-
-_REASONS: dict[FinishReason, str] = {
+REASONS: dict[FinishReason, str] = {
     "stop": "stop",
     "tool_calls": "tool_calls",
     "length": "length",
@@ -32,6 +32,7 @@ class Ended(NamedTuple):
     reason: FinishReason
     stats: Stats
     calls: tuple[ToolCall, ...] = ()
+    stop_string: str | None = None
 
 
 class Choice(NamedTuple):
@@ -50,31 +51,43 @@ class Choice(NamedTuple):
 
     @property
     def reason(self) -> str:
-        return _REASONS[self.ended.reason]
+        return REASONS[self.ended.reason]
 
 
-def usage(ends: Sequence[Ended], choices_per_prompt: int) -> dict[str, Any]:
-    """Tokens of a request; a prompt counts once, however many choices were made of it."""
-    stats = [end.stats for end in ends]
-    prompts = stats[::choices_per_prompt]
-    prompt = sum(one.prompt_tokens for one in prompts)
-    said = sum(one.thinking_tokens + one.answer_tokens for one in stats)
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": said,
-        "total_tokens": prompt + said,
-        "prompt_tokens_details": {"cached_tokens": sum(one.cached_tokens for one in prompts)},
-        "completion_tokens_details": {"reasoning_tokens": sum(one.thinking_tokens for one in stats)},
-    }
-
-
-class Shape:
+class Shape(Protocol):
     """One answer. Its kinds say how a piece of a choice looks, and how a whole one."""
+
+    @property
+    def id(self) -> str: ...
+
+    def opening(self, index: int) -> bytes:
+        """Sent before anything is read."""
+        ...
+
+    def piece(self, index: int, heard: Heard) -> bytes: ...
+
+    def ending(self, index: int, ended: Ended) -> bytes: ...
+
+    def last(self, ends: Sequence[Ended]) -> bytes:
+        """Sent when all choices have ended."""
+        ...
+
+    def failed(self, error: Exception) -> bytes:
+        """Sent in place of all that was still to come."""
+        ...
+
+    def whole(self, choices: Sequence[Choice]) -> bytes: ...
+
+
+class Choices:
+    """What OpenAI's two shapes have in common."""
 
     kind = piece_kind = prefix = ""
 
-    def __init__(self, model: str, tokenizer: Tokenizer) -> None:
+    def __init__(self, model: str, tokenizer: Tokenizer, asked: Sampled) -> None:
         self._tokenizer = tokenizer
+        self._n = asked.n or 1
+        self._counted = bool(asked.stream_options and asked.stream_options.include_usage)
         self._about = {
             "id": f"{self.prefix}-{secrets.token_hex(12)}",
             "created": int(time.time()),
@@ -87,30 +100,38 @@ class Shape:
     def id(self) -> str:
         return str(self._about["id"])
 
-    def opening(self, index: int) -> bytes:
-        """Sent before anything is read."""
-        raise NotImplementedError
-
-    def piece(self, index: int, heard: Heard) -> bytes:
-        raise NotImplementedError
-
-    def ending(self, index: int, ended: Ended) -> bytes:
-        raise NotImplementedError
-
     def choice(self, index: int, choice: Choice) -> dict[str, Any]:
         raise NotImplementedError
 
-    def counted(self, used: dict[str, Any]) -> bytes:
-        """The piece that carries the usage, for those who ask for it."""
-        return f'{self._head}[], "usage": {json.dumps(used)}}}\n\n'.encode()
+    def last(self, ends: Sequence[Ended]) -> bytes:
+        counted = f'{self._head}[], "usage": {json.dumps(self._usage(ends))}}}\n\n'.encode()
+        return (counted if self._counted else b"") + b"data: [DONE]\n\n"
 
-    def whole(self, choices: Sequence[Choice], used: dict[str, Any]) -> bytes:
+    def failed(self, error: Exception) -> bytes:
+        return b"data: " + failures.of(error).body + b"\n\n"
+
+    def whole(self, choices: Sequence[Choice]) -> bytes:
         told = [self.choice(index, choice) for index, choice in enumerate(choices)]
+        used = self._usage([choice.ended for choice in choices])
         body = {**self._about, "object": self.kind, "choices": told, "usage": used}
         return json.dumps(body, ensure_ascii=False).encode()
 
+    def _usage(self, ends: Sequence[Ended]) -> dict[str, Any]:
+        """Tokens of a request; a prompt counts once, however many choices were made of it."""
+        stats = [end.stats for end in ends]
+        prompts = stats[:: self._n]
+        prompt = sum(one.prompt_tokens for one in prompts)
+        said = sum(one.thinking_tokens + one.answer_tokens for one in stats)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": said,
+            "total_tokens": prompt + said,
+            "prompt_tokens_details": {"cached_tokens": sum(one.cached_tokens for one in prompts)},
+            "completion_tokens_details": {"reasoning_tokens": sum(one.thinking_tokens for one in stats)},
+        }
 
-class Chat(Shape):
+
+class Chat(Choices):
     kind, piece_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
     def opening(self, index: int) -> bytes:
@@ -129,7 +150,7 @@ class Chat(Shape):
         )
 
     def ending(self, index: int, ended: Ended) -> bytes:
-        return self._piece(index, "{}", f'"{_REASONS[ended.reason]}"')
+        return self._piece(index, "{}", f'"{REASONS[ended.reason]}"')
 
     def choice(self, index: int, choice: Choice) -> dict[str, Any]:
         thinking = choice.thinking or None
@@ -156,27 +177,6 @@ class Chat(Shape):
     def _token(self, id_: int, logprob: float) -> dict[str, Any]:
         piece = self._tokenizer.pieces[id_] or b""
         return {"token": piece.decode(errors="replace"), "logprob": logprob, "bytes": [*piece]}
-
-
-class Completion(Shape):
-    kind, piece_kind, prefix = "text_completion", "text_completion", "cmpl"
-
-    def opening(self, index: int) -> bytes:
-        return self._piece(index, "")
-
-    def piece(self, index: int, heard: Heard) -> bytes:
-        return self._piece(index, heard.text)
-
-    def ending(self, index: int, ended: Ended) -> bytes:
-        return self._piece(index, "", f'"{_REASONS[ended.reason]}"')
-
-    def choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        return {"index": index, "text": choice.text, "logprobs": None, "finish_reason": choice.reason}
-
-    def _piece(self, index: int, text: str, reason: str = "null") -> bytes:
-        said = json.dumps(text, ensure_ascii=False)
-        told = f'[{{"index": {index}, "text": {said}, "logprobs": null, "finish_reason": {reason}}}]'
-        return f"{self._head}{told}}}\n\n".encode()
 
 
 def _call(piece: ToolCallToken) -> dict[str, Any]:

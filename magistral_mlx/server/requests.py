@@ -41,14 +41,23 @@ def chat(request: ChatRequest, tokenizer: Tokenizer) -> tuple[Dialogue, Options]
 
 def completion(request: CompletionRequest, tokenizer: Tokenizer) -> tuple[list[list[int]], Options]:
     """Prompts as ids, each with its begin of text, and how they are to be gone on with."""
-    for name in ("echo", "suffix", "logprobs"):
-        if getattr(request, name):
-            raise unsupported(name, f"{name} is not done by this server; leave it out")
+    if request.suffix:
+        raise unsupported("suffix", "this model goes on with a text; it cannot fill the gap before a suffix")
+    if request.echo and request.logprobs is not None:
+        raise unsupported("logprobs", "a prompt has no logprobs here; ask for echo or for logprobs")
     if (request.best_of or 1) > 1:
         raise unsupported("best_of", "best_of is not done by this server; ask for n and choose")
     options = _sampled(request)
     options["max_tokens"] = request.max_tokens or COMPLETION_TOKENS
+    options["logprobs"] = request.logprobs
     return [_ids(prompt, tokenizer) for prompt in _prompts(request.prompt)], options
+
+
+def echoes(request: CompletionRequest, tokenizer: Tokenizer) -> list[str]:
+    """What the text of each prompt's choices begins with."""
+    if not request.echo:
+        return []
+    return [p if isinstance(p, str) else tokenizer.decode(p) for p in _prompts(request.prompt)]
 
 
 def tokens(request: TokenizeRequest, model: Magistral) -> list[int]:
@@ -137,7 +146,8 @@ def _tools(request: ChatRequest) -> Options:
         if choice not in (None, "auto", "none"):
             raise RefusedError(400, "a tool_choice needs tools", param="tool_choice", code="invalid_value")
         return {}
-    return {"tools": request.tools, "tool_choice": choice or "auto"}
+    several = request.parallel_tool_calls is not False
+    return {"tools": request.tools, "tool_choice": choice or "auto", "parallel_tool_calls": several}
 
 
 def _shape(request: ChatRequest) -> Options:

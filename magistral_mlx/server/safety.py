@@ -67,7 +67,7 @@ class Safety:
         except Exception as error:  # noqa: BLE001 -- the last door: nobody outside is shown a traceback
             failures.log(error)
             if not began:
-                await failures.of(error).response(scope, receive, send)
+                await failures.of(error).response(scope["path"])(scope, receive, send)
 
     def _check(self, scope: Scope) -> None:
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}

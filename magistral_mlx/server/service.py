@@ -10,7 +10,7 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias, TypeVar
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 from magistral_mlx.chat import Magistral
 from magistral_mlx.decoder.prefix import Prefix
@@ -66,9 +66,8 @@ class Service:
         self._company = model.new_company()
         self._rows = asyncio.Semaphore(running)  # replies: a request may want several
         self.metrics = Metrics(self.slots, self.prefixes)
-        self._streams: WeakSet[Stream] = WeakSet()
+        self._streams: WeakKeyDictionary[Stream, str] = WeakKeyDictionary()  # and the id of its job
         self._lent: WeakKeyDictionary[Stream, list[Prefix]] = WeakKeyDictionary()
-        self._by_id: dict[str, list[Stream]] = {}
 
     async def begin(self, job: Job) -> Stream:
         """The stream of the first choice: whatever is wrong with a job, is told here."""
@@ -76,15 +75,11 @@ class Service:
 
     async def run(self, job: Job, first: Stream) -> AsyncGenerator[Said]:
         """All choices of a job, side by side: what comes next of any of them."""
-        self._by_id[job.id] = []
         read = [asyncio.Event() for _ in job.prompts]
         choices = [self._choice(job, index, read, None if index else first) for index in range(job.choices)]
-        try:
-            async with aclosing(_merged(choices)) as told:
-                async for said in told:
-                    yield said
-        finally:
-            del self._by_id[job.id]
+        async with aclosing(_merged(choices)) as told:
+            async for said in told:
+                yield said
 
     async def choices(self, job: Job) -> list[Choice]:
         """The same, waited for."""
@@ -100,7 +95,7 @@ class Service:
 
     def stop_thinking(self, id_: str) -> bool:
         """End the reasoning of a job's replies; False: nothing of that id runs."""
-        running = [stream for stream in self._by_id.get(id_, ()) if stream.is_open]
+        running = [stream for stream, of in list(self._streams.items()) if of == id_ and stream.is_open]
         for stream in running:
             stream.stop_thinking()
         return bool(running)
@@ -122,16 +117,17 @@ class Service:
             if not leads:
                 await here.wait()
             async with first or await self._open(job, index, shared=not leads) as stream:
-                self._by_id[job.id].append(stream)
-                told = 0  # ids
+                came = told = 0  # ids
                 async for event in stream:
                     if leads and job.n > 1 and not here.is_set():
                         await self._share(stream)
                         here.set()
-                    before, told = told, told + len(event.token_ids)
+                    came += len(event.token_ids)
                     if any(heard := voice.hear(event)):
-                        logprobs = stream.logprobs[before:told] if heard.text else ()
+                        logprobs = stream.logprobs[told:came] if heard.text else ()
                         yield index, heard._replace(logprobs=logprobs) if logprobs else heard
+                    if any(heard) or not voice.late:
+                        told = came
                     if isinstance(event, Finished):
                         reason = event.reason
                     elif voice.stopped:
@@ -141,7 +137,8 @@ class Service:
             here.set()
         if reason is None:  # closed by `close`
             raise ClosingError
-        yield index, Ended(reason, stream.reply.stats, stream.reply.tool_calls)
+        reply = stream.reply
+        yield index, Ended(reason, reply.stats, reply.tool_calls, reply.stop_string)
 
     async def _open(self, job: Job, index: int, *, shared: bool = False) -> Stream:
         """A stream behind what was read before; what is kept gives way where memory is short."""
@@ -156,7 +153,7 @@ class Service:
         except BaseException:
             self._rows.release()
             raise
-        self._streams.add(stream)
+        self._streams[stream] = job.id
         return stream
 
     async def _behind(self, prefix: Prefix, prompt: list[int], options: Options) -> Stream:

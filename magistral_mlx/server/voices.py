@@ -28,13 +28,18 @@ class Voice(Protocol):
         """Whether the reply is to end here, though the model would go on."""
         ...
 
+    @property
+    def late(self) -> bool:
+        """Whether the text of an event may be told with a later one."""
+        ...
+
     def hear(self, event: Event) -> Heard: ...
 
 
 class Apart:
     """The reasoning is one text, the answer another."""
 
-    stopped = False
+    stopped = late = False
 
     def hear(self, event: Event) -> Heard:
         match event:
@@ -51,7 +56,7 @@ class Apart:
 class Tagged:
     """One text in the form of the model's template: `<think>`, the reasoning, `</think>`, the answer."""
 
-    stopped = False
+    stopped = late = False
 
     def __init__(self) -> None:
         self._open = False
@@ -78,13 +83,15 @@ class Tagged:
 class Verbatim:
     """The text of all ids as they come, up to a stop string."""
 
+    late = True
+
     def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...]) -> None:
         self._detokenizer = tokenizer.detokenizer()
         self._stop = StopStrings(stops)
 
     @property
     def stopped(self) -> bool:
-        return self._stop.met
+        return self._stop.met is not None
 
     def hear(self, event: Event) -> Heard:
         text = "".join(self._stop.feed(self._detokenizer.feed(id_)) for id_ in event.token_ids)

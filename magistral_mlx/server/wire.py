@@ -2,6 +2,9 @@
 
 Knows types and bounds. What a value means, and whether the model can do it, is `requests`' to know. Unknown
 fields are ignored: clients send many that a local model has no use for (`user`, `store`, `service_tier`).
+
+A list is refused at its first mistake (`fail_fast`): a body has room for millions, and to tell of each would
+take a minute and gigabytes.
 """
 
 from typing import Annotated, Any, Literal, TypeAlias
@@ -15,7 +18,13 @@ MAX_STOPS = 16
 
 Effort: TypeAlias = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 Whole: TypeAlias = Annotated[int, Field(ge=1)]
-Stops: TypeAlias = Annotated[list[Annotated[str, Field(max_length=1024)]], Field(max_length=MAX_STOPS)]
+Temperature: TypeAlias = Annotated[float, Field(ge=0)]
+TopP: TypeAlias = Annotated[float, Field(gt=0, le=1)]
+TopK: TypeAlias = Annotated[int, Field(ge=0)]
+Stops: TypeAlias = Annotated[
+    list[Annotated[str, Field(max_length=1024)]], Field(max_length=MAX_STOPS, fail_fast=True)
+]
+Ids: TypeAlias = Annotated[list[int], Field(min_length=1, fail_fast=True)]
 
 
 class Wire(BaseModel):
@@ -31,11 +40,14 @@ class Part(Wire):
 
 class Message(Wire):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[Part], Field(max_length=MAX_MESSAGES)] | None = None
+    content: str | Annotated[list[Part], Field(max_length=MAX_MESSAGES, fail_fast=True)] | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
-    tool_calls: Annotated[list[dict[str, Any]], Field(max_length=128)] | None = None
+    tool_calls: Annotated[list[dict[str, Any]], Field(max_length=128, fail_fast=True)] | None = None
     tool_call_id: str | None = None
+
+
+Messages: TypeAlias = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
 class StreamOptions(Wire):
@@ -49,14 +61,14 @@ class Sampled(Wire):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Whole | None = None
-    temperature: Annotated[float, Field(ge=0)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0)] | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[str, Any] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: str | Stops | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
@@ -68,12 +80,13 @@ class ChatRequest(Sampled):
     think_budget: tokens of reasoning, after which the answer follows; goes before `reasoning_effort`.
     """
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Messages
     max_completion_tokens: Whole | None = None
     reasoning_effort: Effort | None = None
     think_budget: Annotated[int, Field(ge=0)] | None = None
-    tools: Annotated[list[dict[str, Any]], Field(max_length=128)] | None = None
+    tools: Annotated[list[dict[str, Any]], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     response_format: dict[str, Any] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -84,14 +97,14 @@ class CompletionRequest(Sampled):
 
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[int], Field(min_length=1)]
-        | Annotated[list[list[int]], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
+        | Ids
+        | Annotated[list[Ids], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
     )
     echo: bool | None = None
     suffix: str | None = None
     best_of: int | None = None
-    logprobs: int | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
 
 class TokenizeRequest(Wire):
@@ -99,10 +112,10 @@ class TokenizeRequest(Wire):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool = True
 
 
 class DetokenizeRequest(Wire):
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0)]]
+    tokens: Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]

@@ -8,7 +8,7 @@ llguidance is imported when it is first needed: it is the extra `structured`.
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import cache, cached_property
 from types import ModuleType
@@ -64,7 +64,10 @@ class Grammar:
     @classmethod
     def from_regex(cls, pattern: str) -> Self:
         """Text that a regular expression matches as a whole."""
-        quoted = _llguidance().regex_to_lark(_short(pattern), "")
+        try:
+            quoted = _llguidance().regex_to_lark(_short(pattern), "")
+        except ValueError as error:  # a lone surrogate, say
+            raise SchemaError(f"Expected a regular expression, found {pattern!r}: {error}.") from error
         return cls.from_lark(f"start: LEAD? TEXT\n{LEAD}\nTEXT: /{quoted}/")
 
     @classmethod
@@ -79,7 +82,7 @@ def json_rule(schema: Mapping[str, Any]) -> str:
         text = json.dumps({**schema, "x-guidance": {"whitespace_pattern": _SPACE}}, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise SchemaError(f"Expected a JSON schema, found what is not JSON: {error}.") from error
-    _check_joins(schema)
+    _check_joins(json.loads(text))
     return f"%json {text}"
 
 
@@ -231,25 +234,30 @@ def bits(ids: Iterable[int]) -> int:
     return allowed
 
 
-def _check_joins(schema: Mapping[str, Any]) -> None:
+def _check_joins(schema: object) -> None:
     """Refuse many patterns that may have to hold at once: what that costs doubles with each."""
-    nodes: list[Any] = [schema]
+    nodes = [schema]
     patterns, joined = 0, False
     while nodes:
         node = nodes.pop()
-        if isinstance(node, Mapping):
-            keys = cast("Mapping[str, Any]", node)
-            patterns += ("pattern" in keys) + len(keys.get("patternProperties") or ())
-            joined = joined or len(keys.get("allOf") or ()) > 1
+        if isinstance(node, list):
+            nodes += cast("list[object]", node)
+        elif isinstance(node, dict):
+            keys = cast("dict[str, object]", node)
+            patterns += ("pattern" in keys) + _size(keys.get("patternProperties"))
+            joined = joined or _size(keys.get("allOf")) > 1
             joined = joined or (bool(keys.keys() & _ELSEWHERE) and bool(keys.keys() & {"pattern", "allOf"}))
             nodes += keys.values()
-        elif isinstance(node, list):
-            nodes += cast("list[Any]", node)
     if joined and patterns > _JOINED:
         raise SchemaError(
             f"Expected at most {_JOINED} patterns in a schema that joins some (allOf), found {patterns}. "
             "Make one of several."
         )
+
+
+def _size(value: object) -> int:
+    """How many parts a keyword has; none, if it is of a wrong type, which llguidance refuses."""
+    return len(cast("Sized", value)) if isinstance(value, (dict, list)) else 0
 
 
 def _short(text: str) -> str:

@@ -31,6 +31,7 @@ class Plain(TypedDict, total=False):
         "parameters"}}`, as OpenAI has them. Calls are in `Reply.tool_calls`.
     tool_choice: "auto": the model calls or answers, as it likes; "none": it is not told of the tools;
         "required": it has to call; or the name of the one that it has to call.
+    parallel_tool_calls: False ends a reply behind its first call, if it calls at all.
     logprobs: keep the log-probability of each id in `Reply.logprobs`, and of so many likeliest ones, 0 to 20.
     """
 
@@ -46,6 +47,7 @@ class Plain(TypedDict, total=False):
     stop: str | Sequence[str]
     tools: tools.Tools | None
     tool_choice: str | None
+    parallel_tool_calls: bool
     logprobs: int | None
 
 

@@ -38,6 +38,8 @@ class Reply:
     stats: Stats
     tool_calls: tuple[ToolCall, ...] = ()
     """Those that are whole; each wants an answer (`ToolCall.result`) in the next turn."""
+    stop_string: str | None = field(default=None, compare=False)
+    """Which of `stop` ended the answer; not kept in a saved conversation."""
     logprobs: tuple[TokenLogprob | None, ...] | None = field(default=None, repr=False)
     shape: Shape | None = field(default=None, repr=False, compare=False)
     """What the answer was to be."""
@@ -128,6 +130,7 @@ class Telling:
             seed=self._seed,
             stats=self._stats,
             tool_calls=self._transcript.tool_calls,
+            stop_string=self._transcript.stop_string,
             logprobs=tuple(self.logprobs) if self._logprob else None,
             shape=self._shape,
         )

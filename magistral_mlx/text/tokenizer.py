@@ -90,8 +90,16 @@ class Tokenizer:
         )
 
     def encode(self, text: str) -> list[int]:
-        """The ids of plain text: no begin or end of text, and no string in it becomes a control token."""
-        return self._tekken.encode(check_text(text, "the text", may_be_blank=True), bos=False, eos=False)
+        """The ids of plain text: no begin or end of text, and no string in it becomes a control token.
+
+        Raises:
+            PromptError: text that is none, or with white space beyond measure.
+        """
+        text = check_text(text, "the text", may_be_blank=True)
+        try:
+            return self._tekken.encode(text, bos=False, eos=False)
+        except ValueError as error:  # a million spaces in a row, say
+            raise PromptError(f"tekken cannot split this text into words: {error}") from error
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`. A control token has none; broken UTF-8 and unknown ids are U+FFFD."""

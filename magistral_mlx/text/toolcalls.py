@@ -34,10 +34,12 @@ class CallParser:
     """`mark` a control token and `feed` text as they come; `flush` once, at the end.
 
     key: ids that the model leaves out, or gives twice, are made from it: the same key, the same ids.
+    most: so many calls, and no more; None: as many as there are.
     """
 
-    def __init__(self, key: str) -> None:
+    def __init__(self, key: str, *, most: int | None = None) -> None:
         self._key = key
+        self._most = most
         self._state: Literal["text", "name", "id", "arguments", "list", "after"] = "text"
         self._raw: list[str] = []  # all of the call under way, to be text if it breaks
         self._held = ""  # a name, an id, or white space, as long as it may be one
@@ -53,6 +55,11 @@ class CallParser:
     def active(self) -> bool:
         """Whether text belongs here: a call has begun, and nothing else since."""
         return self._state != "text"
+
+    @property
+    def full(self) -> bool:
+        """Whether there are as many calls as there may be."""
+        return self._most is not None and len(self.calls) >= self._most
 
     def mark(self, marker: Marker) -> list[Part]:
         """A control token came, after all text that came before it."""
@@ -127,7 +134,7 @@ class CallParser:
         self._json.append(text[:end])
         if end is None:
             return []
-        calls = _listed("".join(self._json))
+        calls = _listed("".join(self._json))[: self._most]
         if not calls:
             return self._broken()
         parts: list[Part] = []

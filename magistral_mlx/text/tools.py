@@ -49,6 +49,8 @@ def offered(tools: object, choice: object) -> list[dict[str, Any]]:
 def forced(tools: object, choice: object) -> list[dict[str, Any]]:
     """Those of them of which one has to be called; none: the model may answer."""
     told = offered(tools, choice)
+    if choice == "auto":  # a tool may have that name
+        return []
     return [tool for tool in told if choice in ("required", tool["function"]["name"])]
 
 

@@ -66,7 +66,12 @@ class Transcript:
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string was met. Whatever is fed after it brings no text."""
+        """Whether the reply is over, by a stop string, or with as many calls as there may be."""
+        return self._stop.met is not None or self._calls.full
+
+    @property
+    def stop_string(self) -> str | None:
+        """The one that was met. Whatever is fed after it brings no text."""
         return self._stop.met
 
     @property
@@ -164,21 +169,21 @@ class StopStrings:
             raise SamplingError(f"Expected stop strings with at least one character, found {stops!r}.")
         self._stops = stops
         self._held = ""
-        self.met = False
+        self.met: str | None = None
 
     def feed(self, text: str) -> str:
-        if self.met:
+        if self.met is not None:
             return ""
         self._held += text
-        found = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        found = [(at + len(stop), at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if found:
-            self.met = True
-            return self._held[: min(found)[1]]
+            _, at, self.met = min(found)
+            return self._held[:at]
         undecided = max((unfinished(self._held, stop) for stop in self._stops), default=0)
         return self._release(len(self._held) - undecided)
 
     def flush(self) -> str:
-        return "" if self.met else self._release(len(self._held))
+        return "" if self.met is not None else self._release(len(self._held))
 
     def _release(self, size: int) -> str:
         visible, self._held = self._held[:size], self._held[size:]

@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from click.testing import CliRunner, Result
 from magistral_mlx import AnswerToken
 from magistral_mlx.cli.app import cli
 from magistral_mlx.cli.common import first_interrupt_stops_thinking
+from magistral_mlx.fetch import hub
 from magistral_mlx.fetch.hub import RECOMMENDED
 from magistral_mlx.talk.display import Terminal as Display
 
@@ -173,6 +175,28 @@ def test_verify(run: Run):
     assert "model.safetensors has other bytes" in done.stderr
 
 
+def test_a_file_that_cannot_be_used_is_a_usage_error(run: Run, tmp_path: Path):
+    (tmp_path / "latin-1").write_bytes(b"\xe9")
+    (tmp_path / "file").touch()
+    for words in (
+        (*ASK, "--system-file", "latin-1", QUESTION),
+        ("doctor", "--json", "file/report.json"),
+        ("bench", "demo", "--quick", "--json", "file/report.json"),
+    ):
+        done = run(*words)
+        assert (done.exit_code, done.stdout) == (2, "")
+        assert "cannot be read as UTF-8 text" in done.stderr or "cannot be written" in done.stderr
+
+
+def test_a_directory_beside_is_not_taken_for_a_name_on_the_hub(run: Run, tmp_path: Path):
+    shutil.copytree(hub.DEMO, tmp_path / "models" / "mine")
+    (tmp_path / "models" / "mine" / "README.md").unlink(missing_ok=True)
+    assert run("convert", "models/mine", "--out", "small").exit_code == 0
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert "- Source: `mine`." in card
+    assert "models/mine" not in card
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -223,10 +247,13 @@ def test_chat_from_a_pipe(run: Run, tmp_path: Path):
 
 def test_what_goes_wrong_in_a_piped_chat_is_said(run: Run):
     lines = ["/load none.talk", "/save", "/budget much", "/export /", "/dance", "/undo"]
+    lines += ["/export ~nobody-of-this-name/a", "/save ~nobody-of-this-name/a", f"/budget {'9' * 5000}"]
     done = run("chat", *ASK[1:], stdin="\n".join(lines))
     assert (done.exit_code, done.stdout) == (0, "")
     told = done.stderr.splitlines()
-    assert len(told) == 5
+    assert len(told) == 8
+    assert all("~nobody-of-this-name" in line for line in told[5:7])
+    assert told[7] == told[2]
     assert "error: " in told[0]
     assert "none.talk" in told[0]
     assert [line.split(":")[0] for line in told[1:3]] == [

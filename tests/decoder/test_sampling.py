@@ -370,6 +370,22 @@ def test_a_value_out_of_range_is_named(name: str, value: object):
         replace(Sampling(), **{name: value})
 
 
+@pytest.mark.parametrize("sampling", [Sampling(top_p=5e-324), Sampling(top_k=1, top_p=5e-324)])
+def test_less_mass_than_float32_can_tell_is_the_likeliest_id(sampling: Sampling):
+    logits, sampler = mx.arange(16) / 4, Sampler(sampling, seed=0)
+    assert sampler.draw(logits, 0).item() in (UNSETTLED, 15)
+    assert sampler.settle(logits, 0).item() == 15
+
+
+@pytest.mark.parametrize("top_k", [2**31, 2**63, 10**30])
+def test_more_than_can_be_counted_is_all(top_k: int):
+    logits, all_of_them = mx.arange(16) / 4, Sampler(Sampling(top_p=1, top_k=16), seed=0)
+    sampler = Sampler(Sampling(top_p=1, top_k=top_k), seed=0)
+    for position in range(5):
+        assert sampler.draw(logits, position).item() == all_of_them.draw(logits, position).item()
+        assert sampler.settle(logits, position).item() == all_of_them.settle(logits, position).item()
+
+
 def test_values_at_the_edge_of_their_range_are_taken():
     Sampling(temperature=0, top_p=1, top_k=0, min_p=1, repetition_penalty=0.01)
     Sampling(temperature=np.float32(0.5), top_p=1e-30, top_k=10**9, min_p=0)

@@ -323,6 +323,40 @@ def test_two_downloads_at_once(big, tmp_path):
             hub.resolve("someone/big", download=True)
 
 
+def test_a_download_that_another_process_has_just_finished(big, monkeypatch, tmp_path):
+    blob = blobs(tmp_path) / fake_hub.etag("consolidated.safetensors", BIG)
+
+    def locked_late(*_):
+        blob.write_bytes(BIG)
+
+    monkeypatch.setattr("magistral_mlx.fetch.download.fcntl.flock", locked_late)
+    hub.resolve("someone/big", download=True)
+    assert not big.sent["consolidated.safetensors"]
+
+
+def test_what_a_crash_left_is_held_against_its_hash(big, tmp_path):
+    """The file had its length before the crash, and not yet all of its bytes."""
+    blobs(tmp_path).mkdir(parents=True)
+    name = fake_hub.etag("consolidated.safetensors", BIG)
+    (blobs(tmp_path) / f"{name}.partial").write_bytes(BIG[:1000] + bytes(1000))
+    with pytest.raises(HubError, match="came damaged; run it again"):
+        hub.resolve("someone/big", download=True)
+    found = hub.resolve("someone/big", download=True)
+    assert (found.weights / "consolidated.safetensors").read_bytes() == BIG
+
+
+@pytest.mark.parametrize("revision", ["pr", ".."])
+def test_a_revision_that_is_a_directory_of_the_cache(no_hub, tmp_path, revision):
+    (tmp_path / "cache" / "models--a--b" / "refs" / "pr").mkdir(parents=True)
+    with pytest.raises(HubError, match="is neither a directory here nor a model on this machine"):
+        hub.resolve(f"a/b@{revision}")
+
+
+def test_a_card_that_is_no_utf8(tmp_path):
+    (tmp_path / "README.md").write_bytes(b"---\nlicense: \xff\nbase_model: a/b\n---\n")
+    assert hub.known_as(str(tmp_path)) == ["a/b", tmp_path.name]
+
+
 # Looked at, not downloaded ------------------------------------------------------------------------------
 
 

@@ -14,6 +14,8 @@ OPERATIONS = (
     ("POST", "/raw/v1/chat/completions"),
     ("POST", "/v1/chat/completions/{id_}/stop_thinking"),
     ("POST", "/v1/completions"),
+    ("POST", "/v1/messages"),
+    ("POST", "/v1/messages/count_tokens"),
     ("POST", "/v1/tokenize"),
     ("POST", "/v1/detokenize"),
     ("GET", "/health"),
@@ -49,7 +51,9 @@ def attack(served: Running, method: str, path: str, examples: int) -> None:
     given(case=schema[path][method].as_strategy())(asked)()
 
 
-@pytest.mark.parametrize(("method", "path"), [o for o in OPERATIONS if o[1].startswith("/v1/c")])
+@pytest.mark.parametrize(
+    ("method", "path"), [o for o in OPERATIONS if o[1].startswith(("/v1/c", "/v1/messages"))]
+)
 def test_no_server_error(served: Running, method: str, path: str):
     attack(served, method, path, 5)
 

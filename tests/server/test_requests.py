@@ -9,9 +9,10 @@ from magistral_mlx import AnswerToken, Finished, Stats, ThinkToken, ToolCallToke
 from magistral_mlx.decoder.sampling import Sampling
 from magistral_mlx.fetch.hub import DEMO
 from magistral_mlx.server import requests
+from magistral_mlx.server.anthropic_wire import CountRequest
 from magistral_mlx.server.failures import RefusedError
 from magistral_mlx.server.voices import Apart, Heard, Tagged, Verbatim
-from magistral_mlx.server.wire import ChatRequest
+from magistral_mlx.server.wire import ChatRequest, CompletionRequest, DetokenizeRequest, Wire
 from magistral_mlx.text.tokenizer import Tokenizer
 
 THINK = "Be wise.\n<think>\nso\n</think>\n"
@@ -147,6 +148,35 @@ def test_what_means_nothing_is_ignored(tokenizer: Tokenizer):
 def test_types_are_what_they_say(wrong: dict[str, Any]):
     with pytest.raises(ValidationError):
         ChatRequest.model_validate({"messages": [USER], **wrong})
+
+
+MANY = 10_000
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (ChatRequest, {"messages": MANY * [{}]}),
+        (ChatRequest, {"messages": [{"role": "user", "content": MANY * [{}]}]}),
+        (ChatRequest, {"messages": [{"role": "user", "tool_calls": MANY * [1]}]}),
+        (ChatRequest, {"messages": [USER], "stop": MANY * [1]}),
+        (ChatRequest, {"messages": [USER], "tools": MANY * [1]}),
+        (CompletionRequest, {"prompt": MANY * [[]]}),
+        (CompletionRequest, {"prompt": MANY * [None]}),
+        (CompletionRequest, {"prompt": [MANY * ["x"]]}),
+        (DetokenizeRequest, {"tokens": MANY * [-1]}),
+        (CountRequest, {"messages": MANY * [{}]}),
+        (CountRequest, {"messages": [{"role": "user", "content": MANY * [1]}]}),
+        (CountRequest, {"messages": [USER], "system": MANY * [1]}),
+        (CountRequest, {"messages": [USER], "tools": MANY * [1]}),
+    ],
+    ids=lambda value: repr(value)[:60],
+)
+def test_of_many_mistakes_few_are_told(kind: type[Wire], body: dict[str, Any]):
+    """Each takes its time and memory, and a body can hold millions of them."""
+    with pytest.raises(ValidationError) as told:
+        kind.model_validate(body)
+    assert told.value.error_count() < 10
 
 
 EVENTS = [

@@ -12,8 +12,11 @@ from contextlib import suppress
 import pytest
 
 from magistral_mlx import ServerError
+from magistral_mlx.server.connection import Connection
 from magistral_mlx.server.host import bind
 from magistral_mlx.server.safety import LOOPBACK, Rules
+from tests.scripted import scripted
+from tests.server.test_server import begin
 from tests.serving import ASK, QUESTION, Running, until
 
 CHAT = "/v1/chat/completions"
@@ -139,6 +142,75 @@ def test_slow_bodies_are_refused(guarded: Running):
         assert b" 408 " in b"".join(iter(lambda: line.recv(1000), b""))
 
 
+class Hasty(Connection):
+    head_seconds = send_seconds = 0.5
+
+
+@pytest.fixture(scope="module")
+def hasty(served: Running) -> Iterator[Running]:
+    """Waits for nobody; a key is set."""
+    with Running(served.service.model, rules=Rules(key="secret"), connection=Hasty) as running:
+        yield running
+
+
+HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("said", "answers"),
+    [
+        (b"", 0),
+        (b"GET /health HT", 0),
+        (b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: ", 0),
+        (HEALTH + b"GET /hea", 1),
+        (b"POST /v1/tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9999\r\n\r\n", 1),
+    ],
+    ids=["nothing", "a beginning", "headers", "a second request", "a body after the answer"],
+)
+def test_lines_that_come_byte_by_byte_are_closed(hasty: Running, said: bytes, answers: int):
+    """However long each byte may still wait for the next."""
+    with hasty.socket() as line:
+        line.sendall(said)
+        line.settimeout(0.1)
+        answered = b""
+        try:
+            while True:
+                with suppress(TimeoutError):
+                    if not (received := line.recv(4096)):
+                        break
+                    answered += received
+                if said:
+                    line.sendall(b"x")
+        except OSError:  # it was closed while we spoke
+            pass
+        assert answered.count(b"HTTP/1.1 ") == answers
+    until(lambda: not hasty.host.server_state.connections)
+
+
+def test_a_line_is_kept_for_as_long_as_an_answer_takes(tiny_tokenizer):
+    """And for the next request on it."""
+    slow = scripted(tiny_tokenizer("v11"), "word " * 4, step_seconds=0.05)
+    with slow as model, Running(model, connection=Hasty) as server, begin(server, ASK) as line:
+        received = b""
+        while b'"finish_reason": "stop"' not in received:
+            received += line.recv(65536)
+            assert received
+        line.sendall(HEALTH)
+        assert b" 200 OK" in line.recv(65536)
+
+
+def test_a_client_that_takes_nothing_has_left(tiny_tokenizer):
+    """The model is free for others again."""
+    endless = scripted(tiny_tokenizer("v11"), "word " * 5000, max_context=20_000)
+    with endless as model, Running(model, connection=Hasty) as server:
+        server.host.servers[0].sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+        with begin(server, ASK | {"stream": True, "logprobs": True, "top_logprobs": 20}) as line:
+            line.recv(1)
+            assert server.service.slots.running == 1
+            until(lambda: server.idle)
+            until(lambda: not server.host.server_state.connections)
+
+
 def test_no_prompt_is_logged_and_no_traceback_told(
     served: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
@@ -208,15 +280,18 @@ HOSTILE = [
 ]
 """None of these is a request."""
 
-POSTS = [CHAT, "/raw/v1/chat/completions", "/v1/completions", "/v1/tokenize", "/v1/detokenize"]
+POSTS = [
+    *(CHAT, "/raw/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/messages/count_tokens"),
+    *("/v1/tokenize", "/v1/detokenize"),
+]
 
 
 @pytest.mark.parametrize("body", HOSTILE, ids=lambda body: repr(body[:40]))
 def test_hostile_bodies(served: Running, body: bytes):
-    for path in (CHAT, "/v1/detokenize"):
+    for path in (CHAT, "/v1/messages", "/v1/detokenize"):
         answer = served.post(path, body)
         assert 400 <= answer.status < 500
-        assert answer.error["message"]
+        assert answer.json["error"]["message"]
 
 
 def broken(seed: int) -> bytes:

@@ -5,11 +5,13 @@ import re
 import socket
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
 
 from magistral_mlx import Magistral, Reply, Sampling
+from tests.decoder.test_batch import Watching
 from tests.scripted import scripted
 from tests.serving import ASK, HUB_ID, QUESTION, Answer, Running, until
 
@@ -116,6 +118,60 @@ def test_completions_go_on_with_the_text_as_it_stands(served: Running, reply: Re
     assert "".join(p["choices"][0]["text"] for p in streamed.events) == tokenizer.decode(reply.token_ids)
 
 
+@pytest.mark.parametrize("as_ids", [False, True])
+def test_completions_with_an_echo(served: Running, as_ids: bool):
+    tokenizer, texts = served.service.model.tokenizer, ["48 + 37 =", "12 + 5 ="]
+    prompts = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts] if as_ids else texts
+    asked = {"prompt": prompts, "seed": 3, "max_tokens": 4, "n": 2}
+    plain = [choice["text"] for choice in served.post("/v1/completions", asked).json["choices"]]
+    assert all(plain)
+    echoed = [texts[at // 2] + said for at, said in enumerate(plain)]
+    body = served.post("/v1/completions", asked | {"echo": True}).json
+    assert [choice["text"] for choice in body["choices"]] == echoed
+    told = [""] * 4
+    for piece in served.post("/v1/completions", asked | {"echo": True, "stream": True}).events:
+        told[piece["choices"][0]["index"]] += piece["choices"][0]["text"]
+    assert told == echoed
+
+
+def test_completions_with_logprobs(served: Running):
+    """Columns of a table, in step with the text; cut where a stop string cuts it."""
+    asked = {
+        "prompt": "48 + 37 é€😀 =",
+        "seed": 3,
+        "max_tokens": 40,
+        "temperature": 50,
+        "top_p": 1,
+        "logprobs": 2,
+    }
+    [choice] = served.post("/v1/completions", asked).json["choices"]
+    table, text = choice["logprobs"], choice["text"]
+    assert len({len(column) for column in table.values()}) == 1
+    assert len(table["tokens"]) > 10
+    for token, at in zip(table["tokens"], table["text_offset"], strict=True):
+        assert "\ufffd" in token or text.startswith(token, at)
+    for logprob, top in zip(table["token_logprobs"], table["top_logprobs"], strict=True):
+        assert logprob <= max(top.values()) <= 0
+        assert len(top) == 2 or "\ufffd" in top
+    pieces = [
+        piece["choices"][0] for piece in served.post("/v1/completions", asked | {"stream": True}).events
+    ]
+    for column, values in table.items():
+        assert [one for p in pieces if p["logprobs"] for one in p["logprobs"][column]] == values
+    cut = served.post("/v1/completions", asked | {"stop": text[4:7]}).json["choices"][0]
+    assert cut["text"] == text[: text.index(text[4:7])]
+    kept = [at for at in table["text_offset"] if at < len(cut["text"])]
+    assert cut["logprobs"]["text_offset"] == kept
+    bare = served.post("/v1/completions", asked | {"logprobs": 0}).json["choices"][0]["logprobs"]
+    assert bare["token_logprobs"] == table["token_logprobs"]
+    assert not any(bare["top_logprobs"])
+
+
+@pytest.mark.parametrize("asked", [{"suffix": "."}, {"echo": True, "logprobs": 0}, {"best_of": 2}], ids=str)
+def test_completions_that_are_not_done(served: Running, asked: dict[str, Any]):
+    refused(served.post("/v1/completions", {"prompt": "x"} | asked), "unsupported")
+
+
 def test_completions_of_several_prompts(served: Running):
     body = served.post("/v1/completions", {"prompt": ["48 + 37 =", "12 + 5 ="], "seed": 3, "n": 2}).json
     assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
@@ -216,7 +272,29 @@ def test_one_who_waits_may_leave(narrow: Running):
     until(lambda: narrow.idle)
 
 
-def test_requests_take_turns(served: Running):
+def test_requests_are_decoded_together(served: Running, monkeypatch: pytest.MonkeyPatch):
+    """Those of two clients, and the choices of one, whose prompt is read once."""
+    model = Watching(served.service.model._model)
+    monkeypatch.setattr(served.service.model, "_model", model)
+    with begin(served) as long:
+        long.recv(1)
+        served.post(CHAT, ASK)
+        assert max(B for B, L in model.fed if L == 1) == 2
+    until(lambda: served.idle)
+    model.fed.clear()
+    served.post(CHAT, ASK | {"n": 3, "messages": [{"role": "user", "content": "How much is 3 + 6?"}]})
+    assert max(B for B, L in model.fed if L == 1) == 3
+    assert sum(L > 1 for _, L in model.fed) == 1
+
+
+def test_more_choices_than_rows_come_one_after_another(narrow: Running, monkeypatch: pytest.MonkeyPatch):
+    model = Watching(narrow.service.model._model)
+    monkeypatch.setattr(narrow.service.model, "_model", model)
+    assert len(narrow.post(CHAT, ASK | {"n": 3, "max_tokens": 5}).json["choices"]) == 3
+    assert {B for B, _ in model.fed} == {1}
+
+
+def test_a_short_request_does_not_wait_for_a_long_one(served: Running):
     """A short one that comes later ends before a long one that came first."""
     with begin(served) as long:
         long.recv(1)
@@ -228,9 +306,10 @@ def test_requests_take_turns(served: Running):
 def test_the_end_is_graceful():
     with Magistral.load("demo") as model:
         server = Running(model, running=1)
-        with begin(server) as running, begin(server, ASK) as waiting:
-            until(lambda: server.service.slots.waiting == 1)
+        with begin(server) as running, ExitStack() as later:
             running.recv(1)
+            waiting = later.enter_context(begin(server, ASK))
+            until(lambda: server.service.slots.waiting == 1)
             ended = threading.Thread(target=server.end)
             ended.start()
             rest = b"".join(iter(lambda: running.recv(65536), b""))
@@ -264,6 +343,7 @@ def refused(answer: Answer, code: str) -> None:
         (ASK | {"temperature": float("nan")}, "invalid_value"),
         (ASK | {"temperature": -1}, "invalid_value"),
         (ASK | {"seed": 2**80}, "invalid_value"),
+        (ASK | {"messages": [{"role": "user", "content": " " * 10**6}]}, "invalid_value"),
         (ASK | {"stop": [""]}, "invalid_value"),
         (ASK | {"frequency_penalty": 1.0}, "unsupported"),
         (ASK | {"messages": [{"role": "user", "content": "\ud800"}]}, "invalid_value"),

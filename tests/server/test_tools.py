@@ -87,6 +87,26 @@ def test_without_tools_there_are_no_calls(client: OpenAI):
     assert done.choices[0].finish_reason == "stop"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_one_call_at_most(caller: Running, stream: bool):
+    """The reply ends behind its first call."""
+    asked = {"messages": [QUESTION], "tools": TOOLS, "parallel_tool_calls": False, "stream": stream}
+    answer = caller.post("/v1/chat/completions", asked)
+    if stream:
+        pieces = [piece["choices"][0] for piece in answer.events]
+        calls = [call for piece in pieces for call in piece["delta"].get("tool_calls", ())]
+        assert {call["index"] for call in calls} == {0}
+        arguments, reason = (
+            "".join(call["function"]["arguments"] for call in calls),
+            pieces[-1]["finish_reason"],
+        )
+    else:
+        [choice] = answer.json["choices"]
+        [call] = choice["message"]["tool_calls"]
+        arguments, reason = call["function"]["arguments"], choice["finish_reason"]
+    assert (json.loads(arguments), reason) == ({"city": "Paris"}, "tool_calls")
+
+
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "add"}}])
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_call_that_has_to_be(served: Running, choice: object, stream: bool):

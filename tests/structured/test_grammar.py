@@ -255,3 +255,14 @@ def test_without_the_extra_it_is_named(tiny: Vocabulary, monkeypatch: pytest.Mon
         Matcher(Grammar.from_schema({}), tiny)
     with pytest.raises(SchemaError, match=r"structured"):
         Grammar.from_regex("a")
+
+
+@pytest.mark.parametrize("wrong", [{"allOf": 3}, {"patternProperties": 5}, {"type": "object", "allOf": {}}])
+def test_keywords_of_a_wrong_type_are_refused(tiny: Vocabulary, wrong: dict[str, object]):
+    with pytest.raises(SchemaError):
+        Matcher(Grammar.from_schema(wrong), tiny)
+
+
+def test_a_pattern_that_is_no_text():
+    with pytest.raises(SchemaError, match="Expected a regular expression"):
+        Grammar.from_regex("\ud800")

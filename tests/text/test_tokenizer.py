@@ -336,6 +336,8 @@ def test_other_wrong_words(tiny_tokenizer: Open):
         tokenizer.encode_chat("a", system="")
     with pytest.raises(PromptError, match="lone surrogate"):
         tokenizer.encode("\udfff")
+    with pytest.raises(PromptError, match="cannot split"):
+        tokenizer.encode(" " * 10**6)
     with pytest.raises(PromptError, match="Expected the message"):
         tokenizer.encode_turn(" ")
 

@@ -110,6 +110,22 @@ def test_v7(full_tokenizer: Open, arguments: str):
     assert play(tokenizer, ids_of(tokenizer, text))[0].tool_calls[0].id == "abcDEF123"
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+def test_one_call_at_most(full_tokenizer: Open, version: str):
+    both = {
+        "v7": f'[TOOL_CALLS][{{"name": "f", "arguments": {PARIS}}}, {{"name": "g", "arguments": {ROME}}}]',
+        "v11": f"[TOOL_CALLS]f[CALL_ID]000000001[ARGS]{PARIS}[TOOL_CALLS]g[CALL_ID]000000002[ARGS]{ROME}",
+        "v13": f"[TOOL_CALLS]f[ARGS]{PARIS}[TOOL_CALLS]g[ARGS]{ROME}",
+    }[version]
+    tokenizer = full_tokenizer(version)
+    transcript, ids = Transcript(tokenizer, calls=CallParser("key", most=1)), iter(ids_of(tokenizer, both))
+    while not transcript.stopped:
+        transcript.feed(next(ids))
+    transcript.flush()
+    assert [(call.name, call.arguments) for call in transcript.tool_calls] == [("f", PARIS)]
+    assert transcript.answer == ""
+
+
 def test_text_about_calls(full_tokenizer: Open):
     text = f"<think>Hm</think>\n\nI'll see.\n[TOOL_CALLS]a[ARGS]{PARIS}\n[TOOL_CALLS]b[ARGS]{ROME}\n\nSeen."
     answer = "I'll see.\n\n\nSeen."

@@ -15,12 +15,12 @@ from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.tool_calls import Tool
 from mistral_common.protocol.instruct.tool_calls import ToolCall as TheirCall
 
-from magistral_mlx import Finished, PromptError, ToolCallToken
+from magistral_mlx import Finished, PromptError, ToolCall, ToolCallToken
 from magistral_mlx.chat import Magistral
 from magistral_mlx.talk.display import Terminal
 from magistral_mlx.talk.notebook import _View
 from magistral_mlx.text.tokenizer import Tokenizer
-from magistral_mlx.text.tools import call_id, read_tools
+from magistral_mlx.text.tools import call_id, forced, read_tools
 from tests.scripted import scripted
 from tests.text.test_toolcalls import ids_of
 from tests.tokenizers import VERSIONS
@@ -431,3 +431,16 @@ def test_a_notebook_shows_calls(model: Magistral):
             view.take(event)
     assert view.said().strip() == f"```\nweather {PARIS}\nweather {ROME}\n```"
     assert "Thought for" in view.thinking()
+
+
+def test_a_tool_that_is_called_like_a_choice():
+    auto = [{"name": "auto"}]
+    assert forced(auto, "auto") == []
+    assert forced(auto, "required") == read_tools(auto)
+
+
+@pytest.mark.parametrize("content", [object(), float("nan"), {"a": {1}}])
+def test_a_result_that_json_cannot_carry(content: object):
+    call = ToolCall(id="abcdefghi", name="f", arguments="{}")
+    with pytest.raises(PromptError, match="Expected a tool's result to be text or JSON"):
+        call.result(content)

@@ -1,0 +1,102 @@
+"""What was said in a plain completion, in OpenAI's older shape: log-probabilities are a table of columns.
+
+Does not know how replies are had.
+"""
+
+import json
+from codecs import getincrementaldecoder
+from collections.abc import Sequence
+from typing import Any
+
+from magistral_mlx.text.tokenizer import Tokenizer
+from magistral_mlx.wire import TokenLogprob
+
+from .replies import REASONS, Choice, Choices, Ended
+from .voices import Heard
+from .wire import CompletionRequest
+
+_CONTINUATIONS = {b"", *(bytes([byte]) for byte in range(0x80, 0xC0))}
+"""How a piece begins that is within a character of UTF-8."""
+
+
+class Completion(Choices):
+    """echoes: what the text of each prompt's choices begins with; none: with what is new."""
+
+    kind, piece_kind, prefix = "text_completion", "text_completion", "cmpl"
+
+    def __init__(
+        self, model: str, tokenizer: Tokenizer, asked: CompletionRequest, echoes: Sequence[str]
+    ) -> None:
+        super().__init__(model, tokenizer, asked)
+        self._echoes = echoes
+        self._scored = asked.logprobs is not None
+        self._tables: dict[int, _Table] = {}
+
+    def opening(self, index: int) -> bytes:
+        return self._piece(index, self._echo(index))
+
+    def piece(self, index: int, heard: Heard) -> bytes:
+        table = self._table(index)
+        return self._piece(index, heard.text, logprobs=json.dumps(table and table.of([heard])))
+
+    def ending(self, index: int, ended: Ended) -> bytes:
+        return self._piece(index, "", f'"{REASONS[ended.reason]}"')
+
+    def choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        table = self._table(index)
+        logprobs = table and table.of(choice.heard)
+        text = self._echo(index) + choice.text
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": choice.reason}
+
+    def _echo(self, index: int) -> str:
+        return self._echoes[index // self._n] if self._echoes else ""
+
+    def _table(self, index: int) -> "_Table | None":
+        if not self._scored:
+            return None
+        return self._tables.setdefault(index, _Table(self._tokenizer))
+
+    def _piece(self, index: int, text: str, reason: str = "null", *, logprobs: str = "null") -> bytes:
+        said = json.dumps(text, ensure_ascii=False)
+        told = f'[{{"index": {index}, "text": {said}, "logprobs": {logprobs}, "finish_reason": {reason}}}]'
+        return f"{self._head}{told}}}\n\n".encode()
+
+
+class _Table:
+    """Log-probabilities of a choice, column by column; offsets are characters of its text."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = getincrementaldecoder("utf-8")("replace")
+        self._offset = 0  # of the next id
+        self._length = 0  # of the text so far
+
+    def of(self, heard: Sequence[Heard]) -> dict[str, Any]:
+        """The rows of ids that brought text; not of those behind a stop string, or of the end of text."""
+        self._length += sum(len(one.text) for one in heard)
+        scored = [(logprob, self._next(logprob.id)) for one in heard for logprob in one.logprobs if logprob]
+        rows = [(logprob, at) for logprob, at in scored if at < self._length]
+        return {
+            "tokens": [self._token(one.id) for one, _ in rows],
+            "token_logprobs": [one.logprob for one, _ in rows],
+            "top_logprobs": [self._likeliest(one) for one, _ in rows],
+            "text_offset": [at for _, at in rows],
+        }
+
+    def _token(self, id_: int) -> str:
+        return (self._tokenizer.pieces[id_] or b"").decode(errors="replace")
+
+    def _likeliest(self, scored: TokenLogprob) -> dict[str, float]:
+        """By their texts: of two with one text, as parts of characters have, the likelier one."""
+        likeliest: dict[str, float] = {}
+        for id_, logprob in scored.top:
+            likeliest.setdefault(self._token(id_), logprob)
+        return likeliest
+
+    def _next(self, id_: int) -> int:
+        """Where the text of an id begins; of one within a character, where that begins."""
+        piece, (begun, _) = self._tokenizer.pieces[id_] or b"", self._decoder.getstate()
+        goes_on = piece[:1] in _CONTINUATIONS
+        at = self._offset + bool(begun and not goes_on)  # a character that breaks off is one U+FFFD
+        self._offset += len(self._decoder.decode(piece))
+        return at

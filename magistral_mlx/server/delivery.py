@@ -1,0 +1,89 @@
+"""A job said whole, or as it comes, to a client that may leave at any time.
+
+Knows slots, the service and HTTP. Does not know what was asked, or how a reply looks: that is a `Shape`'s.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from sse_starlette import EventSourceResponse
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from magistral_mlx.talk.stream import Stream
+
+from . import failures
+from .failures import GONE, RefusedError
+from .replies import Ended, Shape
+from .service import Job, Service
+from .slots import Slot
+
+T = TypeVar("T")
+
+
+async def answer(service: Service, request: Request, job: Job, shape: Shape, *, stream: bool) -> Response:
+    """Wait for a turn, then say it whole, or as it comes."""
+    slot = await _while_connected(request, service.slots.take())
+    if stream:
+        try:
+            first = await _while_connected(request, service.begin(job))
+        except BaseException:
+            slot.release()
+            raise
+        return _Events(_pieces(service, job, first, shape), slot, first)
+    with slot:
+        choices = await _while_connected(request, service.choices(job))
+    return Response(shape.whole(choices), media_type="application/json")
+
+
+async def _pieces(service: Service, job: Job, first: Stream, shape: Shape) -> AsyncGenerator[bytes]:
+    """A job as server-sent events. An error that comes when some were sent is one of them."""
+    ends: dict[int, Ended] = {}
+    try:
+        for index in range(job.choices):
+            yield shape.opening(index)
+        async with aclosing(service.run(job, first)) as told:
+            async for index, said in told:
+                if not isinstance(said, Ended):
+                    yield shape.piece(index, said)
+                    continue
+                ends[index] = said
+                yield shape.ending(index, said)
+        yield shape.last([ends[index] for index in range(job.choices)])
+    except Exception as error:  # noqa: BLE001 -- the status was sent long ago: this is how it can still be told
+        failures.log(error)
+        yield shape.failed(error)
+
+
+class _Events(EventSourceResponse):
+    """Events that hold a slot until the last one is sent, or the client has left."""
+
+    def __init__(self, pieces: AsyncGenerator[bytes], slot: Slot, first: Stream) -> None:
+        super().__init__(pieces)
+        self._slot, self._first = slot, first
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._slot, self._first:
+            await super().__call__(scope, receive, send)
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Do it, unless the client leaves first."""
+    task, left = asyncio.ensure_future(work), asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait((task, left), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise RefusedError(GONE, "the client has left")
+    finally:
+        for one in (task, left):
+            one.cancel()
+        await asyncio.gather(task, left, return_exceptions=True)
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
