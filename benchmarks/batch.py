@@ -1,13 +1,17 @@
 """What does a batch bring? Tokens per second of 1, 2, 4 and 8 replies decoded at once.
 
-    python benchmarks/batch.py [--trials 8] [--narrow]
+    python benchmarks/batch.py [--trials 8] [--narrow | --clients]
 
 The demo model at 4 bits, or with `--narrow` the 40 layers and 131072 ids of Magistral with little width.
-Every line draws with its own seed behind the same prompt. On a GPU a step of eight reads the weights once, as
+Every row draws with its own seed behind the same prompt. On a GPU a step of eight reads the weights once, as
 a step of one does; a CPU is bound by arithmetic, and shows what host and kernels cost per step.
+
+With `--clients`, whole replies of the demo model to so many readers on one event loop, as in the server: in
+company against turns, step by step, which is how streams go that are open together.
 """
 
 import argparse
+import asyncio
 import sys
 import tempfile
 from itertools import islice
@@ -19,17 +23,19 @@ sys.path.append(str(Path(__file__).parent.parent))
 
 from benchmarks.pairs import TRIALS, in_turn, ratio, seconds, told, write
 from benchmarks.tokens_per_second import MAGISTRAL, make, narrowed
-from magistral_mlx import memory
-from magistral_mlx.decoder.cache import stacked
-from magistral_mlx.decoder.engine import Line, decode_batch, prefill
+from magistral_mlx import Magistral, Reply, memory
+from magistral_mlx.decoder.batch import Request, Row, decode_batch
+from magistral_mlx.decoder.engine import prefill
 from magistral_mlx.decoder.model import Transformer
 from magistral_mlx.decoder.sampling import Sampler, Sampling
 from magistral_mlx.disk.checkpoint import load, open_checkpoint
 from magistral_mlx.measure.bench import place_of
 from magistral_mlx.measure.figures import Json, spread
+from magistral_mlx.talk.company import Company
 
 SIZES = (1, 2, 4, 8)
 TOKENS = 24
+REPLY = 60
 PROMPT = list(range(1000, 1064))
 
 
@@ -39,7 +45,11 @@ def main() -> None:
     )
     parser.add_argument("--trials", type=int, default=TRIALS)
     parser.add_argument("--narrow", action="store_true", help="40 layers and 131072 ids, 64 wide")
+    parser.add_argument("--clients", action="store_true", help="readers of streams: company against turns")
     args = parser.parse_args()
+    if args.clients:
+        write("batch-clients", {"tokens_per_reply": REPLY, "rows": clients(args.trials)})
+        return
     dtype = memory.default_dtype()
     with tempfile.TemporaryDirectory() as directory:
         if args.narrow:
@@ -63,6 +73,38 @@ def measured(directory: Path, trials: int) -> list[Json]:
     return rows
 
 
+def clients(trials: int) -> list[Json]:
+    """Company over turns, for each number of readers."""
+    rows: list[Json] = []
+    with Magistral.load("demo") as model:
+        company = model.new_company()
+        for n in SIZES:
+            found = in_turn(
+                {"turns": lambda n=n: read(model, n, None), "company": lambda n=n: read(model, n, company)},
+                trials,
+            )
+            rates = {f"{way}_tokens_per_second": spread(each) for way, each in found.items()}
+            rows.append({"readers": n, **rates, "times_turns": ratio(found["company"], found["turns"])})
+            print(f"{n} readers, company times turns: {told(rows[-1]['times_turns'])}")
+    return rows
+
+
+def read(model: Magistral, n: int, company: Company | None) -> float:
+    """Tokens per second of `n` readers together, prompts included."""
+
+    async def main() -> list[Reply]:
+        prompt, hot = model.encode("What is 48 + 37?"), Sampling(temperature=4, top_p=1)  # it never ends
+        streams = [
+            model.stream_ids(prompt, company=company, seed=seed, sampling=hot, max_tokens=REPLY)
+            for seed in range(n)
+        ]
+        return await asyncio.gather(*(stream.adrain() for stream in streams))
+
+    tokens = list[int]()
+    took = seconds(lambda: tokens.extend(len(reply.token_ids) for reply in asyncio.run(main())))
+    return sum(tokens) / took
+
+
 def rate(model: Transformer, n: int) -> float:
     """Tokens per second of all lines together; the first step is not counted."""
     caches = model.new_caches()
@@ -70,12 +112,15 @@ def rate(model: Transformer, n: int) -> float:
         next(prefill(model, PROMPT, caches))
     except StopIteration as done:
         logits: mx.array = done.value
-    lines = [
-        Line(prompt=PROMPT, logits=logits, sampler=Sampler(Sampling(), seed), limit=TOKENS + 2)
+    rows = [
+        Row(
+            Request(prompt=PROMPT, sampler=Sampler(Sampling(), seed), limit=TOKENS + 2),
+            logits,
+            [cache.fork() for cache in caches],
+        )
         for seed in range(n)
     ]
-    side_by_side = [stacked([cache] * n) for cache in caches]
-    steps = decode_batch(model, lines, side_by_side)
+    steps = decode_batch(model, rows)
     next(steps)
     return n * TOKENS / seconds(lambda: list(islice(steps, TOKENS)))
 

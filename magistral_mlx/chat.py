@@ -20,7 +20,8 @@ import mlx.core as mx
 
 from . import memory
 from .checks import whole_number
-from .decoder.generation import BatchGeneration, Drafting, Generation, Request
+from .decoder.batch import Request
+from .decoder.generation import BatchGeneration, Drafting, Generation
 from .decoder.logprobs import Scorer
 from .decoder.model import Transformer
 from .decoder.pace import Pace
@@ -38,10 +39,11 @@ from .structured.grammar import Regex, Vocabulary
 from .structured.shape import shape_of
 from .talk import saving
 from .talk.batch import Batch, BatchSource
+from .talk.company import Company
 from .talk.conversation import Conversation
 from .talk.options import MAX_TOKENS, Options, Plain, forced, offered
 from .talk.reply import Reply, Telling
-from .talk.stream import Source, Stream
+from .talk.stream import Alone, Stream
 from .talk.worker import Pending, Worker
 from .text.loops import LoopGuard
 from .text.prompt import Messages
@@ -237,6 +239,7 @@ class Magistral:
         prompt: Sequence[int],
         *,
         prefix: Prefix | None = None,
+        company: Company | None = None,
         on_end: Callable[[Reply], None] = lambda _: None,
         **options: Unpack[Options],
     ) -> Stream:
@@ -244,16 +247,22 @@ class Magistral:
 
         prefix: what was read in an earlier turn; nobody else may use it until `on_end`, which is called once,
             with what was said.
+        company: those it is written with (`new_company`); without, it takes turns with others.
         """
         prefix = prefix or self.new_prefix(self.kv_bits)
-        telling, request = self._begin(prompt, _seed(options), options, held=prefix.nbytes)
+        owed = company.owed if company else 0
+        telling, request = self._begin(prompt, _seed(options), options, held=prefix.nbytes - owed)
+        if company:
+            needs = self._guard.kv(len(prompt))
+            generation = Generation(self.transformer, request, prefix)
+            return Stream(company.join(generation, telling, needs=needs), telling, on_end=on_end)
         drafting = None
         if options.get("speculate", self._draft is not None):
             drafting = Drafting(pace=self._pace, model=self._draft)
         generation = Generation(self.transformer, request, prefix, drafting)
-        source = Source(
-            worker=self._worker,
-            steps=generation.run(),
+        source = Alone(
+            self._worker,
+            generation.run(),
             reused=lambda: generation.reused,
             passes=lambda: generation.passes,
         )
@@ -275,6 +284,10 @@ class Magistral:
         after = self.quantize_after if quantize_after is None else quantize_after
         return Prefix(self.transformer.new_caches(kv_bits, quantize_after=after))
 
+    def new_company(self) -> Company:
+        """For replies that are written together, each by `stream_ids(…, company=…)`."""
+        return Company(self._worker)
+
     def run(self, job: Callable[[], T]) -> T:
         """Run a job on the thread that owns the model's arrays, and wait for it."""
         return self._worker.run(job)
@@ -288,6 +301,11 @@ class Magistral:
         return Prefixes(
             lambda: self.new_prefix(self.kv_bits), self._guard.for_prefixes if limit is None else limit
         )
+
+    @property
+    def at_once(self) -> int:
+        """How many long replies this machine's memory has room for at once: 1 to 8."""
+        return self._guard.at_once(AT_ONCE)
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -311,7 +329,7 @@ class Magistral:
     ) -> tuple[Telling, Request]:
         """One reply, both halves: what its ids will say, and how they are had.
 
-        held: bytes of active memory that are this reply's own already.
+        held: bytes of active memory that are this reply's own already, less those that others will yet take.
         """
         limit = self._limit(prompt, options.get("max_tokens", MAX_TOKENS))
         others = mx.get_active_memory() - self._guard.weights - held

@@ -26,6 +26,8 @@ from .errors import MagistralWarning, MemoryLimitError
 
 USUAL_CONTEXT = 40960
 """The model card's advice: beyond it the quality drops."""
+REPLY = 4096
+"""Tokens of a long reply with its question, where it is asked how many may be written at once."""
 _FUSED_HEADS = (64, 80, 128)
 """Widths of heads for which Metal's attention never holds the scores."""
 
@@ -186,6 +188,15 @@ class Guard:
     def for_prefixes(self) -> int:
         """Bytes that may be kept of what earlier prompts read: an eighth of what the weights leave."""
         return max(self._plan.machine.budget - self._plan.weights, 0) // 8
+
+    def kv(self, positions: int) -> int:
+        """Bytes of keys and values."""
+        return replace(self._plan, context=positions).kv
+
+    def at_once(self, most: int) -> int:
+        """How many replies, of `REPLY` tokens each, may be written at once: 1 to `most`."""
+        plan = replace(self._plan, context=REPLY, held=self.for_prefixes)
+        return max(1, min(most, (plan.machine.budget - plan.total) // plan.kv + 1))
 
     def check_load(self, source: str) -> None:
         """Before anything is read: refused where not even 1024 positions fit, warned where fewer do."""

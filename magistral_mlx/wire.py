@@ -20,6 +20,10 @@ class Guide:
     allowed: bytes | None = None
 
 
+AS_BEFORE = Guide()
+"""What None stands for, where nobody has ended."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLogprob:
     """Log-probability of one token id by the model's own distribution: temperature 1, nothing filtered.

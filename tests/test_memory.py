@@ -49,6 +49,15 @@ def test_budget_of_a_cpu_is_the_memory_there_is():
     assert 2**28 < memory.budget() < 2**50
 
 
+@pytest.mark.parametrize(("gib", "expected"), [(16, 1), (24, 4), (32, 8), (64, 8)])
+def test_as_many_at_once_as_have_room(monkeypatch, gib, expected):
+    monkeypatch.setattr(memory, "this_machine", lambda: memory.mac(gib))
+    guard = Guard(MAGISTRAL, WEIGHTS, itemsize=2)
+    assert guard.at_once(8) == expected
+    assert guard.at_once(2) == min(expected, 2)
+    assert Guard(MAGISTRAL, WEIGHTS, itemsize=2, kv_bits=8).at_once(8) >= expected
+
+
 @pytest.mark.parametrize(("device", "dtype"), [("gpu", mx.bfloat16), ("cpu", mx.float32)])
 def test_dtype_follows_the_device(monkeypatch, device, dtype):
     kind = type("Device", (), {"type": getattr(mx.DeviceType, device)})

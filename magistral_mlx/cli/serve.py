@@ -38,7 +38,7 @@ class _Serving(TypedDict):
     port: int
     api_key: str | None
     api_key_file: Path | None
-    max_running: int
+    max_running: int | None
     queue: int
     prefix_cache: int | None
     kv_bits: str
@@ -64,7 +64,9 @@ class _Serving(TypedDict):
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="A file that holds it.",
 )
-@click.option("--max-running", default=4, show_default=True, type=click.IntRange(1), help="Requests at once.")
+@click.option(
+    "--max-running", type=click.IntRange(1), help="Replies at once. Default: by the memory, at most 8."
+)
 @click.option("--queue", default=32, show_default=True, type=click.IntRange(0), help="Requests that wait.")
 @click.option(
     "--prefix-cache",
@@ -110,7 +112,7 @@ def serve(**options: Unpack[_Serving]) -> None:
         service = Service(
             model,
             ids=hub.known_as(name),
-            running=options["max_running"],
+            running=options["max_running"] or model.at_once,
             waiting=options["queue"],
             prefix_bytes=options["prefix_cache"],
         )

@@ -7,6 +7,7 @@
     logprobs     how likely an id was
     drawing      one draw, from which ids
     engine       prefill and decode
+    batch        several sequences a pass, each as if it were alone
     prefix       what was read, by id
     drafts       who guesses the next ids
     pace         how many guesses pay, by the clock

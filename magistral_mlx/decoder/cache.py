@@ -15,7 +15,7 @@ Shapes: B sequences, L new positions, T = offset positions so far, H query heads
 import copy
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Self
+from typing import Self, TypeAlias
 
 import mlx.core as mx
 
@@ -41,39 +41,17 @@ class KVCache:
         self.offset = 0
         self._arrays: list[mx.array] = []  # each (B, K, room, …); a list is replaced, never changed
         self._shared = False  # the arrays are handles that a fork holds too
-        self._pads: list[int] = []  # for each row, how many positions at its beginning are nobody's
 
     @property
-    def position(self) -> int | mx.array:
-        """Where the next id stands in its sequence: the same for all, or `(B,)`."""
-        return self.offset - mx.array(self._pads) if self._pads else self.offset
-
-    def stack(self, caches: Sequence["KVCache"]) -> Self:
-        """Become the one cache of several sequences; see `stacked`."""
-        end, kept = max(cache.offset for cache in caches), max(len(cache.arrays()) for cache in caches)
-        pads = [end - cache.offset for cache in caches]
-        self._arrays = []
-        for rows in zip(*(cache.arrays_as(kept) for cache in caches), strict=True):
-            array = mx.repeat(_room_for(rows[0], end + 1), len(rows), axis=0)
-            for at, (row, pad) in enumerate(zip(rows, pads, strict=True)):
-                array[at : at + 1, :, pad:end] = row[:, :, : end - pad]
-            self._arrays.append(array)
-        self.offset, self._shared, self._pads = end, False, pads if any(pads) else []
-        return self
-
-    def select(self, rows: Sequence[int]) -> None:
-        """Go on with these sequences only."""
-        pads = [self._pads[row] for row in rows] if self._pads else [0]
-        spare, chosen = min(pads), mx.array(list(rows))  # spare: the longest one has left
-        self._arrays = [array[:, :, spare:][chosen] for array in self._arrays]
-        self._pads = [pad - spare for pad in pads] if any(pad > spare for pad in pads) else []
-        self.offset, self._shared = self.offset - spare, False
+    def position(self) -> int:
+        """Where the next id stands in its sequence."""
+        return self.offset
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
         """Append `(B, K, L, D)` keys and values; what queries `(B, H, L, D)` see of all so far."""
         keys, values = self.update(keys, values)
         L = queries.shape[2]
-        mask = self._visible(L) if self._pads else "causal" if L > 1 else None
+        mask = "causal" if L > 1 else None
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
 
     def update(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
@@ -119,24 +97,9 @@ class KVCache:
         self._arrays = [state[name] for name in (_PACKED if len(state) > 2 else _PLAIN)]
         self.offset = self._arrays[0].shape[2]
 
-    def arrays_as(self, count: int) -> list[mx.array]:
-        """What is kept, as so many arrays (packing makes more of them)."""
-        assert count == len(self._arrays)
-        return self._arrays
-
     @property
     def nbytes(self) -> int:
         return sum(a.nbytes for a in self._arrays)
-
-    def _visible(self, L: int) -> mx.array | None:
-        """What the last `L` queries may see: bool, broadcasts to `(B, H, L, T)`. None: everything."""
-        places = mx.arange(self.offset)
-        # The query at l stands at position T - L + l.
-        seen = places[self.offset - L :, None] >= places if L > 1 else None  # (L, T)
-        if not self._pads:
-            return seen
-        somebodys = (places >= mx.array(self._pads)[:, None])[:, None, None]  # (B, 1, 1, T)
-        return somebodys if seen is None else somebodys & seen
 
     def _append(self, parts: Sequence[mx.array]) -> list[mx.array]:
         """Write `parts`, `(B, K, L, …)` each, behind what is there; returns all of it, `(B, K, T, …)`."""
@@ -189,9 +152,6 @@ class QuantizedKVCache(KVCache):
         """Whether what is kept is packed once `L` more positions are in it."""
         return len(self._arrays) > 2 or self.offset + L > self.after
 
-    def arrays_as(self, count: int) -> list[mx.array]:
-        return self._arrays if count == len(self._arrays) else self._pack(*self._arrays)
-
     def _append_packed(self, keys: mx.array, values: mx.array) -> list[mx.array]:
         """Append; returns codes, scales and biases of all keys, then of all values."""
         if len(self._arrays) == 2:  # unpacked so far
@@ -214,11 +174,41 @@ class QuantizedKVCache(KVCache):
         rows = queries.reshape(B, K, H // K * L, D)
         multiply = partial(mx.quantized_matmul, group_size=self._group, bits=self.bits)
         scores = multiply(rows, *keys, transpose=True)
-        if (seen := self._visible(L)) is not None:
-            seen = mx.broadcast_to(seen, (B, 1, L, T))[:, :, None]
+        if L > 1:
+            places = mx.arange(T)
+            seen = places[T - L :, None] >= places  # (L, T): the query at l stands at position T - L + l
             scores = mx.where(seen, scores.reshape(B, K, H // K, L, T), -mx.inf).reshape(scores.shape)
         weights = mx.softmax(scores, axis=-1, precise=True)  # (B, K, H / K * L, T)
         return multiply(weights, *values, transpose=False).reshape(B, H, L, D)
+
+
+class SideBySide:
+    """One layer's caches of several sequences, for one pass: each reads and writes its own.
+
+    Nothing is padded and nothing copied, so sequences of any lengths may be in a pass, others in the next.
+    """
+
+    def __init__(self, rows: Sequence[KVCache], position: mx.array) -> None:
+        self.position = position  # (B,)
+        self._rows = rows
+
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
+        """As `KVCache.attend`, `(B, …)`, a row for each sequence."""
+        apart = (mx.split(array, len(self._rows)) for array in (queries, keys, values))
+        return mx.concatenate(
+            [row.attend(q, k, v, scale) for row, q, k, v in zip(self._rows, *apart, strict=True)]
+        )
+
+
+Cache: TypeAlias = KVCache | SideBySide
+
+
+def side_by_side(sequences: Sequence[Sequence[KVCache]]) -> Sequence[Cache]:
+    """The caches of each sequence, a list of layers → those of a pass over all of them."""
+    if len(sequences) == 1:
+        return sequences[0]
+    position = mx.array([caches[0].offset for caches in sequences])
+    return [SideBySide(layer, position) for layer in zip(*sequences, strict=True)]
 
 
 def group_size(head_dim: int) -> int:
@@ -238,17 +228,6 @@ def state_layout(
     groups = (dtype, (*stem, head_dim // group_size(head_dim)))
     codes = (mx.uint32, (*stem, head_dim // 4))
     return {name: codes if name.endswith("codes") else groups for name in _PACKED}
-
-
-def stacked(caches: Sequence[KVCache]) -> KVCache:
-    """One cache of several sequences from one of each: `(1, …)` each → `(B, …)`, copied.
-
-    All end at the same place, and grow together from there on; shorter ones are padded on the left:
-
-        What is 2 + 2?      · · 8 3 5 2 2 6    position = offset - 2
-        What is 48 + 37?    8 3 5 4 9 2 7 6    position = offset
-    """
-    return caches[0].fork().stack(caches)
 
 
 def trim_all(caches: Sequence[KVCache], n: int) -> None:

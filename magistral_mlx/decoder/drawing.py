@@ -36,6 +36,12 @@ class Drawing:
         """From here on, only these may be drawn."""
         self._allowed = _mask(allowed)
 
+    @property
+    def plain(self) -> Sampler | None:
+        """The sampler, if it is all that a draw asks."""
+        penalised = self._sampler.sampling.repetition_penalty != 1
+        return None if penalised or self._scorer or self._allowed is not None else self._sampler
+
     def draw(self, logits: mx.array, position: int, seen: mx.array | None) -> Step:
         return self._scored(logits, seen, self._sampler.draw(self._masked(logits), position, seen))
 

@@ -12,13 +12,12 @@ import mlx.core as mx
 from magistral_mlx.wire import Guide
 
 from . import engine
-from .cache import KVCache, stacked
+from .batch import Drawn, Request, Row, Told, decode_batch
+from .cache import KVCache
 from .drafts import Drafter, DraftModel, PromptLookup
-from .logprobs import Scorer
 from .model import Transformer
 from .pace import Pace
 from .prefix import Prefix
-from .sampling import Sampler
 from .speculation import Speculation
 
 
@@ -31,27 +30,15 @@ class Drafting:
     """Another one, which guesses; None: what the last ids were followed by before is looked up."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """One reply to be made."""
-
-    prompt: list[int]
-    sampler: Sampler
-    limit: int
-    allowed: bytes | None = None
-    """The ids that it may begin with (`Guide.allowed`)."""
-    scorer: Scorer | None = None
-
-
 class Generation:
     """One reply on the model's thread, and how much of its prompt an earlier turn had read."""
 
     def __init__(
         self, model: Transformer, request: Request, prefix: Prefix, drafting: Drafting | None = None
     ) -> None:
-        self._model = model
+        self.model = model
+        self.prefix = prefix
         self._request = request
-        self._prefix = prefix
         self._drafting = drafting
         self._speculation: Speculation | None = None
         self.reused = 0
@@ -66,14 +53,12 @@ class Generation:
         try:
             yield from self._run()
         except Exception:  # arrays whose evaluation failed would fail again: the next turn reads anew
-            self._prefix.restart()
+            self.prefix.restart()
             raise
 
     def _run(self) -> Generator[int | None, Guide | None, None]:
-        model, prefix, request = self._model, self._prefix, self._request
-        prompt = request.prompt
-        self.reused = prefix.rewind(prompt)
-        logits = yield from _read(model, prompt[self.reused :], prefix.caches)
+        prefix = self.prefix
+        logits = yield from self._read()
         said = yield from self._decode(logits)
         guide: Guide | None = None
         while True:
@@ -85,6 +70,19 @@ class Generation:
             guide = yield token
             prefix.ids += guide.said if guide else ()
 
+    def row(self, chunk: int | None) -> Generator[None, object, Row]:
+        """Read the prompt, by pieces of `chunk` ids or of what is sent in → what is decoded with others.
+
+        Whoever does that notes the ids in the prefix, and restarts it on errors.
+        """
+        logits = yield from self._read(chunk)
+        return Row(self._request, logits, self.prefix.caches)
+
+    def _read(self, chunk: int | None = None) -> Generator[None, object, mx.array]:
+        prompt = self._request.prompt
+        self.reused = self.prefix.rewind(prompt)
+        return (yield from _read(self.model, prompt[self.reused :], self.prefix.caches, chunk))
+
     def _decode(self, logits: mx.array) -> Generator[None, object, Generator[int, Guide | None, None]]:
         """The loop, with drafts or without. A draft model reads the prompt first."""
         request = self._request
@@ -94,9 +92,9 @@ class Generation:
             self._speculation = Speculation(drafter, self._drafting.pace)
             decode = self._speculation.decode
         return decode(
-            self._model,
+            self.model,
             logits,
-            self._prefix.caches,
+            self.prefix.caches,
             sampler=request.sampler,
             prompt=request.prompt,
             limit=request.limit,
@@ -108,7 +106,7 @@ class Generation:
         prompt = self._request.prompt
         if model is None:
             return PromptLookup(prompt)
-        prefix = self._prefix.draft = self._prefix.draft or Prefix(model.new_caches())
+        prefix = self.prefix.draft = self.prefix.draft or Prefix(model.new_caches())
         common = prefix.rewind(prompt)
         yield from _read(model, prompt[common:], prefix.caches)
         return DraftModel(model, prefix, self._request.sampler)
@@ -127,56 +125,36 @@ class BatchGeneration:
         self._prefix: Prefix | None = prefix
         self.reused: list[int] = []
 
-    def run(self) -> Generator[engine.Drawn | None, engine.Told | None, None]:
+    def run(self) -> Generator[Drawn | None, Told | None, None]:
         """None for each piece of a prompt that is read, then ids by the number of their request."""
-        caches, lines = yield from self._read_all()
-        yield from engine.decode_batch(self._model, lines, caches)
+        yield from decode_batch(self._model, (yield from self._read_all()))
 
-    def _read_all(self) -> Generator[None, object, tuple[list[KVCache], list[engine.Line]]]:
-        prefix, self._prefix = self._prefix, None  # not kept beside its copy in the batch
+    def _read_all(self) -> Generator[None, object, list[Row]]:
+        prefix, self._prefix = self._prefix, None  # not kept beside what is made of it
         assert prefix is not None
-        lines: list[engine.Line] = []
-        rows: list[Sequence[KVCache]] = []
+        rows: list[Row] = []
+        read: list[int] = []
+        logits: mx.array | None = None
         for request in self._requests:
-            if lines and request.prompt == lines[-1].prompt:
-                logits = lines[-1].logits
-                self.reused.append(len(request.prompt))
-            else:
-                prefix = prefix.fork()
-                self.reused.append(prefix.rewind(request.prompt))
-                logits = yield from _read(self._model, request.prompt[self.reused[-1] :], prefix.caches)
-            rows.append(prefix.caches)
-            lines.append(
-                engine.Line(
-                    prompt=request.prompt,
-                    logits=logits,
-                    sampler=request.sampler,
-                    limit=request.limit,
-                    allowed=request.allowed,
-                    scorer=request.scorer,
-                )
-            )
-        layers = [list(layer) for layer in zip(*rows, strict=True)]
-        del rows, prefix
-        return [_stacked(layers.pop(0)) for _ in range(len(layers))], lines
-
-
-def _stacked(caches: Sequence[KVCache]) -> KVCache:
-    """Evaluated at once, so that only one layer's keys and values are held twice."""
-    whole = stacked(caches)
-    mx.eval(whole.arrays())
-    return whole
+            shared = len(read)
+            if logits is None or request.prompt != read:
+                read, shared = request.prompt, prefix.rewind(request.prompt)
+                logits = yield from _read(self._model, read[shared:], prefix.caches)
+            self.reused.append(shared)
+            rows.append(Row(request, logits, prefix.fork().caches))
+        return rows
 
 
 def _read(
-    model: Transformer, ids: Sequence[int], caches: Sequence[KVCache]
+    model: Transformer, ids: Sequence[int], caches: Sequence[KVCache], chunk: int | None = None
 ) -> Generator[None, object, mx.array]:
-    """Feed a prompt; yields after each piece, the last one too."""
-    fed = engine.prefill(model, ids, caches)
+    """Feed a prompt, by pieces of `chunk` ids or of what is sent in; yields after each, the last one too."""
+    fed = engine.prefill(model, ids, caches, chunk=chunk or engine.PREFILL_CHUNK)
+    sent: object = None
     while True:
         try:
-            next(fed)
+            fed.send(sent if isinstance(sent, int) else None)
         except StopIteration as done:
             yield None
             return done.value
-        yield None
+        sent = yield None

@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from magistral_mlx.config import ModelConfig
 
-from .cache import KVCache, QuantizedKVCache
+from .cache import Cache, KVCache, QuantizedKVCache
 from .matrix import Matrix, Stack
 
 
@@ -32,7 +32,7 @@ class Attention:
         self.qkv = Stack(*(weights.matrix(f"{path}.{name}_proj") for name in "qkv"))
         self.out = weights.matrix(f"{path}.o_proj")
 
-    def __call__(self, x: mx.array, cache: KVCache, *, last: bool = False) -> mx.array:
+    def __call__(self, x: mx.array, cache: Cache, *, last: bool = False) -> mx.array:
         """`(B, L, D)` → `(B, L, D)`; with `last` only the last position looks, `(B, 1, D)`."""
         H, K = self.config.n_heads, self.config.n_kv_heads
         heads = _apart(self.qkv(x), H + 2 * K)
@@ -88,7 +88,7 @@ class Block:
         self.ffn_norm = weights.vector(f"{path}.post_attention_layernorm.weight")
         self.feed_forward = FeedForward(weights, f"{path}.mlp")
 
-    def __call__(self, x: mx.array, cache: KVCache, *, last: bool = False) -> mx.array:
+    def __call__(self, x: mx.array, cache: Cache, *, last: bool = False) -> mx.array:
         seen = self.attention(mx.fast.rms_norm(x, self.attention_norm, self.eps), cache, last=last)
         h = (x[:, -1:] if last else x) + seen
         return h + self.feed_forward(mx.fast.rms_norm(h, self.ffn_norm, self.eps))
@@ -107,7 +107,7 @@ class Transformer:
         self.norm = weights.vector("model.norm.weight")
         self.head = self.embedding if config.tie_embeddings else weights.matrix("lm_head")
 
-    def __call__(self, ids: mx.array, caches: Sequence[KVCache], *, last: bool = False) -> mx.array:
+    def __call__(self, ids: mx.array, caches: Sequence[Cache], *, last: bool = False) -> mx.array:
         """`(B, L)` ids that follow what the caches hold → `(B, L, D)`; the caches then hold them too.
 
         last: only the last position is wanted, `(B, 1, D)`; of the top layer the others are not computed.

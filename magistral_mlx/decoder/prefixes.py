@@ -32,19 +32,19 @@ class Prefixes:
         with self._lock:
             return self._nbytes()
 
-    def take(self, prompt: Sequence[int]) -> Prefix:
+    def take(self, prompt: Sequence[int], *, shared: bool = False) -> Prefix:
         """One to read `prompt` behind: for the caller alone, until it is put back.
 
         One of which more than half would be lost stays here, and a fork of it is taken: it is likely to be
-        another conversation with the same system prompt.
+        another conversation with the same system prompt. shared: so does any, for others of this prompt.
         """
         ids = list(prompt)
         with self._lock:
-            shared, best = max(((common(p.ids, ids), at) for at, p in enumerate(self._kept)), default=(0, 0))
-            if not shared:
+            alike, best = max(((common(p.ids, ids), at) for at, p in enumerate(self._kept)), default=(0, 0))
+            if not alike:
                 return self._new()
             prefix = self._kept.pop(best)
-            if 2 * shared >= prefix.length:
+            if 2 * alike >= prefix.length and not shared:
                 return prefix
             self._kept.append(prefix)
             return prefix.fork()

@@ -14,7 +14,7 @@ finds none, and is made again over the whole vocabulary by sorting, from the sam
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -80,8 +80,18 @@ class Sampler:
         scaled = self._scaled(logits, seen)
         if self.sampling.is_greedy:
             return _likeliest(scaled)
-        noisy = scaled + self._noise(position, scaled.shape)
-        return self._first_inside(scaled, noisy) if self._filters else _likeliest(noisy)
+        return self._drawn(scaled, self._noise(position, scaled.shape))
+
+    def draw_each(self, logits: mx.array, places: Sequence[tuple[int, int]]) -> mx.array:
+        """`draw` for several that sample alike, each with its own seed and position: `(B, V)` → `(B,)`.
+
+        The same ids as drawn one by one, from a graph of the size of one. Lazy.
+        """
+        scaled = self._scaled(logits, None)
+        if self.sampling.is_greedy:
+            return _likeliest(scaled)
+        keys = mx.stack([noise_key(seed, position) for seed, position in places])
+        return self._drawn(scaled, _noise_of_each(keys, logits.shape[-1]))
 
     def settle(self, logits: mx.array, position: int, seen: mx.array | None = None) -> mx.array:
         """What `draw` would return with a candidate for every id: the same draw, by sorting."""
@@ -103,6 +113,11 @@ class Sampler:
     def keeps(self, logits: mx.array, ids: mx.array) -> mx.array:
         """Which of `ids`, `(n,)`, may be drawn from `(V,)` logits: `(n,)` bool."""
         return self._inside(self._scaled(logits, None), ids)
+
+    def _drawn(self, scaled: mx.array, noise: mx.array) -> mx.array:
+        """`(…, V)` both → `(…)`."""
+        noisy = scaled + noise
+        return self._first_inside(scaled, noisy) if self._filters else _likeliest(noisy)
 
     @property
     def _filters(self) -> bool:
@@ -170,9 +185,20 @@ def noise_key(seed: int, position: int) -> mx.array:
     return mx.random.key(int.from_bytes(digest, "big"))
 
 
+def _noise_of_each(keys: mx.array, V: int) -> mx.array:
+    """`(B, 2)` → `(B, V)`."""
+
+    def noise(key: mx.array) -> mx.array:
+        return mx.random.gumbel((V,), key=key)
+
+    return mx.vmap(noise)(keys)
+
+
 def _likeliest(x: mx.array) -> mx.array:
-    best = mx.argmax(x).astype(mx.int32)
-    return mx.where(x[best] > -mx.inf, best, UNSETTLED)  # false of NaN
+    """`(…, V)` → `(…)` int32."""
+    best = mx.argmax(x, axis=-1, keepdims=True).astype(mx.int32)
+    found = mx.take_along_axis(x, best, axis=-1) > -mx.inf  # false of NaN
+    return mx.where(found, best, UNSETTLED).squeeze(-1)
 
 
 def _weights(scaled: mx.array) -> mx.array:

@@ -29,7 +29,7 @@ async def answer(service: Service, request: Request, job: Job, shape: Shape, *, 
     slot = await _while_connected(request, service.slots.take())
     if stream:
         try:
-            first = await service.begin(job)
+            first = await _while_connected(request, service.begin(job))
         except BaseException:
             slot.release()
             raise
@@ -41,19 +41,18 @@ async def answer(service: Service, request: Request, job: Job, shape: Shape, *, 
 
 async def _pieces(service: Service, job: Job, first: Stream, shape: Shape) -> AsyncGenerator[bytes]:
     """A job as server-sent events. An error that comes when some were sent is one of them."""
-    ends: list[Ended] = []
+    ends: dict[int, Ended] = {}
     try:
-        yield shape.opening(0)
+        for index in range(job.choices):
+            yield shape.opening(index)
         async with aclosing(service.run(job, first)) as told:
             async for index, said in told:
                 if not isinstance(said, Ended):
                     yield shape.piece(index, said)
                     continue
-                ends.append(said)
+                ends[index] = said
                 yield shape.ending(index, said)
-                if index + 1 < len(job.prompts) * job.n:
-                    yield shape.opening(index + 1)
-        yield shape.last(ends)
+        yield shape.last([ends[index] for index in range(job.choices)])
     except Exception as error:  # noqa: BLE001 -- the status was sent long ago: this is how it can still be told
         failures.log(error)
         yield shape.failed(error)

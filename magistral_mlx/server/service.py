@@ -1,4 +1,4 @@
-"""The model behind the routes: replies that take turns, and share what was read.
+"""The model behind the routes: replies that are written together, and share what was read.
 
 Knows the library. Does not know HTTP, nor the shape of an answer.
 """
@@ -9,8 +9,8 @@ from concurrent.futures import Future
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias
-from weakref import WeakSet, WeakValueDictionary
+from typing import TypeAlias, TypeVar
+from weakref import WeakKeyDictionary
 
 from magistral_mlx.chat import Magistral
 from magistral_mlx.decoder.prefix import Prefix
@@ -26,6 +26,7 @@ from .replies import Choice, Ended
 from .slots import ClosingError, Slots
 from .voices import Heard, Voice
 
+T = TypeVar("T")
 Said: TypeAlias = tuple[int, Heard | Ended]
 """The number of a choice, and what comes next of it."""
 
@@ -40,6 +41,10 @@ class Job:
     n: int = 1
     id: str = ""
     """By which its reasoning can be ended."""
+
+    @property
+    def choices(self) -> int:
+        return len(self.prompts) * self.n
 
 
 class Service:
@@ -58,23 +63,65 @@ class Service:
         self.ids = list(ids)
         self.slots = Slots(running=running, waiting=waiting)
         self.prefixes = model.new_prefixes(prefix_bytes)
+        self._company = model.new_company()
+        self._rows = asyncio.Semaphore(running)  # replies: a request may want several
         self.metrics = Metrics(self.slots, self.prefixes)
-        self._streams: WeakSet[Stream] = WeakSet()
-        self._by_id: WeakValueDictionary[str, Stream] = WeakValueDictionary()
+        self._streams: WeakKeyDictionary[Stream, str] = WeakKeyDictionary()  # and the id of its job
+        self._lent: WeakKeyDictionary[Stream, list[Prefix]] = WeakKeyDictionary()
 
     async def begin(self, job: Job) -> Stream:
         """The stream of the first choice: whatever is wrong with a job, is told here."""
         return await self._open(job, 0)
 
     async def run(self, job: Job, first: Stream) -> AsyncGenerator[Said]:
-        """All choices of a job; each takes one step of the model at a time, so those of others go on too."""
-        for index in range(len(job.prompts) * job.n):
-            voice = job.voice()
-            reason: FinishReason | None = None
-            async with first if index == 0 else await self._open(job, index) as stream:
-                self._by_id[job.id] = stream
+        """All choices of a job, side by side: what comes next of any of them."""
+        read = [asyncio.Event() for _ in job.prompts]
+        choices = [self._choice(job, index, read, None if index else first) for index in range(job.choices)]
+        async with aclosing(_merged(choices)) as told:
+            async for said in told:
+                yield said
+
+    async def choices(self, job: Job) -> list[Choice]:
+        """The same, waited for."""
+        heard: list[list[Heard]] = [[] for _ in range(job.choices)]
+        ends: dict[int, Ended] = {}
+        async with await self.begin(job) as first, aclosing(self.run(job, first)) as told:
+            async for index, said in told:
+                if isinstance(said, Heard):
+                    heard[index].append(said)
+                else:
+                    ends[index] = said
+        return [Choice(heard[index], ends[index]) for index in range(job.choices)]
+
+    def stop_thinking(self, id_: str) -> bool:
+        """End the reasoning of a job's replies; False: nothing of that id runs."""
+        running = [stream for stream, of in list(self._streams.items()) if of == id_ and stream.is_open]
+        for stream in running:
+            stream.stop_thinking()
+        return bool(running)
+
+    def close(self) -> None:
+        """End what runs, and send away who waits."""
+        self.slots.close()
+        for stream in list(self._streams):
+            stream.close()
+
+    async def _choice(
+        self, job: Job, index: int, read: Sequence[asyncio.Event], first: Stream | None
+    ) -> AsyncGenerator[Said]:
+        """One choice. Others of its prompt begin when the first has read it."""
+        voice, here = job.voice(), read[index // job.n]
+        leads = index % job.n == 0
+        reason: FinishReason | None = None
+        try:
+            if not leads:
+                await here.wait()
+            async with first or await self._open(job, index, shared=not leads) as stream:
                 came = told = 0  # ids
                 async for event in stream:
+                    if leads and job.n > 1 and not here.is_set():
+                        await self._share(stream)
+                        here.set()
                     came += len(event.token_ids)
                     if any(heard := voice.hear(event)):
                         logprobs = stream.logprobs[told:came] if heard.text else ()
@@ -86,68 +133,62 @@ class Service:
                     elif voice.stopped:
                         reason = "stop"
                         break
-            if reason is None:  # closed by `close`
-                raise ClosingError
-            reply = stream.reply
-            yield index, Ended(reason, reply.stats, reply.tool_calls, reply.stop_string)
+        finally:
+            here.set()
+        if reason is None:  # closed by `close`
+            raise ClosingError
+        reply = stream.reply
+        yield index, Ended(reason, reply.stats, reply.tool_calls, reply.stop_string)
 
-    async def choices(self, job: Job) -> list[Choice]:
-        """The same, waited for."""
-        heard: list[Heard] = []
-        done: list[Choice] = []
-        async with await self.begin(job) as first, aclosing(self.run(job, first)) as told:
-            async for _, said in told:
-                if isinstance(said, Heard):
-                    heard.append(said)
-                else:
-                    done.append(Choice(heard, said))
-                    heard = []
-        return done
-
-    def stop_thinking(self, id_: str) -> bool:
-        """End the reasoning of a job's reply; False: nothing of that id runs."""
-        stream = self._by_id.get(id_)
-        if stream is None or not stream.is_open:
-            return False
-        stream.stop_thinking()
-        return True
-
-    def close(self) -> None:
-        """End what runs, and send away who waits."""
-        self.slots.close()
-        for stream in list(self._streams):
-            stream.close()
-
-    async def _open(self, job: Job, index: int) -> Stream:
+    async def _open(self, job: Job, index: int, *, shared: bool = False) -> Stream:
         """A stream behind what was read before; what is kept gives way where memory is short."""
         prompt, options = job.prompts[index // job.n], _seeded(job.options, index)
+        await self._rows.acquire()
         try:
-            stream = await self._behind(self.prefixes.take(prompt), prompt, options)
-        except MemoryLimitError:
-            self.prefixes.clear()
-            stream = await self._behind(self.prefixes.take(prompt), prompt, options)
-        self._streams.add(stream)
+            try:
+                stream = await self._behind(self.prefixes.take(prompt, shared=shared), prompt, options)
+            except MemoryLimitError:
+                self.prefixes.clear()
+                stream = await self._behind(self.prefixes.take(prompt), prompt, options)
+        except BaseException:
+            self._rows.release()
+            raise
+        self._streams[stream] = job.id
         return stream
 
     async def _behind(self, prefix: Prefix, prompt: list[int], options: Options) -> Stream:
         lent = [prefix]  # a stream that has ended may be remembered, its arrays are not
 
         def ended(reply: Reply) -> None:
+            self._rows.release()
             self.metrics.replied(reply)
             # The next prompt of this conversation holds the answer, but no reasoning that led to no call.
             said = 0 if reply.thinking and not reply.tool_calls else len(reply.token_ids)
             self._keep(lent.pop(), len(prompt) + said)
 
         try:
-            begin = partial(self.model.stream_ids, prompt, prefix=prefix, on_end=ended, **options)
+            begin = partial(
+                self.model.stream_ids, prompt, prefix=prefix, company=self._company, on_end=ended, **options
+            )
             # A grammar, of a schema or of calls that have to be made, may take a while to compile.
             compiles = options.get("schema") or options.get("tools")
-            return await asyncio.to_thread(begin) if compiles else begin()
+            stream = await asyncio.to_thread(begin) if compiles else begin()
         except MemoryLimitError:
             raise
         except MagistralError:  # a mistake in the request: what was taken is as it was
             self._keep(prefix, prefix.length)
             raise
+        self._lent[stream] = lent
+        return stream
+
+    async def _share(self, stream: Stream) -> None:
+        """What the prompt of an open stream has read, for those that have the same."""
+
+        def share() -> None:
+            for prefix in self._lent[stream]:
+                self.prefixes.put(prefix.fork(), len(stream.reply.prompt_ids))
+
+        await asyncio.wrap_future(self.model.submit(share))
 
     def _keep(self, prefix: Prefix, length: int) -> None:
         """For the prompts to come; on the model's thread, behind a step that may still be under way."""
@@ -164,3 +205,23 @@ def _seeded(options: Options, index: int) -> Options:
     """Each choice has its own seed, told by the first one's."""
     seed = options.get("seed")
     return options if seed is None else {**options, "seed": seed + index}
+
+
+async def _merged(sources: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[T]:
+    """What comes next of any of them, as it comes."""
+    coming = {asyncio.ensure_future(anext(source)): source for source in sources}
+    try:
+        while coming:
+            done, _ = await asyncio.wait(coming, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                source = coming.pop(task)
+                with suppress(StopAsyncIteration):
+                    said = task.result()
+                    coming[asyncio.ensure_future(anext(source))] = source
+                    yield said
+    finally:
+        for task in coming:
+            task.cancel()
+        await asyncio.gather(*coming, return_exceptions=True)
+        for source in sources:
+            await source.aclose()

@@ -6,6 +6,7 @@
     reply         one reply, whole or as it grows
     notebook      a stream in Jupyter
     stream        one reply as it is written
+    company       replies that take their steps together
     batch         several replies at once
     answers       what several replies agree on
     talkfile      text and tensors under a seal

@@ -16,7 +16,7 @@ Out = TypeVar("Out")
 In = TypeVar("In")
 
 
-def take(steps: Generator[Out, In, None], told: In) -> tuple[Out, Cost]:
+def take(steps: Generator[Out, In, object], told: In) -> tuple[Out, Cost]:
     """The next step, with `told` sent into it. For the model's thread, where nothing else runs meanwhile."""
     mx.reset_peak_memory()
     start = time.perf_counter()

@@ -1,35 +1,72 @@
 """One reply as it is written: `Stream` yields its events, to `for` or to `async for`.
 
-Takes steps from a generator that lives on the model's thread: an id, or None while the prompt is read; what
-is sent into it says how the reply goes on. What ids say, and when a reply has ended, is `Telling`'s to know.
+Takes steps that are made on the model's thread: an id, or None while the prompt is read; what is said to it
+tells how the reply goes on. What ids say, and when a reply has ended, is `Telling`'s to know.
 """
 
 import asyncio
 import threading
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import Self
+from typing import Protocol, Self, TypeAlias
 
 from magistral_mlx.events import Event
 from magistral_mlx.text.thinking import Phase
-from magistral_mlx.wire import Guide, TokenLogprob
+from magistral_mlx.wire import Cost, Guide, TokenLogprob
 
 from . import step
 from .reply import Reply, Telling
 from .worker import Pending, Worker
 
+Say: TypeAlias = Callable[[int | None, Cost], Guide | None]
+"""An id (None: a piece of the prompt was read) and its cost → how it goes on."""
 
-@dataclass(frozen=True, kw_only=True)
-class Source:
+
+class Source(Protocol):
     """Where a stream's ids come from."""
 
-    worker: Worker
-    steps: Generator[int | None, Guide | None, None]
-    reused: Callable[[], int]
-    """How many ids of the prompt were read before; known when the first step is done."""
-    passes: Callable[[], int | None] = lambda: None
-    """How many forward passes the ids so far took, where they are not one each."""
+    def ask(self, say: Say) -> Pending[None]:
+        """Take a step and say it, on the model's thread, where no Ctrl-C arrives."""
+        ...
+
+    def leave(self) -> None:
+        """No more is wanted."""
+        ...
+
+    def reused(self) -> int:
+        """How many ids of the prompt were read before; known when the first step is said."""
+        ...
+
+    def passes(self) -> int | None:
+        """How many forward passes the ids so far took; None: one each."""
+        ...
+
+
+class Alone:
+    """Steps of one generator, each when it is asked for: streams that are open together take turns."""
+
+    def __init__(
+        self,
+        worker: Worker,
+        steps: Generator[int | None, Guide | None, None],
+        *,
+        reused: Callable[[], int],
+        passes: Callable[[], int | None] = lambda: None,
+    ) -> None:
+        self._worker = worker
+        self._steps = steps
+        self._guide: Guide | None = None  # how it goes on at the next step
+        self.reused = reused
+        self.passes = passes
+
+    def ask(self, say: Say) -> Pending[None]:
+        return self._worker.submit(partial(self._step, say))
+
+    def leave(self) -> None:
+        """It is not asked again."""
+
+    def _step(self, say: Say) -> None:
+        self._guide = say(*step.take(self._steps, self._guide))
 
 
 class Stream:
@@ -48,32 +85,31 @@ class Stream:
         self._events = telling.events
         self._on_end = on_end
         self._pending: Pending[None] | None = None
-        self._guide: Guide | None = None  # how it goes on at the next step
         self._lock = threading.RLock()
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Event:
-        while not self._events:
-            if (asked := self._ask()) is None:
-                raise StopIteration
+        while not self._events and (asked := self._ask()):
             self._receive(asked)
+        if not self._events:
+            raise StopIteration
         return self._events.popleft()
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Event:
-        while not self._events:
-            if (asked := self._ask()) is None:
-                raise StopAsyncIteration
+        while not self._events and (asked := self._ask()):
             try:
                 await asyncio.wait([asyncio.wrap_future(asked)])
             except asyncio.CancelledError:
                 self.close()
                 raise
             self._receive(asked)
+        if not self._events:
+            raise StopAsyncIteration
         return self._events.popleft()
 
     def __enter__(self) -> Self:
@@ -143,22 +179,18 @@ class Stream:
             self._end()
         with self._lock:
             if self._source is not None and (self._pending is None or _went_well(self._pending)):
-                self._pending = self._source.worker.submit(partial(self._step, self._source))
+                self._pending = self._source.ask(self._say)
             return self._pending
 
-    def _step(self, source: Source) -> None:
-        """One id, said to the reply before anybody is told that it is there.
-
-        Runs on the model's thread, where no Ctrl-C arrives: however a wait is interrupted, no id is lost.
-        """
-        token, cost = step.take(source.steps, self._guide)
+    def _say(self, token: int | None, cost: Cost) -> Guide | None:
+        """One step, before anybody is told that it is there: however a wait is interrupted, no id is lost."""
         with self._lock:
             if self._source is None:  # closed while the step ran
-                return
-            if token is None:
-                self._telling.read(source.reused(), cost)
-            else:
-                self._guide = self._telling.say(token, cost, source.passes())
+                return None
+            if token is not None:
+                return self._telling.say(token, cost, self._source.passes())
+            self._telling.read(self._source.reused(), cost)
+            return None
 
     def _receive(self, asked: Pending[None]) -> None:
         """Wait for the step, if it is not done yet."""
@@ -177,6 +209,7 @@ class Stream:
             if source is not None and silently:
                 self._events.clear()
         if source is not None:  # not under the lock: what is done then may wait for the model's thread
+            source.leave()
             self._on_end(self.reply)
 
 

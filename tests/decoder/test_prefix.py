@@ -346,7 +346,7 @@ def test_an_abandoned_stream_takes_its_prefix_with_it(tiny: Magistral):
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "prefill", functools.partial(engine.prefill, chunk=16))
+    monkeypatch.setattr(engine, "PREFILL_CHUNK", 16)
 
 
 @pytest.mark.usefixtures("small_chunks")

@@ -61,6 +61,15 @@ def test_what_is_taken_is_the_takers_alone():
     assert pool.take([1, 2, 3, 4]).ids == []
 
 
+def test_those_who_share_leave_it_for_others():
+    pool = kept()
+    pool.put(read(pool.take([0]), [1, 2, 3]), 3)
+    for last in (4, 5, 3):
+        assert holds(read(pool.take([1, 2, 3], shared=True), [1, 2, 3, last])) == [1, 2, 3, last]
+    assert holds(pool.take([1, 2, 3, 4])) == [1, 2, 3]
+    assert pool.take([1, 2, 3], shared=True).ids == []
+
+
 def test_another_conversation_with_the_same_beginning_is_forked():
     """And neither spoils the other."""
     pool = kept()

@@ -18,7 +18,7 @@ from magistral_mlx import CheckpointError, Magistral, Sampling
 from magistral_mlx.convert.conversion import Job, convert
 from magistral_mlx.decoder import pace, prefix
 from magistral_mlx.decoder import sampling as sampling_module
-from magistral_mlx.decoder.cache import KVCache, stacked, trim_all
+from magistral_mlx.decoder.cache import KVCache, side_by_side, trim_all
 from magistral_mlx.decoder.drafts import Drafter, PromptLookup
 from magistral_mlx.decoder.engine import decode
 from magistral_mlx.decoder.pace import MOST, Pace
@@ -319,13 +319,14 @@ def test_caches_side_by_side_trim_as_well(tmp_path: Path):
     """Several replies are written without speculation, but nothing in their caches stands in its way."""
     model = load(open_checkpoint(models.write_hf(tmp_path)), mx.float32)
     rows = [start(model, PROMPT[:length])[1] for length in (3, 5, 8)]
-    whole = [stacked(layer) for layer in zip(*rows, strict=True)]
     fed = mx.array([[5, 6, 7, 8]] * 3)
-    expected = model.logits(model(fed, whole))
-    trim_all(whole, 4)
-    model(mx.array([[5, 6, 99, 98]] * 3), whole)
-    trim_all(whole, 2)
-    found = model.logits(model(fed[:, 2:], whole))
+    expected = model.logits(model(fed, side_by_side(rows)))
+    for row in rows:
+        trim_all(row, 4)
+    model(mx.array([[5, 6, 99, 98]] * 3), side_by_side(rows))
+    for row in rows:
+        trim_all(row, 2)
+    found = model.logits(model(fed[:, 2:], side_by_side(rows)))
     np.testing.assert_allclose(np.array(found), np.array(expected[:, 2:]), atol=2e-4, rtol=1e-4)
 
 

@@ -18,7 +18,7 @@ import pytest
 from magistral_mlx import AnswerToken, Event, Finished, Magistral, Reply, SamplingError, Stream, ThinkToken
 from magistral_mlx.decoder.cache import KVCache
 from magistral_mlx.talk.reply import Telling
-from magistral_mlx.talk.stream import Source
+from magistral_mlx.talk.stream import Alone
 from magistral_mlx.talk.worker import Pending
 from magistral_mlx.text.closing import GRACE, TEAR, Closing
 from magistral_mlx.text.thinking import CLOSE, OPEN, ThinkParser, parse
@@ -271,7 +271,7 @@ class Model:
 def open_stream(
     tokenizer: Tokenizer, model: Model, *, budget: int | None, max_tokens: int = 10_000
 ) -> Stream:
-    source = Source(worker=Inline(), steps=model.steps(), reused=lambda: 0)  # type: ignore[arg-type]
+    source = Alone(Inline(), model.steps(), reused=lambda: 0)  # type: ignore[arg-type]
     telling = Telling(
         Transcript(tokenizer),
         tokenizer,

@@ -1,0 +1,203 @@
+"""Replies that are written in company: all that are under way take their steps in one pass of the model.
+
+A turn on the model's thread reads a piece of one prompt and makes one step of every reply whose prompt is
+read. Turns follow one another as long as somebody wants ids; what else is asked of the thread is done between
+two of them. A reply is at most `LEAD` ids ahead of its reader: one that is read slowly sits out, and holds
+nobody up. Whoever leaves is in no further turn. Does not know text, nor what a request is.
+"""
+
+import threading
+import time
+from collections.abc import Generator, Sequence
+
+import mlx.core as mx
+
+from magistral_mlx.decoder.batch import Row, feed
+from magistral_mlx.decoder.generation import Generation
+from magistral_mlx.errors import ClosedError
+from magistral_mlx.wire import AS_BEFORE, Cost, Guide
+
+from . import step
+from .reply import Telling
+from .stream import Say
+from .worker import Pending, Worker
+
+LEAD = 4
+PIECE = 256
+"""Positions of a prompt that are read at once while others are being answered: enough for most of the speed,
+and at Magistral's size half a second or so."""
+
+
+class Company:
+    """All replies of one model that are written together. Any thread may `join`."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.lock = threading.RLock()
+        self._worker = worker
+        self._members: list[Member] = []  # whose prompt got a piece last comes last
+        self._turning = False
+
+    def join(self, generation: Generation, telling: Telling, *, needs: int) -> "Member":
+        """One reply more; nothing is computed until it is asked for ids.
+
+        telling: whom it is said to. needs: bytes of its prompt's keys and values.
+        """
+        member = Member(self, generation, telling, needs)
+        with self.lock:
+            self._members.append(member)
+        return member
+
+    def leave(self, member: "Member") -> None:
+        with self.lock:
+            self._members = [other for other in self._members if other is not member]
+
+    @property
+    def owed(self) -> int:
+        """Bytes that prompts will take which are not read yet."""
+        with self.lock:
+            return sum(member.owed for member in self._members)
+
+    def wake(self) -> None:
+        """Somebody may want ids. Under the lock."""
+        if not self._turning:
+            self._worker.submit(self._turn)
+            self._turning = True
+
+    def _turn(self) -> None:
+        with self.lock:
+            here = [member for member in self._members if member.wants]
+        reader = next((member for member in here if not member.row), None)
+        if reader:
+            reader.read(PIECE if any(member.row for member in here) else None)
+        _step([member for member in here if member.row])
+        with self.lock:
+            self._members.sort(key=lambda member: member is reader)
+            self._turning = False
+            if any(member.wants for member in self._members):
+                try:
+                    self.wake()
+                except ClosedError as error:
+                    for member in [*self._members]:
+                        member.fail(error)
+
+
+def _step(members: Sequence["Member"]) -> None:
+    """One id of each, by one pass. An error of the pass is everybody's, one behind it is its row's alone."""
+    start = time.perf_counter()
+    mx.reset_peak_memory()
+    if members:
+        try:
+            feed(members[0].model, [member.row for member in members if member.row])
+        except Exception as error:  # noqa: BLE001 -- it is raised where the ids are asked for
+            for member in members:
+                member.fail(error)
+    for member in members:
+        member.take(start)
+
+
+class Member:
+    """One reply in company: the `Source` of its stream."""
+
+    def __init__(self, company: Company, generation: Generation, telling: Telling, needs: int) -> None:
+        self.model = generation.model
+        self.row: Row | None = None  # from when its prompt is read until it ends; the model's thread's own
+        self._company = company
+        self._generation = generation
+        self._telling = telling
+        self._needs = needs
+        self._reading: Generator[None, object, Row] | None = None
+        self._say: Say | None = None
+        self._cost = Cost()  # since the last id that was told
+        self._pending: Pending[None] | None = None  # whom the next step is told
+        self._ahead = 0  # steps that nobody has waited for
+        self._ended = False
+        self._error: Exception | None = None
+
+    @property
+    def wants(self) -> bool:
+        """Whether it takes part in the next turn."""
+        return self._say is not None and not self._ended and self._ahead < LEAD
+
+    @property
+    def owed(self) -> int:
+        return max(self._needs - self._generation.prefix.nbytes, 0)
+
+    def reused(self) -> int:
+        return self._generation.reused
+
+    def passes(self) -> int | None:
+        """One for each id."""
+
+    def ask(self, say: Say) -> Pending[None]:
+        """A step, if there was none since the last time; each is said before anybody is told of it."""
+        with self._company.lock:
+            if not self._ended:
+                self._company.wake()
+            self._say, self._pending = say, Pending()
+            pending = self._pending
+            if self._ahead or self._ended:
+                self._tell()
+        return pending
+
+    def leave(self) -> None:
+        """No further id is wanted."""
+        self._ended = True
+        self._company.leave(self)
+
+    def read(self, most: int | None) -> None:
+        """A piece of the prompt, of at most so many ids."""
+        try:
+            if self._reading is None:
+                self._reading, most = self._generation.row(most), None
+            _, cost = step.take(self._reading, most)
+            self._hear(None, cost)
+        except StopIteration as read:
+            self._reading, self.row = None, read.value
+        except Exception as error:  # noqa: BLE001 -- it is raised where the ids are asked for
+            self.fail(error)
+
+    def take(self, start: float) -> None:
+        """The id of this step, begun at `start`."""
+        if not self.row:
+            return
+        try:
+            token, guide = self.row.take(self.model), None
+            self._cost = self._cost.then(Cost(time.perf_counter() - start, mx.get_peak_memory()))
+            if token is not None:
+                cost, self._cost = self._cost, Cost()
+                guide = self._hear(token, cost)
+            if not self.row.go_on(None if self._ended else guide or AS_BEFORE):
+                self.row = None
+        except Exception as error:  # noqa: BLE001 -- it is raised where the ids are asked for
+            self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        """It ends; its arrays may be such whose evaluation failed."""
+        self.row = self._reading = None
+        self._generation.prefix.restart()
+        self._error = error
+        self.leave()
+        self._tell()
+
+    def _hear(self, token: int | None, cost: Cost) -> Guide | None:
+        """Say a step, then tell that it is there."""
+        assert self._say
+        guide = self._say(token, cost)
+        if token is not None:
+            self._generation.prefix.ids += [token, *(guide.said if guide else ())]
+        if self._telling.reason:
+            self.leave()
+        self._tell()
+        return guide
+
+    def _tell(self) -> None:
+        """Whoever waits, or whoever asks next."""
+        with self._company.lock:
+            pending, self._pending = self._pending, None
+            self._ahead = 0 if pending else self._ahead + 1
+        if pending and self._error:
+            pending.set_exception(self._error)
+        elif pending:
+            pending.set_result(None)
+        if pending:
+            pending.ring()

@@ -1,0 +1,237 @@
+"""Replies in company say what each says alone, whoever comes, leaves, is slow, or fails."""
+
+import asyncio
+import gc
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from magistral_mlx import ClosedError, Magistral, MemoryLimitError, Regex, Reply, Sampling
+from magistral_mlx.talk.company import LEAD, PIECE, Company
+from magistral_mlx.talk.stream import Stream
+from tests.decoder.test_batch import Watching
+
+HOT = Sampling(temperature=1.5)
+WISHES: list[tuple[str, dict[str, Any]]] = [
+    ("What is 2 + 2?", {"sampling": HOT, "think_budget": 6, "max_tokens": 24}),
+    ("What is 48 + 37?", {"sampling": HOT, "max_tokens": 9}),
+    ("What is 48 + 37?", {"sampling": Sampling(repetition_penalty=1.3), "max_tokens": 12, "logprobs": 2}),
+    ("Compute 12 * 3 for me, please.", {"sampling": Sampling(temperature=0), "max_tokens": 20, "stop": "="}),
+    ("What is 3 + 4?", {"schema": Regex("[0-9]{2,4}"), "think": False, "max_tokens": 12}),
+    ("What is 3 + 4?", {"think": False}),
+    ("Is 7 prime?", {"sampling": HOT, "max_tokens": 1}),
+]
+
+
+@pytest.fixture(scope="module")
+def demo() -> Iterator[Magistral]:
+    with Magistral.load("demo", dtype="float32") as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def alone(demo: Magistral) -> list[Reply]:
+    return [demo.stream(question, seed=at, **how).drain() for at, (question, how) in enumerate(WISHES)]
+
+
+def joined(model: Magistral, company: Company, at: int, **more: Any) -> Stream:
+    question, how = WISHES[at]
+    options: Any = {"seed": at, **how, **more}
+    return model.stream_ids(model.encode(question, **options), company=company, **options)
+
+
+def same(found: Reply, expected: Reply):
+    assert found.token_ids == expected.token_ids
+    assert (found.thinking, found.answer) == (expected.thinking, expected.answer)
+    assert found.finish_reason == expected.finish_reason
+    assert found.stats.answer_tokens == expected.stats.answer_tokens
+    if expected.logprobs is not None:
+        for one, other in zip(found.logprobs or (), expected.logprobs, strict=True):
+            assert (one and one.logprob) == pytest.approx(other and other.logprob, abs=1e-4)
+
+
+def level(model: Magistral) -> int:
+    gc.collect()
+    return model.run(mx.get_active_memory)
+
+
+# ------------------------------------------------------------------ the same ids
+
+
+@given(data=st.data(), order=st.permutations(range(len(WISHES))))
+@settings(max_examples=12)
+def test_any_schedule(demo: Magistral, alone: list[Reply], data: st.DataObject, order: list[int]):
+    """Some join while others are half-way, some are closed, and events are read in any order."""
+    company, here, left = demo.new_company(), dict[int, Stream](), list[int]()
+    coming = order[: data.draw(st.integers(2, 5))]
+    while coming or here:
+        what = data.draw(st.sampled_from(["join", "read", "read", "read", "rest", "close"]))
+        if coming and (what == "join" or not here):
+            at = coming.pop()
+            here[at] = joined(demo, company, at)
+            continue
+        at = data.draw(st.sampled_from(sorted(here)))
+        stream = here[at]
+        if what == "close" and not left:
+            stream.close()
+            left.append(at)
+            ids = stream.reply.token_ids
+            assert ids == alone[at].token_ids[: len(ids)]
+            del here[at]
+        elif what == "rest":
+            same(stream.drain(), alone[at])
+            del here[at]
+        elif next(stream, None) is None:
+            same(stream.reply, alone[at])
+            del here[at]
+
+
+def test_all_at_once_from_asyncio(demo: Magistral, alone: list[Reply]):
+    async def main() -> list[Reply]:
+        company = demo.new_company()
+        return await asyncio.gather(*(joined(demo, company, at).adrain() for at in range(len(WISHES))))
+
+    for found, expected in zip(asyncio.run(main()), alone, strict=True):
+        same(found, expected)
+
+
+# ------------------------------------------------------------------ who takes part
+
+
+@pytest.fixture
+def watching(demo: Magistral, monkeypatch: pytest.MonkeyPatch) -> Watching:
+    model = Watching(demo._model)
+    monkeypatch.setattr(demo, "_model", model)
+    return model
+
+
+def both(demo: Magistral, company: Company, **more: Any) -> tuple[Stream, Stream]:
+    """Two that say 40 ids, begun."""
+    one, other = (joined(demo, company, 0, max_tokens=40, seed=seed, **more) for seed in (1, 2))
+    next(one)
+    next(other)
+    return one, other
+
+
+def test_they_decode_in_one_pass(demo: Magistral, watching: Watching):
+    company = demo.new_company()
+    one, other = both(demo, company)
+
+    async def drained() -> list[Reply]:
+        return await asyncio.gather(one.adrain(), other.adrain())
+
+    found = asyncio.run(drained())
+    alone = [len(reply.token_ids) for reply in found]
+    assert len([B for B, L in watching.fed if L == 1]) < sum(alone) * 0.8
+    assert max(B for B, _ in watching.fed) == 2
+
+
+def test_one_that_is_not_read_holds_nobody_up(demo: Magistral, watching: Watching):
+    slow, quick = both(demo, demo.new_company())
+    before = len(slow.reply.token_ids)
+    assert len(quick.drain().token_ids) > 2 * LEAD
+    demo.run(lambda: None)
+    assert len(slow.reply.token_ids) <= before + LEAD + 1
+    shapes = [B for B, L in watching.fed if L == 1]
+    assert shapes[-LEAD:] == [1] * LEAD  # the last passes were without it
+    slow.close()
+
+
+def test_whoever_leaves_is_in_no_further_pass(demo: Magistral, watching: Watching):
+    one, other = both(demo, demo.new_company())
+    one.close()
+    demo.run(lambda: None)  # the turn under way
+    watching.fed.clear()
+    other.drain()
+    assert {B for B, _ in watching.fed} == {1}
+
+
+def test_a_long_prompt_is_read_by_pieces_between_steps(demo: Magistral, watching: Watching):
+    company = demo.new_company()
+    one, other = both(demo, company)
+    watching.fed.clear()
+    prompt = [5 + at % 90 for at in range(3 * PIECE)]
+    long = demo.stream_ids(prompt, company=company, max_tokens=2, seed=1)
+
+    async def main() -> list[Reply]:
+        return await asyncio.gather(one.adrain(), other.adrain(), long.adrain())
+
+    asyncio.run(main())
+    pieces = [at for at, (_, L) in enumerate(watching.fed) if L > 1]
+    assert sum(watching.fed[at][1] for at in pieces) == len(prompt)
+    assert watching.fed[pieces[0]] == (1, PIECE)  # others were being answered
+    assert pieces[1] - pieces[0] > 1  # and went on meanwhile
+
+
+# ------------------------------------------------------------------ memory
+
+
+def test_what_prompts_will_take_is_counted(demo: Magistral, monkeypatch: pytest.MonkeyPatch):
+    """Of two that fit one by one, the second is refused before the first has read anything."""
+    guard, company, prompt = demo._guard, demo.new_company(), [7] * 300
+    needs = guard.kv(len(prompt))
+    held = max(mx.get_active_memory() - guard.weights, 0)
+    plan = replace(guard._plan, context=len(prompt), held=held)
+    machine = replace(plan.machine, budget=plan.total + needs // 2)
+    monkeypatch.setattr(guard, "_plan", replace(guard._plan, machine=machine))
+    with demo.stream_ids(prompt, company=company, max_tokens=3) as stream:
+        assert company.owed == needs
+        with pytest.raises(MemoryLimitError, match="300 tokens"):
+            demo.stream_ids(prompt, company=company, max_tokens=3)
+        next(stream)
+        assert company.owed == 0  # it is held now, and counted as such
+
+
+def test_nothing_stays_behind_however_they_end(demo: Magistral):
+    company = demo.new_company()
+    for stream in both(demo, company):
+        stream.close()
+    before = level(demo)
+    for _ in range(3):
+        one, other = both(demo, company)
+        one.drain()
+        other.close()
+        del one, other
+    assert level(demo) - before <= 2**20
+
+
+# ------------------------------------------------------------------ errors
+
+
+def test_an_error_in_one_is_its_own(demo: Magistral, alone: list[Reply], monkeypatch: pytest.MonkeyPatch):
+    company = demo.new_company()
+    good, bad = joined(demo, company, 1), joined(demo, company, 0)
+    next(bad)
+    next(good)
+    monkeypatch.setattr(bad._telling, "say", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        bad.drain()
+    assert not bad.is_open
+    same(good.drain(), alone[1])
+    same(joined(demo, company, 0).drain(), alone[0])
+
+
+def test_an_error_of_the_pass_is_told_to_all(demo: Magistral, alone: list[Reply]):
+    company = demo.new_company()
+    streams = both(demo, company)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(demo._model), "logits", lambda *_: 1 / 0)
+        for stream in streams:
+            with pytest.raises(ZeroDivisionError):
+                stream.drain()
+    same(joined(demo, company, 0).drain(), alone[0])
+
+
+def test_a_model_that_is_closed_says_so():
+    model = Magistral.load("demo")
+    company = model.new_company()
+    streams = both(model, company)
+    model.close()
+    for stream in streams:
+        with pytest.raises(ClosedError):
+            stream.drain()
