@@ -36,6 +36,7 @@ class _Reply(TypedDict):
     download: bool
     dtype: str | None
     kv_bits: str
+    quantize_after: int
     draft_model: str | None
     speculate: bool | None
     system: str | None
@@ -61,6 +62,12 @@ _REPLY_OPTIONS = (
         "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="What to compute in."
     ),
     click.option("--kv-bits", type=click.Choice(["16", "8"]), default="16", help="8: half the KV cache."),
+    click.option(
+        "--quantize-after",
+        type=click.IntRange(0),
+        default=0,
+        help="With --kv-bits 8: tokens up to which the KV cache stays in 16 bit.",
+    ),
     click.option("--draft-model", help="A smaller model of the same vocabulary, which guesses ahead."),
     click.option(
         "--speculate/--no-speculate",
@@ -250,11 +257,16 @@ def _load(options: _Reply) -> "Magistral":
 
     name = last_model.last_used() or _choose() if options["model"] is None else options["model"]
     resolve(name, download=options["download"])
-    kv_bits = 8 if options["kv_bits"] == "8" else None
     draft_model = options["draft_model"]
     if draft_model is not None:
         resolve(draft_model, download=options["download"])
-    model = Magistral.load(name, dtype=options["dtype"], kv_bits=kv_bits, draft_model=draft_model)  # type: ignore[arg-type]
+    model = Magistral.load(
+        name,
+        dtype=options["dtype"],  # type: ignore[arg-type] -- one of click's choices
+        kv_bits=8 if options["kv_bits"] == "8" else None,
+        quantize_after=options["quantize_after"],
+        draft_model=draft_model,
+    )
     last_model.remember(name)
     return model
 

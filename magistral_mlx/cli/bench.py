@@ -1,5 +1,4 @@
 """The command `bench`: what `bench` measures, as a table, a JSON file, a row of Markdown and a chart."""
-# ruff: noqa: PLC0415 -- what takes half a second to import is imported where it is needed, not for --help
 
 import json
 from collections.abc import Callable, Generator
@@ -38,6 +37,7 @@ _QUICK: "Json" = {"lengths": (512,), "tokens": 32, "trials": 2, "reply_tokens": 
 )
 @click.option("--quick", is_flag=True, help="One length, few tokens, two trials: a first impression.")
 @click.option("--greedy", is_flag=True, help="Decode the likeliest ids, not at temperature 0.7.")
+@click.option("--speculate", is_flag=True, help="Ask for the whole reply with speculation, too.")
 @click.option("--against", type=click.Choice(["mlx-lm"]), help="Measure this too, in turn, and compare.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="What to compute in.")
 @click.option(
@@ -57,6 +57,7 @@ def bench(
     reply_tokens: int | None,
     quick: bool,
     greedy: bool,
+    speculate: bool,
     against: str | None,
     dtype: str | None,
     file: Path | None,
@@ -78,7 +79,7 @@ def bench(
     }
     if greedy:
         wanted["temperature"] = 0.0
-    settings = Settings(**wanted, dtype=dtype, against_peer=against is not None)
+    settings = Settings(**wanted, dtype=dtype, against_peer=against is not None, speculate=speculate)
     file = writable(file or Path(f"{this_computer().name}.json"))
     resolve(model, download=download)
     with _progress() as advance:
@@ -157,6 +158,12 @@ def _notes(report: "Json") -> list[str]:
         thought = f"thought {reply['thinking_tokens']} tokens in {reply['thinking_seconds']:.1f} s"
         answered = f"answered {reply['answer_tokens']} in {reply['answer_seconds']:.1f} s"
         notes.append(f"“{reply['question']}” {thought}, {answered} ({reply['finish_reason']})")
+    if found := report["speculated"]:
+        notes.append(
+            f"the same with speculation: {found['tokens_per_pass']:.2f} tokens per pass, "
+            f"{found['decode_tokens_per_second']:.1f} tokens/s instead of "
+            f"{report['reply']['decode_tokens_per_second']:.1f}"
+        )
     return notes + [f"left out, a prompt of {length}: {why}" for length, why in report["skipped"].items()]
 
 

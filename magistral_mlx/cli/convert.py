@@ -14,7 +14,7 @@ import click
 from .common import resolve, size
 
 if TYPE_CHECKING:  # mlx loads when a command runs, not for --help
-    from magistral_mlx.config import ModelConfig, Quantization
+    from magistral_mlx.config import Quantization
     from magistral_mlx.convert.conversion import Converted
     from magistral_mlx.convert.plan import Plan
     from magistral_mlx.convert.recipe import Recipe
@@ -222,7 +222,6 @@ def _planned(
 
 def _tell(plan: "Plan", recipe: "Recipe", missing: int | None) -> None:
     """The dry run: sizes, and which Mac it fits."""
-    config = plan.config
     click.echo(f"recipe            {recipe}")
     if missing:
         click.echo(f"to download       {size(missing)}")
@@ -232,17 +231,16 @@ def _tell(plan: "Plan", recipe: "Recipe", missing: int | None) -> None:
     click.echo(f"bits per weight   {plan.bits_per_weight:.2f}")
     click.echo(f"read per token    {size(plan.bytes_per_token)}, and the KV cache")
     click.echo("\nfits a Mac with   " + "".join(f"{memory:>7} GB" for memory in _MACS))
-    for context in sorted({min(context, config.max_context) for context in (8192, 40960)}):
-        shown = "".join(f"{_fits(plan, config, context, memory):>10}" for memory in _MACS)
+    for context in sorted({min(context, plan.config.max_context) for context in (8192, 40960)}):
+        shown = "".join(f"{_fits(plan, context, memory):>10}" for memory in _MACS)
         click.echo(f"{context:6,} tokens    {shown}")
     click.echo("\nEstimates: the GPU gets 2/3 of a Mac's memory up to 32 GB and 3/4 above; 16-bit KV cache.")
 
 
-def _fits(plan: "Plan", config: "ModelConfig", context: int, memory_gib: int) -> str:
-    from magistral_mlx import memory
-    from magistral_mlx.decoder.engine import PREFILL_CHUNK
+def _fits(plan: "Plan", context: int, memory_gib: int) -> str:
+    from magistral_mlx.memory import MemoryPlan, mac
 
-    needed = memory.needed(config, plan.weight_bytes, context, chunk=PREFILL_CHUNK)
-    return f"{needed / memory.mac_budget(memory_gib):.0%}" + (
-        "" if needed <= memory.mac_budget(memory_gib) else " no"
+    reply = MemoryPlan(
+        config=plan.config, weights=plan.weight_bytes, context=context, machine=mac(memory_gib)
     )
+    return f"{reply.total / reply.machine.budget:.0%}{'' if reply.fits else ' no'}"

@@ -1,5 +1,4 @@
 """The command `doctor`: its checks as a table, and one JSON file to send."""
-# ruff: noqa: PLC0415 -- what takes half a second to import is imported where it is needed, not for --help
 
 import json
 import sys

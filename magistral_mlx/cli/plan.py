@@ -2,7 +2,6 @@
 
 Reads headers, never a weight. The figures are `memory`'s; here they become a small table and a verdict.
 """
-# ruff: noqa: PLC0415 - mlx loads when the command runs, not for --help
 
 import re
 import sys

@@ -85,6 +85,12 @@ def test_options_reach_the_model(run: Run, tmp_path: Path):
     assert len(json.loads(run(*ASK, "--max-tokens", "3", "--json", QUESTION).stdout)["token_ids"]) == 3
 
 
+def test_a_packed_cache(run: Run):
+    assert run(*ASK, "--kv-bits", 8, "--quantize-after", 100, QUESTION).exit_code == 0
+    done = run(*ASK, "--quantize-after", 100, QUESTION)
+    assert (done.exit_code, "kv_bits=8" in done.stderr) == (1, True)
+
+
 def test_the_last_model_is_remembered(run: Run):
     assert run(*ASK, QUESTION).exit_code == 0
     assert run("ask", "--max-tokens", "3", QUESTION).exit_code == 0

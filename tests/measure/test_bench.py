@@ -194,7 +194,9 @@ def test_trials_take_turns_with_the_same_ids(monkeypatch: pytest.MonkeyPatch):
         jobs.append(job)
         begin("load")
         points = [timed(len(ids), 1.0, 10.0)["points"][0] for ids in job["prompts"]]
-        return {"import_seconds": 1.0, "load_seconds": 1.0, "reply": None, "points": points}
+        return {"import_seconds": 1.0, "load_seconds": 1.0, "reply": None, "speculated": None} | {
+            "points": points
+        }
 
     monkeypatch.setattr(bench, "spawn", spawn)
     monkeypatch.setattr(machine, "measured_bandwidth", lambda: 1e9)
@@ -217,7 +219,9 @@ def test_trials_take_turns_with_the_same_ids(monkeypatch: pytest.MonkeyPatch):
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """One real run on the demo, in a directory of its own."""
     out = tmp_path_factory.mktemp("bench") / "new" / "here.json"
-    done = CliRunner().invoke(command.bench, ["demo", *QUICK, "--json", str(out)], catch_exceptions=False)
+    done = CliRunner().invoke(
+        command.bench, ["demo", *QUICK, "--speculate", "--json", str(out)], catch_exceptions=False
+    )
     assert done.exit_code == 0, done.output
     return done.stdout, out
 
@@ -237,7 +241,8 @@ def test_a_run_writes_what_the_docs_describe(measured: tuple[str, Path]):
     assert (context["context"], report["settings"]["trials"], report["ratios"]) == (24, 1, [])
     assert context["decode_tokens_per_second"]["median"] > 0
     assert context["peak_bytes"] > report["model"]["weight_bytes"]
-    assert report["reply"]["thinking_tokens"] == 8
+    assert report["reply"]["thinking_tokens"] == report["speculated"]["thinking_tokens"] == 8
+    assert report["reply"]["tokens_per_pass"] == 1 <= report["speculated"]["tokens_per_pass"]
     assert str(Path.home()) not in json.dumps(report)
 
 
@@ -246,6 +251,7 @@ def test_a_run_prints_a_table_and_a_row(measured: tuple[str, Path]):
     report = json.loads(out.read_text())
     assert report["machine"]["chip"] in printed
     assert "GB/s" in printed
+    assert f"{report['speculated']['tokens_per_pass']:.2f} tokens per pass" in printed
     row = command.markdown(report)
     assert row in printed
     head = next(line for line in DOCS.splitlines() if line.startswith("| machine"))

@@ -94,12 +94,14 @@ def test_an_allowed_site_may_ask_and_read(guarded: Running):
         ({"Authorization": "Bearer secret"}, True),
         ({"authorization": "bearer secret"}, True),
         ({"x-api-key": "secret"}, True),
+        ({"Authorization": "Bearer another", "x-api-key": "secret"}, True),
         ({}, False),
         ({"Authorization": "Bearer "}, False),
         ({"Authorization": "Bearer secreT"}, False),
         ({"Authorization": "Bearer sécret"}, False),
         ({"Authorization": "Basic secret"}, False),
         ({"x-api-key": "secret2"}, False),
+        ({"x-api-key": ""}, False),
     ],
 )
 def test_the_key(guarded: Running, headers: dict[str, str], known: bool):
