@@ -73,9 +73,7 @@ class Terminal:
     def note(self, text: str) -> None:
         """A line about the work and not of it: to standard error, and only if someone is looking."""
         if sys.stderr.isatty():
-            whole = " · ".join(part.replace(" ", "\xa0") for part in text.split(" · "))
-            lines = textwrap.wrap(whole, get_terminal_size().columns - 1, break_long_words=False)
-            click.secho("\n".join(lines).replace("\xa0", " "), dim=True, err=True)
+            click.secho(_wrapped(text, get_terminal_size().columns - 1), dim=True, err=True)
 
     def _write(self, text: str, *, thinking: bool = False) -> None:
         """Text to where it belongs, at once; click leaves styles out where no terminal would show them."""
@@ -89,6 +87,13 @@ class Terminal:
 def complain(text: str) -> None:
     """What went wrong: to standard error, whoever looks."""
     click.echo(text, err=True)
+
+
+def _wrapped(text: str, columns: int) -> str:
+    """Lines of so many columns; of several parts, each stays whole."""
+    if " · " in text:
+        text = " · ".join(part.replace(" ", "\xa0") for part in text.split(" · "))
+    return "\n".join(textwrap.wrap(text, columns, break_long_words=False)).replace("\xa0", " ")
 
 
 def summary(finished: Finished) -> str:

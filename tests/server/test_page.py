@@ -1,6 +1,7 @@
 """The page as its reader meets it: in a browser without a window, against the real server."""
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -228,9 +229,10 @@ def test_a_key_is_asked_for(visit, tiny_tokenizer):
     said, rules = "<think>\nWell.\n</think>\nYes.", Rules(key="a-key")
     with scripted(tiny_tokenizer("v11"), said) as model, Running(model, rules=rules) as server:
         page = visit(server.url)
+        expect(page.locator("#key-text")).to_have_text(re.compile("^The one it was started with"))
         page.fill("#ask-key [name=key]", "another")
         page.press("#ask-key [name=key]", "Enter")
-        page.locator("#ask-key[open]").wait_for()
+        expect(page.locator("#key-text")).to_contain_text("That key is not the right one.")
         page.fill("#ask-key [name=key]", "a-key")
         page.press("#ask-key [name=key]", "Enter")
         expect(page.locator("#model")).to_have_text(HUB_ID.partition("/")[2])
@@ -239,14 +241,14 @@ def test_a_key_is_asked_for(visit, tiny_tokenizer):
 
 FAILURES = [
     ({"status": 429, "headers": {"Retry-After": "7"}, "json": {}}, "busy with others. Try again in 7 s"),
-    ({"status": 400, "json": {"error": {"message": "too long by 3"}}}, "too long by 3"),
-    ({"status": 502, "body": "<h1>Bad gateway</h1>"}, "error 502"),
+    ({"status": 400, "json": {"error": {"message": "too long by 3"}}}, "Too long by 3."),
+    ({"status": 502, "body": "<h1>Bad gateway</h1>"}, "Error 502."),
     (None, "The server cannot be reached."),
     (
         {"status": 200, "body": 'data: {"id": "a", "choices": [{"delta": {"content": "Half"}}]}\n\n'},
         "broke off",
     ),
-    ({"status": 200, "body": 'data: {"error": {"message": "out of memory"}}\n\n'}, "out of memory"),
+    ({"status": 200, "body": 'data: {"error": {"message": "out of memory"}}\n\n'}, "Out of memory."),
 ]
 
 
@@ -424,6 +426,13 @@ def test_on_a_phone(visit, served):
         page, "```\n" + "x" * 300 + "\n```\n\n$$" + "x+" * 100 + "x$$\n\n|" + " a |" * 30 + "\n|" + "--|" * 30
     )
     assert page.evaluate("document.documentElement.scrollWidth") == 375
+
+
+def test_a_long_question_leaves_room_for_its_answer(visit, served):
+    page = visit(served.url)
+    ask(page, "12 + 5 " * 3000)
+    expect(page.locator(".assistant .problem")).to_contain_text("shorten the question")
+    assert page.locator(".user .text").bounding_box()["height"] < 700 * 0.61  # type: ignore[index]
 
 
 def test_light_and_dark(visit, served):

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
+from magistral_mlx.talk.display import _wrapped
 from magistral_mlx.talk.wrapping import Lines
 
 COLUMNS = 12
@@ -61,6 +62,18 @@ def test_however_it_is_cut_nothing_but_spaces_is_lost(text: str, piece: int):
     shown = screen(text, piece=piece)
     assert shown == screen(text, piece=60)
     assert "".join(shown).replace(" ", "") == re.sub(r"\s", "", text)
+
+
+@pytest.mark.parametrize(
+    ("text", "columns", "shown"),
+    [
+        ("read 3 tokens in 0.1 s · answered 1 token", 30, "read 3 tokens in 0.1 s ·\nanswered 1 token"),
+        ("read 3 tokens in 0.1 s · answered", 10, "read 3 tokens in 0.1 s\n· answered"),
+        ("/help lists the commands", 12, "/help lists\nthe commands"),
+    ],
+)
+def test_notes_are_wrapped_and_figures_keep_their_units(text: str, columns: int, shown: str):
+    assert _wrapped(text, columns) == shown
 
 
 @given(st.lists(st.text("abc", min_size=1, max_size=COLUMNS - 1), max_size=12))

@@ -92,13 +92,13 @@ function failed(turn, error) {
     turn.note = 'Stopped.';
     tell('Stopped');
   } else if (error instanceof Refused && [401, 403].includes(error.status)) {
-    turn.problem = error.message;
+    turn.problem = sentence(error.message);
     askKey();
   } else if (error instanceof Refused && error.status === 429) {
     const wait = error.retryAfter ? ` in ${error.retryAfter} s` : ' in a moment';
     turn.problem = `The server is busy with others. Try again${wait}.`;
   } else if (error instanceof Refused) {
-    turn.problem = error.message;
+    turn.problem = sentence(error.message);
   } else {
     turn.problem = turn.content || turn.reasoning
       ? 'The connection broke off. Is the server still running?'
@@ -106,6 +106,8 @@ function failed(turn, error) {
   }
   if (turn.problem) tell(turn.problem);
 }
+
+const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1) + (/[.?!]$/.test(text) ? '' : '.');
 
 function stop() {
   running?.abort.abort();
@@ -346,6 +348,8 @@ $('open-settings').addEventListener('click', () => { fill(); $('settings').showM
 $('defaults').addEventListener('click', () => { settings = {}; keep('settings', settings); fill(); });
 
 function askKey() {
+  $('key-text').textContent = (key() ? 'That key is not the right one. ' : '')
+    + 'The one it was started with. It is kept until this tab is closed.';
   if (!$('ask-key').open) $('ask-key').showModal();
 }
 
