@@ -64,10 +64,10 @@ def bench(
     no_chart: bool,
     download: bool,
 ) -> None:
-    """Measure MODEL (a directory, a Hub name, or 'demo') on this machine: tokens per second, memory, time.
+    """Measure a model on this machine: tokens per second, memory, time.
 
-    Takes minutes, with a long prompt on a small Mac an hour: --quick and --length make it shorter. Close what
-    else works this machine hard.
+    MODEL is a directory, a Hub name, or 'demo'. Takes minutes, with a long prompt on a small Mac an hour:
+    --quick and --length make it shorter. Close what else works this machine hard.
     """
     from rich.console import Console
 
@@ -95,10 +95,12 @@ def bench(
 
 def shown(report: "Json") -> "list[RenderableType]":
     """The report for a terminal: the machine and the model, the figures, the comparison."""
+    from rich import box
     from rich.table import Column, Table
 
-    heads = ("prompt", "engine", "prefill tok/s", "first token", "decode tok/s", "from to", "ceiling", "peak")
-    figures = Table(*(Column(head, no_wrap=head == "engine", justify="right") for head in heads))
+    heads = ("prompt", "engine", "prefill/s", "first", "decode/s", "from to", "ceiling", "peak")
+    columns = (Column(head, no_wrap=True, justify="left" if head == "engine" else "right") for head in heads)
+    figures = Table(*columns, box=box.SIMPLE_HEAD, padding=0)  # narrower than 80
     for engine, summary in report["summary"].items():
         for row in summary["contexts"]:
             decode = row["decode_tokens_per_second"]
@@ -108,13 +110,17 @@ def shown(report: "Json") -> "list[RenderableType]":
                 f"{row['prefill_tokens_per_second']['median']:.1f}",
                 f"{row['first_token_seconds']['median']:.2f} s",
                 f"{decode['median']:.1f}",
-                f"{decode['min']:.1f} to {decode['max']:.1f}",
+                f"{decode['min']:.1f}–{decode['max']:.1f}",  # noqa: RUF001 -- a range's dash
                 f"{row['share_of_ceiling']:.0%}",
                 size(row["peak_bytes"]),
             )
     parts: list[RenderableType] = [_heading(report), figures]
     if report["ratios"]:
-        faster = Table("times as fast as mlx-lm", "prompt", "median", "from to", "at least (95 %)")
+        faster = Table(
+            *("times as fast as mlx-lm", "prompt", "median", "from to", "at least (95 %)"),
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+        )
         for row in report["ratios"]:
             bound = "needs 5 trials" if row["lower_95"] is None else f"{row['lower_95']:.2f}"
             context = f"{row['context']}" if row["context"] else ""
@@ -211,3 +217,4 @@ def _progress() -> Generator[Callable[[int, int, str], None]]:
     with Progress(*columns, console=Console(stderr=True), refresh_per_second=1) as progress:
         task = progress.add_task("starting", total=None)
         yield lambda done, of, what: progress.update(task, completed=done, total=of, description=what)
+        progress.update(task, completed=progress.tasks[0].total, description="measured")

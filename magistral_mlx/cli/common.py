@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 
 def chosen(name: str | None) -> str:
     """The model that was named, or else the one used last."""
-    if found := name or last_model.last_used():
-        return found
-    raise click.UsageError(f"no model was used yet: give --model demo, or --model {hub.RECOMMENDED}")
+    found = last_model.last_used() if name is None else name
+    if found is None:
+        raise click.UsageError(f"no model was used yet: give --model demo, or --model {hub.RECOMMENDED}")
+    return found
 
 
 def resolve(name: str, *, download: bool, then: hub.Needs | None = None) -> hub.Local:

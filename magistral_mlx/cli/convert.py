@@ -14,6 +14,7 @@ import click
 from .common import resolve, size
 
 if TYPE_CHECKING:  # mlx loads when a command runs, not for --help
+    from magistral_mlx.config import Quantization
     from magistral_mlx.convert.conversion import Converted
     from magistral_mlx.convert.plan import Plan
     from magistral_mlx.convert.recipe import Recipe
@@ -57,10 +58,10 @@ def convert(
     no_verify: bool,
     upload: str | None,
 ) -> None:
-    """Convert the checkpoint SOURCE (a directory, a Hub name, or 'demo') to a quantized MLX directory.
+    """Convert a checkpoint to a quantized MLX directory.
 
-    It needs little memory, whatever the model's size. Interrupted or killed, the same command goes on from
-    where it was.
+    SOURCE is a directory, a Hub name, or 'demo'. It needs little memory, whatever the model's size.
+    Interrupted or killed, the same command goes on from where it was.
     """
     import mlx.core as mx
 
@@ -119,7 +120,10 @@ def convert(
 @click.command()
 @click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def verify(directory: Path) -> None:
-    """Check a converted DIRECTORY against what was written: every file, every byte."""
+    """Check every byte of a converted directory.
+
+    Every file in DIRECTORY is compared with what was written when it was made.
+    """
     from magistral_mlx.disk import manifest
     from magistral_mlx.talk.display import progress_bar
 
@@ -133,14 +137,17 @@ def verify(directory: Path) -> None:
 
 
 @click.command()
-@click.argument("directory")
-def info(directory: str) -> None:
-    """What a model DIRECTORY (or Hub name, or 'demo') holds, and the memory it takes."""
+@click.argument("model")
+def info(model: str) -> None:
+    """What a model holds, and the memory it takes.
+
+    MODEL is a directory, a Hub name, or 'demo'.
+    """
     from magistral_mlx import memory
     from magistral_mlx.disk.checkpoint import open_checkpoint
     from magistral_mlx.text.tokenizer import Tokenizer
 
-    found = resolve(directory, download=False)
+    found = resolve(model, download=False)
     checkpoint, tokenizer = open_checkpoint(found.weights), Tokenizer.from_directory(found.words)
     config, packed = checkpoint.config, checkpoint.config.quantization
     stored = checkpoint.stored_bytes
@@ -148,7 +155,7 @@ def info(directory: str) -> None:
         "layout": checkpoint.layout,
         "parameters": f"{config.parameters:,}",
         "weights": f"{size(stored)}, {stored * 8 / config.parameters:.2f} bits each",
-        "quantization": f"{packed.default}, {len(packed.overrides)} exceptions" if packed else "none",
+        "quantization": _quantization(packed) if packed else "none",
         "layers": f"{config.n_layers} of dim {config.dim}, feed-forward {config.hidden_dim}",
         "heads": f"{config.n_heads} of queries, {config.n_kv_heads} of keys, {config.head_dim} wide",
         "vocabulary": f"{config.vocab_size:,} ids, tokenizer {tokenizer.version}",
@@ -158,6 +165,12 @@ def info(directory: str) -> None:
     }
     for name, value in rows.items():
         click.echo(f"{name:13} {value}")
+
+
+def _quantization(packed: "Quantization") -> str:
+    scheme, exceptions = packed.default, len(packed.overrides)
+    shown = f"{scheme.bits} bit in groups of {scheme.group_size} ({scheme.mode})"
+    return f"{shown}, {exceptions} exception{'s' * (exceptions > 1)}" if exceptions else shown
 
 
 def _recipe(
@@ -212,11 +225,13 @@ def _tell(plan: "Plan", recipe: "Recipe", missing: int | None) -> None:
     click.echo(f"recipe            {recipe}")
     if missing:
         click.echo(f"to download       {size(missing)}")
-    click.echo(f"on disk           {size(plan.total_bytes)} in {len(plan.heads)} files")
+    click.echo(
+        f"on disk           {size(plan.total_bytes)} in {len(plan.heads)} file{'s' * (len(plan.heads) > 1)}"
+    )
     click.echo(f"bits per weight   {plan.bits_per_weight:.2f}")
     click.echo(f"read per token    {size(plan.bytes_per_token)}, and the KV cache")
     click.echo("\nfits a Mac with   " + "".join(f"{memory:>7} GB" for memory in _MACS))
-    for context in (8192, 40960):
+    for context in sorted({min(context, plan.config.max_context) for context in (8192, 40960)}):
         shown = "".join(f"{_fits(plan, context, memory):>10}" for memory in _MACS)
         click.echo(f"{context:6,} tokens    {shown}")
     click.echo("\nEstimates: the GPU gets 2/3 of a Mac's memory up to 32 GB and 3/4 above; 16-bit KV cache.")

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     help="Where the report goes.",
 )
 def doctor(file: Path) -> None:
-    """Check that this machine computes what it should: half a minute, nothing to download.
+    """Check that this machine computes what it should.
 
-    Writes one JSON file, to be attached to an issue: chip, memory, versions and what was found; no names, no
-    paths. Exit code 1 if a check fails.
+    Half a minute, nothing to download. Writes one JSON file, to be attached to an issue: chip, memory,
+    versions and what was found; no names, no paths. Exit code 1 if a check fails.
     """
     from magistral_mlx.measure.doctor import examine
 

@@ -81,7 +81,7 @@ class _Serving(TypedDict):
 @click.option("--allow-host", multiple=True, help="A name by which it is called, besides its address.")
 @click.option("--allow-origin", multiple=True, help="A site whose pages may ask, such as https://my.site.")
 def serve(**options: Unpack[_Serving]) -> None:
-    """Serve a model to OpenAI-style clients on this machine, until Ctrl-C."""
+    """Serve a model to OpenAI-style clients and a page, until Ctrl-C."""
     key = check(options)
     from magistral_mlx.chat import Magistral
     from magistral_mlx.fetch import hub, last_model

@@ -1,3 +1,4 @@
+import io
 import json
 import subprocess
 import sys
@@ -6,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from benchmarks import tokens_per_second
 from magistral_mlx import MagistralError
@@ -254,6 +256,21 @@ def test_a_run_prints_a_table_and_a_row(measured: tuple[str, Path]):
     assert row in printed
     head = next(line for line in DOCS.splitlines() if line.startswith("| machine"))
     assert row.count("|") == head.count("|")
+
+
+def test_the_table_is_whole_in_80_columns(measured: tuple[str, Path]):
+    report = json.loads(measured[1].read_text())
+    (row,) = report["summary"][bench.OURS]["contexts"]
+    row |= {"context": 40_960, "first_token_seconds": {"median": 1234.5}, "peak_bytes": 21.4e9}
+    row["decode_tokens_per_second"] = {"median": 123.4, "min": 122.1, "max": 125.6}
+    told = io.StringIO()
+    for part in command.shown(report):
+        Console(file=told, width=80).print(part)
+    figures = next(line for line in told.getvalue().splitlines() if "40960" in line)
+    assert figures.split()[:2] == ["40960", "magistral_mlx"]
+    for figure in ("1234.50 s", "123.4", "122.1–125.6", "21.4 GB"):
+        assert figure in figures
+    assert "…" not in told.getvalue()
 
 
 def test_a_chart_or_why_there_is_none(
