@@ -667,7 +667,7 @@ def test_the_disk_is_full(source, whole, tmp_path):
             run(source, out, progress=fill)
         assert not out.exists()
         with pytest.raises(
-            ConversionError, match=r"needs .* GB more on disk and .* has 0\.0 MB free; make room"
+            ConversionError, match=r"needs .* MB more on disk and .* has 0\.0 MB free; make room"
         ):
             run(source, out)
         filler.unlink()
