@@ -26,7 +26,8 @@ from .tools import Tools, read_tools
 VERSIONS = ("v7", "v11", "v13")
 """Those with a system prompt between control tokens, as Magistral's template has it."""
 
-_REPO = "mistralai/Magistral-Small-2506"
+ORIGINAL = "mistralai/Magistral-Small-2506"
+"""The repository that has these files, on the Hub."""
 _Content: TypeAlias = str | list[dict[str, str]]
 
 
@@ -54,7 +55,7 @@ class Tokenizer:
             found = ", ".join(sorted(entry.name for entry in directory.glob("*"))) or "nothing"
             raise TokenizerError(
                 f"Expected tekken.json in {directory} or its mistral/, found {found}. Conversions often "
-                f"leave it out: copy it and SYSTEM_PROMPT.txt from the original repository (such as {_REPO})."
+                f"leave it out: copy it and SYSTEM_PROMPT.txt from the original repository ({ORIGINAL}, say)."
             )
         text = find_words(directory, "SYSTEM_PROMPT.txt")
         return cls.from_file(file, system_prompt=None if text is None else _read(text))
@@ -285,7 +286,7 @@ def _read(file: Path) -> str:
 
 def _open(path: Path) -> Any:
     if not path.is_file():
-        raise TokenizerError(f"Expected a tekken.json at {path}, found no file. {_REPO} has one.")
+        raise TokenizerError(f"Expected a tekken.json at {path}, found no file. {ORIGINAL} has one.")
     from mistral_common.exceptions import MistralCommonException
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
