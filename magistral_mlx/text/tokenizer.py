@@ -28,6 +28,7 @@ VERSIONS = ("v7", "v11", "v13")
 
 ORIGINAL = "mistralai/Magistral-Small-2506"
 """The repository that has these files, on the Hub."""
+
 _Content: TypeAlias = str | list[dict[str, str]]
 
 
