@@ -31,7 +31,7 @@ from .decoder.sampling import Sampler, Sampling
 from .disk import manifest
 from .disk.checkpoint import Checkpoint, load, open_checkpoint
 from .disk.tensorfile import NAMES
-from .errors import CheckpointError, ClosedError, ContextError, MagistralWarning, PromptError
+from .errors import CheckpointError, ClosedError, ContextError, MagistralWarning, PromptError, SamplingError
 from .fetch import hub
 from .structured.callgrammar import with_calls
 from .structured.constraint import Constraint
@@ -70,6 +70,7 @@ class Magistral:
         model: Transformer,
         *,
         kv_bits: KVBits | None = None,
+        quantize_after: int = 0,
         guard: memory.Guard | None = None,
         draft: Transformer | None = None,
     ) -> None:
@@ -78,7 +79,8 @@ class Magistral:
         self.config = checkpoint.config
         self.tokenizer = tokenizer
         self.kv_bits = kv_bits
-        self._guard = guard or _guard(checkpoint, None, model.dtype)
+        self.quantize_after = quantize_after
+        self._guard = guard or _guard(checkpoint, None, model.dtype, kv_bits, quantize_after)
         self._worker = worker
         self._model: Transformer | None = model
         self._draft = draft
@@ -91,24 +93,29 @@ class Magistral:
         *,
         dtype: DType | None = None,
         kv_bits: KVBits | None = None,
+        quantize_after: int = 0,
         draft_model: str | Path | None = None,
     ) -> Self:
         """Load a model: a directory, a name on the Hub that was downloaded before, or "demo".
 
         dtype: what activations are computed in; by default bfloat16 on a GPU and float32 on a CPU.
-        kv_bits: 8 keeps what was read in half the memory; see `magistral-mlx plan`.
+        kv_bits: 8 keeps the KV cache in half the memory; see `magistral-mlx plan`.
+        quantize_after: with `kv_bits`, positions up to which a cache stays as it was computed; the position
+            that passes them packs all of it.
         draft_model: a smaller model with the same vocabulary, which guesses what this one will say; replies
             then speculate (see `Options`), and are what they are without it.
         Nothing is downloaded. Refuses before reading what would not fit into this machine's memory.
         """
+        if whole_number("quantize_after", quantize_after, least=0) and kv_bits is None:
+            raise SamplingError("quantize_after says when an 8-bit KV cache begins; give kv_bits=8 too")
         found = hub.resolve(str(name))
         checkpoint = open_checkpoint(found.weights)
         for difference in manifest.wrong_sizes(found.weights):
             warnings.warn(f"{found.weights}: {difference}; convert it again", MagistralWarning, stacklevel=2)
         number = getattr(mx, dtype) if dtype else memory.default_dtype()
         drafts = None if draft_model is None else _open_draft(str(draft_model), checkpoint)
-        guard = _guard(checkpoint, drafts, number)
-        guard.check_load(str(name), kv_bits=kv_bits)
+        guard = _guard(checkpoint, drafts, number, kv_bits, quantize_after)
+        guard.check_load(str(name))
         worker = Worker(f"magistral {found.weights.name}")
         weights: Pending[Transformer] = worker.submit(lambda: load(checkpoint, number))
         guesser = worker.submit(lambda: drafts and load(drafts, number))
@@ -121,6 +128,7 @@ class Magistral:
                 worker,
                 weights.wait(),
                 kv_bits=kv_bits,
+                quantize_after=quantize_after,
                 guard=guard,
                 draft=guesser.wait(),
             )
@@ -245,7 +253,7 @@ class Magistral:
         owed = company.owed if company else 0
         telling, request = self._begin(prompt, _seed(options), options, held=prefix.nbytes - owed)
         if company:
-            needs = self._guard.kv(len(prompt), kv_bits=self.kv_bits)
+            needs = self._guard.kv(len(prompt))
             generation = Generation(self.transformer, request, prefix)
             return Stream(company.join(generation, telling, needs=needs), telling, on_end=on_end)
         drafting = None
@@ -271,9 +279,10 @@ class Magistral:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def new_prefix(self, kv_bits: int | None = None, *, quantize_after: int = 0) -> Prefix:
-        """Caches that have read nothing; see `Transformer.new_caches`."""
-        return Prefix(self.transformer.new_caches(kv_bits, quantize_after=quantize_after))
+    def new_prefix(self, kv_bits: int | None = None, *, quantize_after: int | None = None) -> Prefix:
+        """Empty caches; see `Transformer.new_caches`. Without `quantize_after` the model's own is taken."""
+        after = self.quantize_after if quantize_after is None else quantize_after
+        return Prefix(self.transformer.new_caches(kv_bits, quantize_after=after))
 
     def new_company(self) -> Company:
         """For replies that are written together, each by `stream_ids(…, company=…)`."""
@@ -296,7 +305,7 @@ class Magistral:
     @property
     def at_once(self) -> int:
         """How many long replies this machine's memory has room for at once: 1 to 8."""
-        return self._guard.at_once(AT_ONCE, kv_bits=self.kv_bits)
+        return self._guard.at_once(AT_ONCE)
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -324,7 +333,7 @@ class Magistral:
         """
         limit = self._limit(prompt, options.get("max_tokens", MAX_TOKENS))
         others = mx.get_active_memory() - self._guard.weights - held
-        self._guard.check_reply(len(prompt), limit, kv_bits=self.kv_bits, held=max(others, 0))
+        self._guard.check_reply(len(prompt), limit, held=max(others, 0))
         stop, schema, top = options.get("stop", ()), options.get("schema"), options.get("logprobs")
         shape = None if schema is None else shape_of(schema)
         told, several = offered(options), options.get("parallel_tool_calls", True)
@@ -402,10 +411,18 @@ def _open_draft(name: str, target: Checkpoint) -> Checkpoint:
     return draft
 
 
-def _guard(checkpoint: Checkpoint, draft: Checkpoint | None, dtype: mx.Dtype) -> memory.Guard:
+def _guard(
+    checkpoint: Checkpoint,
+    draft: Checkpoint | None,
+    dtype: mx.Dtype,
+    kv_bits: KVBits | None,
+    quantize_after: int,
+) -> memory.Guard:
     """What watches over memory, where these weights are held."""
     weights = checkpoint.nbytes(dtype) + (draft.nbytes(dtype) if draft else 0)
-    return memory.Guard(checkpoint.config, weights, itemsize=dtype.size)
+    return memory.Guard(
+        checkpoint.config, weights, itemsize=dtype.size, kv_bits=kv_bits, quantize_after=quantize_after
+    )
 
 
 def _repeated(messages: Messages, n: int) -> list[Messages]:

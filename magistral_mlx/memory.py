@@ -52,6 +52,7 @@ class MemoryPlan:
     """A reply with `context` positions in the end, of which `prompt` (all, if not said) were read.
 
     weights: bytes. itemsize: of what is computed in, 2 on Metal, 4 on a CPU. kv_bits: None or 8.
+    quantize_after: positions up to which a cache is kept as it is in spite of `kv_bits`.
     held: bytes that are taken besides, such as other conversations' caches.
     """
 
@@ -61,6 +62,7 @@ class MemoryPlan:
     machine: Machine
     itemsize: int = 2
     kv_bits: int | None = None
+    quantize_after: int = 0
     prompt: int | None = None
     chunk: int = PREFILL_CHUNK
     held: int = 0
@@ -74,8 +76,9 @@ class MemoryPlan:
     def transient(self) -> int:
         """Bytes above weights and final cache, at the moment that takes most."""
         prompt = self.context if self.prompt is None else self.prompt
-        last = prompt % self.chunk
+        last, longest_kept = prompt % self.chunk, min(self.quantize_after, self.context)
         passes = [(self.chunk, prompt - last), (last, prompt), (1, self.context)]  # (L, T)
+        passes.append((self.chunk if longest_kept <= prompt else 1, longest_kept))
         return max(self._kv(T) - self.kv + self._pass(L, T) for L, T in passes if L and T)
 
     @property
@@ -141,21 +144,38 @@ class MemoryPlan:
         return [replace(self, kv_bits=8)] if possible else []
 
     def _kv(self, positions: int) -> int:
-        return kv_bytes(self.config, positions, itemsize=self.itemsize, kv_bits=self.kv_bits)
+        return kv_bytes(self.config, positions, itemsize=self.itemsize, kv_bits=self._bits(positions))
+
+    def _bits(self, positions: int) -> int | None:
+        return self.kv_bits if positions > self.quantize_after else None
 
     def _pass(self, L: int, T: int) -> int:
         fused = self.machine.metal and self.config.head_dim in _FUSED_HEADS
-        return pass_bytes(self.config, L, T, itemsize=self.itemsize, kv_bits=self.kv_bits, fused=fused)
+        return pass_bytes(self.config, L, T, itemsize=self.itemsize, kv_bits=self._bits(T), fused=fused)
 
 
 class Guard:
     """Looks ahead for one model: refuses what cannot fit, warns once of what may outgrow memory."""
 
-    def __init__(self, config: ModelConfig, weights: int, *, itemsize: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: int,
+        *,
+        itemsize: int,
+        kv_bits: int | None = None,
+        quantize_after: int = 0,
+    ) -> None:
         self._usual = min(USUAL_CONTEXT, config.max_context)
         machine = this_machine()
         self._plan = MemoryPlan(
-            config=config, weights=weights, context=self._usual, machine=machine, itemsize=itemsize
+            config=config,
+            weights=weights,
+            context=self._usual,
+            machine=machine,
+            itemsize=itemsize,
+            kv_bits=kv_bits,
+            quantize_after=quantize_after,
         )
         self._warned: set[str] = set()
 
@@ -169,19 +189,18 @@ class Guard:
         """Bytes that may be kept of what earlier prompts read: an eighth of what the weights leave."""
         return max(self._plan.machine.budget - self._plan.weights, 0) // 8
 
-    def kv(self, positions: int, *, kv_bits: int | None) -> int:
+    def kv(self, positions: int) -> int:
         """Bytes of keys and values."""
-        return kv_bytes(self._plan.config, positions, itemsize=self._plan.itemsize, kv_bits=kv_bits)
+        return replace(self._plan, context=positions).kv
 
-    def at_once(self, most: int, *, kv_bits: int | None) -> int:
+    def at_once(self, most: int) -> int:
         """How many replies, of `REPLY` tokens each, may be written at once: 1 to `most`."""
-        plan = replace(self._plan, kv_bits=kv_bits, context=REPLY, held=self.for_prefixes)
-        each = self.kv(REPLY, kv_bits=kv_bits)
-        return max(1, min(most, (plan.machine.budget - plan.total) // each + 1))
+        plan = replace(self._plan, context=REPLY, held=self.for_prefixes)
+        return max(1, min(most, (plan.machine.budget - plan.total) // plan.kv + 1))
 
-    def check_load(self, source: str, *, kv_bits: int | None = None) -> None:
+    def check_load(self, source: str) -> None:
         """Before anything is read: refused where not even 1024 positions fit, warned where fewer do."""
-        plan = replace(self._plan, kv_bits=kv_bits)
+        plan = self._plan
         if plan.fits:
             return
         if plan.remedies:
@@ -194,12 +213,12 @@ class Guard:
             advice = f"quantize it first: magistral-mlx convert {source} --out DIR --bits 4"
         raise MemoryLimitError(f"{source} takes {least.excess()}; {advice}")
 
-    def check_reply(self, prompt: int, max_tokens: int, *, kv_bits: int | None = None, held: int = 0) -> None:
+    def check_reply(self, prompt: int, max_tokens: int, *, held: int = 0) -> None:
         """Before a prompt is read: the lengths of both in tokens; held: bytes of other caches.
 
         Nothing is reserved for the reply: one that could outgrow memory is warned of, once.
         """
-        plan = replace(self._plan, context=prompt, kv_bits=kv_bits, held=held)
+        plan = replace(self._plan, context=prompt, held=held)
         if not plan.fits:
             raise MemoryLimitError(f"the prompt of {prompt:,} tokens takes {plan.excess()}; {plan.advice()}")
         whole = replace(plan, context=prompt + max_tokens, prompt=prompt)
@@ -231,8 +250,9 @@ def this_machine() -> Machine:
 
 
 def mac(memory_gib: int) -> Machine:
-    """Another Mac, by the memory it is sold with: an estimate."""
-    return Machine(memory=memory_gib * 2**30, budget=mac_budget(memory_gib), estimated=True)
+    """Another Mac, by the memory it is sold with: an estimate of what macOS lets the GPU have by default."""
+    share = 2 / 3 if memory_gib <= 32 else 3 / 4
+    return Machine(memory=memory_gib * 2**30, budget=int(memory_gib * 2**30 * share), estimated=True)
 
 
 def budget() -> int:
@@ -245,12 +265,6 @@ def budget() -> int:
 def default_dtype() -> mx.Dtype:
     """bfloat16 on a GPU. On a CPU float32: MLX's bf16 matmuls there are slower and lose precision."""
     return mx.bfloat16 if mx.default_device().type == mx.DeviceType.gpu else mx.float32
-
-
-def mac_budget(memory_gib: int) -> int:
-    """What macOS lets the GPU have of a Mac's memory by default, in bytes: an estimate, for planning."""
-    share = 2 / 3 if memory_gib <= 32 else 3 / 4
-    return int(memory_gib * 2**30 * share)
 
 
 def kv_bytes(config: ModelConfig, positions: int, *, itemsize: int, kv_bits: int | None = None) -> int:
@@ -283,15 +297,6 @@ def pass_bytes(
     unpacked = 2 * T * keys * itemsize if kv_bits and L > FEW else 0
     drawing = 13 * 4 * config.vocab_size if L == 1 else 0
     return layer + scores + growth + unpacked + drawing
-
-
-def needed(config: ModelConfig, weight_bytes: int, context: int, *, chunk: int, itemsize: int = 2) -> int:
-    """Bytes at the peak of a reply with so long a context on a Mac."""
-    machine = Machine(memory=0, budget=0)
-    plan = MemoryPlan(
-        config=config, weights=weight_bytes, context=context, machine=machine, itemsize=itemsize, chunk=chunk
-    )
-    return plan.total
 
 
 def _gb(nbytes: float) -> str:

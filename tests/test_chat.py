@@ -138,6 +138,21 @@ def test_demo_thinks_and_answers(demo: Magistral):
     assert "**" in reply.answer
 
 
+def test_a_cache_may_be_packed_late():
+    """Up to `quantize_after` a reply is what it is without `kv_bits`."""
+    with Magistral.load("demo") as plain, Magistral.load("demo", kv_bits=8, quantize_after=10**4) as late:
+        options = {"seed": 5, "max_tokens": 40}
+        assert late.ask(QUESTION, **options).token_ids == plain.ask(QUESTION, **options).token_ids
+        assert late.fingerprint() == plain.fingerprint()
+        assert [cache.after for cache in late.new_prefix(8).caches] == [10**4] * late.config.n_layers
+
+
+@pytest.mark.parametrize(("kv_bits", "after"), [(None, 1), (8, -1), (8, 1.5)])
+def test_a_threshold_needs_a_packed_cache(kv_bits, after):
+    with pytest.raises(SamplingError, match="quantize_after"):
+        Magistral.load("demo", kv_bits=kv_bits, quantize_after=after)
+
+
 def test_a_seed_is_a_reply(demo: Magistral):
     first, again, other = (
         demo.ask(QUESTION, seed=seed, sampling=Sampling(temperature=2)) for seed in (5, 5, 6)

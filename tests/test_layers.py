@@ -4,7 +4,6 @@ import ast
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -153,6 +152,8 @@ HEAVY = {
     "numpy",
     "pydantic",
     "huggingface_hub",
+    "asyncio",
+    "rich",
 }
 
 
@@ -162,19 +163,3 @@ def test_importing_the_package_loads_nothing_heavy():
     loaded = set(done.stdout.split())
     assert "magistral_mlx" in loaded
     assert not loaded & HEAVY
-
-
-def test_importing_the_package_is_quick():
-    """Under 0.1 s beyond Python itself: the best of each so far, so that a busy machine does not decide."""
-
-    def seconds(code: str) -> float:
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-c", code], check=True)
-        return time.perf_counter() - start
-
-    bare = ours = float("inf")
-    for _ in range(20):
-        bare, ours = min(bare, seconds("pass")), min(ours, seconds("import magistral_mlx"))
-        if ours - bare < 0.1:
-            return
-    pytest.fail(f"{ours:.3f} s against {bare:.3f} s")

@@ -53,9 +53,9 @@ def test_budget_of_a_cpu_is_the_memory_there_is():
 def test_as_many_at_once_as_have_room(monkeypatch, gib, expected):
     monkeypatch.setattr(memory, "this_machine", lambda: memory.mac(gib))
     guard = Guard(MAGISTRAL, WEIGHTS, itemsize=2)
-    assert guard.at_once(8, kv_bits=None) == expected
-    assert guard.at_once(8, kv_bits=8) >= expected
-    assert guard.at_once(2, kv_bits=None) == min(expected, 2)
+    assert guard.at_once(8) == expected
+    assert guard.at_once(2) == min(expected, 2)
+    assert Guard(MAGISTRAL, WEIGHTS, itemsize=2, kv_bits=8).at_once(8) >= expected
 
 
 @pytest.mark.parametrize(("device", "dtype"), [("gpu", mx.bfloat16), ("cpu", mx.float32)])
@@ -142,6 +142,15 @@ def test_the_real_shape_in_figures():
     assert cpu.transient > 32 * 2048 * 40960 * 4
 
 
+def test_a_cache_that_is_packed_late_takes_its_most_before():
+    plain, packed = (planned(memory.mac(32), 40960, kv_bits=bits) for bits in (None, 8))
+    never, late = (replace(packed, quantize_after=after) for after in (40960, 32768))
+    assert never.total == plain.total
+    assert packed.total < late.total < plain.total
+    assert late.kv == packed.kv
+    assert late.total > late.weights + memory.kv_bytes(MAGISTRAL, 32768, itemsize=2)
+
+
 def test_heads_that_metal_does_not_fuse_hold_their_scores():
     odd = replace(planned(memory.mac(32)), config=replace(MAGISTRAL, head_dim=96))
     assert odd.transient > 32 * 2048 * 40960 * 2
@@ -193,9 +202,11 @@ def test_a_cpu_is_offered_no_limit():
     assert "sysctl" not in plan.advice()
 
 
-def guard(monkeypatch: pytest.MonkeyPatch, gib: int, config: ModelConfig = MAGISTRAL) -> Guard:
+def guard(
+    monkeypatch: pytest.MonkeyPatch, gib: int, config: ModelConfig = MAGISTRAL, kv_bits: int | None = None
+) -> Guard:
     monkeypatch.setattr(memory, "this_machine", lambda: memory.mac(gib))
-    return Guard(config, WEIGHTS, itemsize=2)
+    return Guard(config, WEIGHTS, itemsize=2, kv_bits=kv_bits)
 
 
 PACKED = replace(MAGISTRAL, quantization=Quantization())
@@ -237,9 +248,10 @@ def test_a_prompt_without_room_is_refused_and_a_long_reply_warned_of(monkeypatch
     watch.check_reply(300, 40960)  # said
     with pytest.raises(MemoryLimitError, match=r"the prompt of 30,000 tokens takes .* 8-bit KV cache"):
         watch.check_reply(30_000, 1)
-    watch.check_reply(30_000, 1, kv_bits=8)
+    packed = guard(monkeypatch, 24, kv_bits=8)
+    packed.check_reply(30_000, 1)
     with pytest.raises(MemoryLimitError, match=r"held 2\.0 GB"):
-        watch.check_reply(30_000, 1, kv_bits=8, held=2 * 10**9)
+        packed.check_reply(30_000, 1, held=2 * 10**9)
 
 
 def test_past_the_advised_context_is_said_once(monkeypatch: pytest.MonkeyPatch):

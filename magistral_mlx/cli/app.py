@@ -36,6 +36,7 @@ class _Reply(TypedDict):
     download: bool
     dtype: str | None
     kv_bits: str
+    quantize_after: int
     draft_model: str | None
     speculate: bool | None
     system: str | None
@@ -61,6 +62,12 @@ _REPLY_OPTIONS = (
         "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="What to compute in."
     ),
     click.option("--kv-bits", type=click.Choice(["16", "8"]), default="16", help="8: half the KV cache."),
+    click.option(
+        "--quantize-after",
+        type=click.IntRange(0),
+        default=0,
+        help="With --kv-bits 8: tokens up to which the KV cache stays in 16 bit.",
+    ),
     click.option("--draft-model", help="A smaller model of the same vocabulary, which guesses ahead."),
     click.option(
         "--speculate/--no-speculate",
@@ -69,7 +76,9 @@ _REPLY_OPTIONS = (
     ),
     click.option("--system", help="Placed before the model's own system prompt."),
     click.option(
-        "--system-file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="The same."
+        "--system-file",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="The same, in a file.",
     ),
     click.option("--think-budget", type=int, help="Tokens of reasoning, then the answer. Default: no limit."),
     click.option("--loop-guard", is_flag=True, help="End what goes round in circles. Experimental."),
@@ -95,7 +104,10 @@ def _reply_options(command: _Command) -> _Command:
 
 
 class _Group(click.Group):
-    """A user's mistake ends in one line and exit code 1, never in a traceback."""
+    """A user's mistake ends in one line and exit code 1, never in a traceback; commands in our order."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 -- click's signature
+        return [*self.commands]
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -111,30 +123,23 @@ def cli() -> None:
     warnings.showwarning = _show_warning
 
 
-for _command in (
-    *(convert.convert, convert.verify, convert.info),
-    *(plan.plan, bench.bench, doctor.doctor, serve.serve, service.service),
-):
-    cli.add_command(_command)
-
-
 @cli.command()
 @click.argument("question", required=False)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: ids, thinking, answer, statistics.")
 @click.option(
-    "--schema", type=click.File(encoding="utf-8"), help="A JSON schema that the answer is held to: a file."
+    "--schema", type=click.File(encoding="utf-8"), help="The JSON schema that the answer is held to."
 )
 @_reply_options
 def ask(question: str | None, as_json: bool, schema: IO[str] | None, **options: Unpack[_Reply]) -> None:
-    """Ask one QUESTION ("-" or nothing: from standard input) and print the answer.
+    """Ask one question and print the answer.
+
+    QUESTION may come from standard input: "-", or nothing.
 
     Ctrl-C while it thinks ends the thinking and asks for the answer; once more stops it.
     """
-    from magistral_mlx.talk.display import Terminal
+    from magistral_mlx.talk.display import Terminal, complain, shortcoming
 
-    if question is None and sys.stdin.isatty():
-        raise click.UsageError('expected a question: magistral-mlx ask "What is 48 + 37?"')
-    text = sys.stdin.read() if question is None or question == "-" else question
+    text = _question(question)
     settings = _settings(options)
     if schema is not None:
         settings["schema"] = _read_schema(schema)
@@ -148,6 +153,24 @@ def ask(question: str | None, as_json: bool, schema: IO[str] | None, **options: 
             _show(stream, terminal)
         if schema is not None:
             _ = stream.reply.parsed  # an answer that was cut off is an error
+        elif not as_json and (lacking := shortcoming(stream.reply)):
+            complain(lacking)
+
+
+def _question(given: str | None) -> str:
+    """The question as it was typed, or from standard input; refused where nothing is in it."""
+    text = given or ""
+    if given == "-" or (given is None and not sys.stdin.isatty()):
+        try:
+            text = sys.stdin.buffer.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise click.UsageError(
+                f"expected a question in UTF-8 on standard input, found other bytes at {error.start}: "
+                "give it text"
+            ) from error
+    if not text.strip():
+        raise click.UsageError('expected a question: magistral-mlx ask "What is 48 + 37?"')
+    return text
 
 
 def _show(stream: "Stream", terminal: "Terminal") -> None:
@@ -157,7 +180,7 @@ def _show(stream: "Stream", terminal: "Terminal") -> None:
         with first_interrupt_stops_thinking(stream):
             finished = terminal.show(stream)
     except KeyboardInterrupt:
-        click.echo("\ninterrupted", err=True)
+        click.echo("interrupted", err=True)
         sys.exit(130)
     if finished:
         terminal.note(summary(finished))
@@ -166,12 +189,19 @@ def _show(stream: "Stream", terminal: "Terminal") -> None:
 @cli.command()
 @_reply_options
 def chat(**options: Unpack[_Reply]) -> None:
-    """Talk, with a memory of what was said; /help lists what else can be done."""
+    """Talk, with a memory of what was said; /help lists the rest."""
     from .repl import Repl
 
     settings = _settings(options)
     with _load(options) as model:
         Repl(model, settings, show_thinking=not options["hide_thinking"]).run()
+
+
+for _command in (
+    *(serve.serve, convert.convert, convert.verify, convert.info, plan.plan),
+    *(bench.bench, doctor.doctor, service.service),
+):
+    cli.add_command(_command)
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:
@@ -225,13 +255,18 @@ def _load(options: _Reply) -> "Magistral":
     from magistral_mlx.chat import Magistral
     from magistral_mlx.fetch import last_model
 
-    name = options["model"] or last_model.last_used() or _choose()
+    name = last_model.last_used() or _choose() if options["model"] is None else options["model"]
     resolve(name, download=options["download"])
-    kv_bits = 8 if options["kv_bits"] == "8" else None
     draft_model = options["draft_model"]
     if draft_model is not None:
         resolve(draft_model, download=options["download"])
-    model = Magistral.load(name, dtype=options["dtype"], kv_bits=kv_bits, draft_model=draft_model)  # type: ignore[arg-type]
+    model = Magistral.load(
+        name,
+        dtype=options["dtype"],  # type: ignore[arg-type] -- one of click's choices
+        kv_bits=8 if options["kv_bits"] == "8" else None,
+        quantize_after=options["quantize_after"],
+        draft_model=draft_model,
+    )
     last_model.remember(name)
     return model
 

@@ -1,5 +1,4 @@
 """The command `bench`: what `bench` measures, as a table, a JSON file, a row of Markdown and a chart."""
-# ruff: noqa: PLC0415 -- what takes half a second to import is imported where it is needed, not for --help
 
 import json
 from collections.abc import Callable, Generator
@@ -38,6 +37,7 @@ _QUICK: "Json" = {"lengths": (512,), "tokens": 32, "trials": 2, "reply_tokens": 
 )
 @click.option("--quick", is_flag=True, help="One length, few tokens, two trials: a first impression.")
 @click.option("--greedy", is_flag=True, help="Decode the likeliest ids, not at temperature 0.7.")
+@click.option("--speculate", is_flag=True, help="Ask for the whole reply with speculation, too.")
 @click.option("--against", type=click.Choice(["mlx-lm"]), help="Measure this too, in turn, and compare.")
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="What to compute in.")
 @click.option(
@@ -57,16 +57,17 @@ def bench(
     reply_tokens: int | None,
     quick: bool,
     greedy: bool,
+    speculate: bool,
     against: str | None,
     dtype: str | None,
     file: Path | None,
     no_chart: bool,
     download: bool,
 ) -> None:
-    """Measure MODEL (a directory, a Hub name, or 'demo') on this machine: tokens per second, memory, time.
+    """Measure a model on this machine: tokens per second, memory, time.
 
-    Takes minutes, with a long prompt on a small Mac an hour: --quick and --length make it shorter. Close what
-    else works this machine hard.
+    MODEL is a directory, a Hub name, or 'demo'. Takes minutes, with a long prompt on a small Mac an hour:
+    --quick and --length make it shorter. Close what else works this machine hard.
     """
     from rich.console import Console
 
@@ -78,7 +79,7 @@ def bench(
     }
     if greedy:
         wanted["temperature"] = 0.0
-    settings = Settings(**wanted, dtype=dtype, against_peer=against is not None)
+    settings = Settings(**wanted, dtype=dtype, against_peer=against is not None, speculate=speculate)
     file = writable(file or Path(f"{this_computer().name}.json"))
     resolve(model, download=download)
     with _progress() as advance:
@@ -94,10 +95,12 @@ def bench(
 
 def shown(report: "Json") -> "list[RenderableType]":
     """The report for a terminal: the machine and the model, the figures, the comparison."""
+    from rich import box
     from rich.table import Column, Table
 
-    heads = ("prompt", "engine", "prefill tok/s", "first token", "decode tok/s", "from to", "ceiling", "peak")
-    figures = Table(*(Column(head, no_wrap=head == "engine", justify="right") for head in heads))
+    heads = ("prompt", "engine", "prefill/s", "first", "decode/s", "from to", "ceiling", "peak")
+    columns = (Column(head, no_wrap=True, justify="left" if head == "engine" else "right") for head in heads)
+    figures = Table(*columns, box=box.SIMPLE_HEAD, padding=0)  # narrower than 80
     for engine, summary in report["summary"].items():
         for row in summary["contexts"]:
             decode = row["decode_tokens_per_second"]
@@ -107,13 +110,17 @@ def shown(report: "Json") -> "list[RenderableType]":
                 f"{row['prefill_tokens_per_second']['median']:.1f}",
                 f"{row['first_token_seconds']['median']:.2f} s",
                 f"{decode['median']:.1f}",
-                f"{decode['min']:.1f} to {decode['max']:.1f}",
+                f"{decode['min']:.1f}–{decode['max']:.1f}",  # noqa: RUF001 -- a range's dash
                 f"{row['share_of_ceiling']:.0%}",
                 size(row["peak_bytes"]),
             )
     parts: list[RenderableType] = [_heading(report), figures]
     if report["ratios"]:
-        faster = Table("times as fast as mlx-lm", "prompt", "median", "from to", "at least (95 %)")
+        faster = Table(
+            *("times as fast as mlx-lm", "prompt", "median", "from to", "at least (95 %)"),
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+        )
         for row in report["ratios"]:
             bound = "needs 5 trials" if row["lower_95"] is None else f"{row['lower_95']:.2f}"
             context = f"{row['context']}" if row["context"] else ""
@@ -151,6 +158,12 @@ def _notes(report: "Json") -> list[str]:
         thought = f"thought {reply['thinking_tokens']} tokens in {reply['thinking_seconds']:.1f} s"
         answered = f"answered {reply['answer_tokens']} in {reply['answer_seconds']:.1f} s"
         notes.append(f"“{reply['question']}” {thought}, {answered} ({reply['finish_reason']})")
+    if found := report["speculated"]:
+        notes.append(
+            f"the same with speculation: {found['tokens_per_pass']:.2f} tokens per pass, "
+            f"{found['decode_tokens_per_second']:.1f} tokens/s instead of "
+            f"{report['reply']['decode_tokens_per_second']:.1f}"
+        )
     return notes + [f"left out, a prompt of {length}: {why}" for length, why in report["skipped"].items()]
 
 
@@ -204,3 +217,4 @@ def _progress() -> Generator[Callable[[int, int, str], None]]:
     with Progress(*columns, console=Console(stderr=True), refresh_per_second=1) as progress:
         task = progress.add_task("starting", total=None)
         yield lambda done, of, what: progress.update(task, completed=done, total=of, description=what)
+        progress.update(task, completed=progress.tasks[0].total, description="measured")

@@ -14,7 +14,7 @@ import click
 from .common import resolve, size
 
 if TYPE_CHECKING:  # mlx loads when a command runs, not for --help
-    from magistral_mlx.config import ModelConfig
+    from magistral_mlx.config import Quantization
     from magistral_mlx.convert.conversion import Converted
     from magistral_mlx.convert.plan import Plan
     from magistral_mlx.convert.recipe import Recipe
@@ -58,10 +58,10 @@ def convert(
     no_verify: bool,
     upload: str | None,
 ) -> None:
-    """Convert the checkpoint SOURCE (a directory, a Hub name, or 'demo') to a quantized MLX directory.
+    """Convert a checkpoint to a quantized MLX directory.
 
-    It needs little memory, whatever the model's size. Interrupted or killed, the same command goes on from
-    where it was.
+    SOURCE is a directory, a Hub name, or 'demo'. It needs little memory, whatever the model's size.
+    Interrupted or killed, the same command goes on from where it was.
     """
     import mlx.core as mx
 
@@ -120,7 +120,10 @@ def convert(
 @click.command()
 @click.argument("directory", type=click.Path(exists=True, file_okay=False, path_type=Path))
 def verify(directory: Path) -> None:
-    """Check a converted DIRECTORY against what was written: every file, every byte."""
+    """Check every byte of a converted directory.
+
+    Every file in DIRECTORY is compared with what was written when it was made.
+    """
     from magistral_mlx.disk import manifest
     from magistral_mlx.talk.display import progress_bar
 
@@ -134,14 +137,17 @@ def verify(directory: Path) -> None:
 
 
 @click.command()
-@click.argument("directory")
-def info(directory: str) -> None:
-    """What a model DIRECTORY (or Hub name, or 'demo') holds, and the memory it takes."""
+@click.argument("model")
+def info(model: str) -> None:
+    """What a model holds, and the memory it takes.
+
+    MODEL is a directory, a Hub name, or 'demo'.
+    """
     from magistral_mlx import memory
     from magistral_mlx.disk.checkpoint import open_checkpoint
     from magistral_mlx.text.tokenizer import Tokenizer
 
-    found = resolve(directory, download=False)
+    found = resolve(model, download=False)
     checkpoint, tokenizer = open_checkpoint(found.weights), Tokenizer.from_directory(found.words)
     config, packed = checkpoint.config, checkpoint.config.quantization
     on_disk = sum(tensor.entry.nbytes for tensor in checkpoint.tensors.values())
@@ -149,7 +155,7 @@ def info(directory: str) -> None:
         "layout": checkpoint.layout,
         "parameters": f"{config.parameters:,}",
         "weights": f"{size(on_disk)}, {on_disk * 8 / config.parameters:.2f} bits each",
-        "quantization": f"{packed.default}, {len(packed.overrides)} exceptions" if packed else "none",
+        "quantization": _quantization(packed) if packed else "none",
         "layers": f"{config.n_layers} of dim {config.dim}, feed-forward {config.hidden_dim}",
         "heads": f"{config.n_heads} of queries, {config.n_kv_heads} of keys, {config.head_dim} wide",
         "vocabulary": f"{config.vocab_size:,} ids, tokenizer {tokenizer.version}",
@@ -159,6 +165,12 @@ def info(directory: str) -> None:
     }
     for name, value in rows.items():
         click.echo(f"{name:13} {value}")
+
+
+def _quantization(packed: "Quantization") -> str:
+    scheme, exceptions = packed.default, len(packed.overrides)
+    shown = f"{scheme.bits} bit in groups of {scheme.group_size} ({scheme.mode})"
+    return f"{shown}, {exceptions} exception{'s' * (exceptions > 1)}" if exceptions else shown
 
 
 def _recipe(
@@ -210,25 +222,25 @@ def _planned(
 
 def _tell(plan: "Plan", recipe: "Recipe", missing: int | None) -> None:
     """The dry run: sizes, and which Mac it fits."""
-    config = plan.config
     click.echo(f"recipe            {recipe}")
     if missing:
         click.echo(f"to download       {size(missing)}")
-    click.echo(f"on disk           {size(plan.total_bytes)} in {len(plan.heads)} files")
+    click.echo(
+        f"on disk           {size(plan.total_bytes)} in {len(plan.heads)} file{'s' * (len(plan.heads) > 1)}"
+    )
     click.echo(f"bits per weight   {plan.bits_per_weight:.2f}")
     click.echo(f"read per token    {size(plan.bytes_per_token)}, and the KV cache")
     click.echo("\nfits a Mac with   " + "".join(f"{memory:>7} GB" for memory in _MACS))
-    for context in (8192, 40960):
-        shown = "".join(f"{_fits(plan, config, context, memory):>10}" for memory in _MACS)
+    for context in sorted({min(context, plan.config.max_context) for context in (8192, 40960)}):
+        shown = "".join(f"{_fits(plan, context, memory):>10}" for memory in _MACS)
         click.echo(f"{context:6,} tokens    {shown}")
     click.echo("\nEstimates: the GPU gets 2/3 of a Mac's memory up to 32 GB and 3/4 above; 16-bit KV cache.")
 
 
-def _fits(plan: "Plan", config: "ModelConfig", context: int, memory_gib: int) -> str:
-    from magistral_mlx import memory
-    from magistral_mlx.decoder.engine import PREFILL_CHUNK
+def _fits(plan: "Plan", context: int, memory_gib: int) -> str:
+    from magistral_mlx.memory import MemoryPlan, mac
 
-    needed = memory.needed(config, plan.weight_bytes, context, chunk=PREFILL_CHUNK)
-    return f"{needed / memory.mac_budget(memory_gib):.0%}" + (
-        "" if needed <= memory.mac_budget(memory_gib) else " no"
+    reply = MemoryPlan(
+        config=plan.config, weights=plan.weight_bytes, context=context, machine=mac(memory_gib)
     )
+    return f"{reply.total / reply.machine.budget:.0%}{'' if reply.fits else ' no'}"

@@ -1,5 +1,4 @@
 """The command `doctor`: its checks as a table, and one JSON file to send."""
-# ruff: noqa: PLC0415 -- what takes half a second to import is imported where it is needed, not for --help
 
 import json
 import sys
@@ -25,10 +24,10 @@ if TYPE_CHECKING:
     help="Where the report goes.",
 )
 def doctor(file: Path) -> None:
-    """Check that this machine computes what it should: half a minute, nothing to download.
+    """Check that this machine computes what it should.
 
-    Writes one JSON file, to be attached to an issue: chip, memory, versions and what was found; no names, no
-    paths. Exit code 1 if a check fails.
+    Half a minute, nothing to download. Writes one JSON file, to be attached to an issue: chip, memory,
+    versions and what was found; no names, no paths. Exit code 1 if a check fails.
     """
     from magistral_mlx.measure.doctor import examine
 

@@ -2,17 +2,19 @@
 
 Reads headers, never a weight. The figures are `memory`'s; here they become a small table and a verdict.
 """
-# ruff: noqa: PLC0415 - mlx loads when the command runs, not for --help
 
 import re
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import click
 
-from .common import resolve, size
+from .common import size
 
 if TYPE_CHECKING:
+    import mlx.core as mx
+
     from magistral_mlx.config import ModelConfig
     from magistral_mlx.memory import MemoryPlan
 
@@ -37,16 +39,17 @@ def _gib(_ctx: click.Context, _param: click.Parameter, value: str | None) -> int
 @click.option("--kv-bits", type=click.Choice(["16", "8"]), default="16", help="Of the KV cache.")
 @click.option("--all-macs", is_flag=True, help="Every size of Mac in one table (Markdown).")
 def plan(*, model: str, context: int | None, memory_gib: int | None, kv_bits: str, all_macs: bool) -> None:
-    """What MODEL (a directory, a Hub name, or 'demo') takes, and whether it fits. Reads no weight."""
+    """What a model takes, and whether it fits.
+
+    MODEL is a directory, a Hub name, or 'demo'. Reads no weight; of a Hub model that is not here, its config.
+    """
     import mlx.core as mx
 
     from magistral_mlx import memory
-    from magistral_mlx.disk.checkpoint import open_checkpoint
 
-    checkpoint = open_checkpoint(resolve(model, download=False).weights)
-    config = checkpoint.config
+    config, weights = _weights(model)
     if all_macs:
-        click.echo(table(config, checkpoint.nbytes(mx.bfloat16)), nl=False)
+        click.echo(table(config, weights(mx.bfloat16)), nl=False)
         return
     if context and context > config.max_context:
         raise click.BadParameter(
@@ -55,7 +58,7 @@ def plan(*, model: str, context: int | None, memory_gib: int | None, kv_bits: st
     dtype = mx.bfloat16 if memory_gib else memory.default_dtype()
     made = memory.MemoryPlan(
         config=config,
-        weights=checkpoint.nbytes(dtype),
+        weights=weights(dtype),
         context=context or min(memory.USUAL_CONTEXT, config.max_context),
         machine=memory.mac(memory_gib) if memory_gib else memory.this_machine(),
         itemsize=dtype.size,
@@ -68,6 +71,22 @@ def plan(*, model: str, context: int | None, memory_gib: int | None, kv_bits: st
         click.echo(f"or fewer bits: magistral-mlx convert {model} --out DIR --bits 4 --dry-run")
     if not made.remedies:
         sys.exit(1)
+
+
+def _weights(model: str) -> "tuple[ModelConfig, Callable[[mx.Dtype], int]]":
+    """A model's config, and the bytes that its weights take in memory, by what is computed in."""
+    from magistral_mlx.convert.plan import plan
+    from magistral_mlx.convert.recipe import stored
+    from magistral_mlx.disk.checkpoint import open_checkpoint
+    from magistral_mlx.disk.configfile import read_directory
+    from magistral_mlx.fetch import hub
+
+    directory, missing = hub.look(model)
+    if missing is None:
+        checkpoint = open_checkpoint(directory)
+        return checkpoint.config, checkpoint.nbytes
+    config, _ = read_directory(directory)
+    return config, lambda dtype: plan(config, stored(config), dtype).weight_bytes
 
 
 def table(config: "ModelConfig", weights: int) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from magistral_mlx.errors import MagistralError
-from magistral_mlx.talk.display import Terminal, complain, summary
+from magistral_mlx.talk.display import Terminal, complain, shortcoming, summary
 
 from .common import first_interrupt_stops_thinking
 
@@ -24,12 +24,12 @@ _HELP = """\
 /think [on|off]   reason before answering, or answer at once
 /budget [N]       think for N tokens at most (nothing: no limit)
 /show [on|off]    show the reasoning, or only the answer
-/system TEXT      put TEXT before the model's own system prompt (nothing: take it away)
+/system TEXT      put TEXT before the model's own system prompt (nothing: none)
 /retry            ask the last question again, with another seed
 /undo             forget the last question and its answer
 /reset            forget everything that was said
 /save FILE        keep the conversation in FILE, with what the model has read
-/load FILE        go on with a conversation that was saved, and with its settings
+/load FILE        go on with a saved conversation, and with its settings
 /export FILE      write what was said to FILE, as JSON
 /quit             leave (or Ctrl-D)
 
@@ -59,6 +59,7 @@ class Repl:
 
     def run(self) -> None:
         """Until /quit or the end of input."""
+        self._say("/help lists the commands; Ctrl-D leaves.")
         for line in _lines():
             text = line.strip()
             command, _, rest = text.partition(" ")
@@ -80,6 +81,8 @@ class Repl:
             except KeyboardInterrupt:
                 finished = None
         self._say(summary(finished) if finished else "stopped; what was said so far is kept")
+        if lacking := shortcoming(stream.reply):
+            complain(lacking)
 
     def _retry(self, _: str) -> None:
         message = self._talk.undo()
@@ -146,7 +149,9 @@ def _path(name: str) -> Path:
 
 
 def _switch(value: str, now: bool) -> bool:
-    return {"on": True, "off": False}.get(value, not now)
+    if value not in ("", "on", "off"):
+        raise MagistralError(f"expected on or off, found {value!r}")
+    return value == "on" if value else not now
 
 
 def _lines() -> Iterator[str]:
@@ -160,7 +165,7 @@ def _lines() -> Iterator[str]:
     session: PromptSession[str] = PromptSession(history=InMemoryHistory())
     while True:
         try:
-            yield session.prompt("› ")  # noqa: RUF001 -- a prompt, not a greater-than
+            yield session.prompt([("", "\n"), ("bold", "› ")])  # noqa: RUF001 -- not a greater-than
         except KeyboardInterrupt:
             continue
         except EOFError:

@@ -1,5 +1,4 @@
 """The command `serve`: a loaded model behind HTTP, until Ctrl-C."""
-# ruff: noqa: PLC0415 -- what takes half a second to import is imported where it is needed, not for --help
 
 import re
 import socket
@@ -43,6 +42,7 @@ class _Serving(TypedDict):
     queue: int
     prefix_cache: int | None
     kv_bits: str
+    quantize_after: int
     allow_host: tuple[str, ...]
     allow_origin: tuple[str, ...]
 
@@ -74,10 +74,16 @@ class _Serving(TypedDict):
     help="Kept of what prompts have read, such as 1GB. Default: by the memory.",
 )
 @click.option("--kv-bits", type=click.Choice(["16", "8"]), default="16", help="8: half the KV cache.")
+@click.option(
+    "--quantize-after",
+    type=click.IntRange(0),
+    default=0,
+    help="With --kv-bits 8: tokens up to which the KV cache stays in 16 bit.",
+)
 @click.option("--allow-host", multiple=True, help="A name by which it is called, besides its address.")
 @click.option("--allow-origin", multiple=True, help="A site whose pages may ask, such as https://my.site.")
 def serve(**options: Unpack[_Serving]) -> None:
-    """Serve a model to OpenAI-style clients on this machine, until Ctrl-C."""
+    """Serve a model to OpenAI-style clients and a page, until Ctrl-C."""
     key = check(options)
     from magistral_mlx.chat import Magistral
     from magistral_mlx.fetch import hub, last_model
@@ -97,11 +103,13 @@ def serve(**options: Unpack[_Serving]) -> None:
         origins=frozenset(options["allow_origin"]),
     )
     listening = bind(host, options["port"])
-    name = options["model"] or last_model.last_used()
+    name = last_model.last_used() if options["model"] is None else options["model"]
     if name is None:
         raise click.UsageError(f"no model was used yet: give --model demo, or --model {hub.RECOMMENDED}")
     resolve(name, download=options["download"])
-    with listening, Magistral.load(name, kv_bits=8 if options["kv_bits"] == "8" else None) as model:
+    kv_bits = 8 if options["kv_bits"] == "8" else None
+    quantize_after = options["quantize_after"]
+    with listening, Magistral.load(name, kv_bits=kv_bits, quantize_after=quantize_after) as model:
         last_model.remember(name)
         service = Service(
             model,

@@ -22,7 +22,7 @@ from .serve import check, serve
 
 @click.group()
 def service() -> None:
-    """Keep `serve` running on a Mac: from login on, and again when it fails."""
+    """Keep `serve` running on a Mac, from login on."""
 
 
 @service.command(context_settings={"ignore_unknown_options": True})
@@ -30,9 +30,10 @@ def service() -> None:
 @click.option("--print", "printed", is_flag=True, help="Show what would be installed, and do nothing.")
 @click.argument("serve_options", nargs=-1, type=click.UNPROCESSED)
 def install(*, force: bool, printed: bool, serve_options: tuple[str, ...]) -> None:
-    """Install and start an agent that runs `magistral-mlx serve` with SERVE_OPTIONS.
+    """Install and start the agent.
 
-    Whatever `serve` takes may be given, but no key in the open: put it in a file, for --api-key-file.
+    It runs `magistral-mlx serve` with SERVE_OPTIONS: whatever that takes, but no key in the open; put it in
+    a file, for --api-key-file.
     """
     content = launchd.agent(_words(serve_options), home=Path.home(), environment=environ)
     if printed:
@@ -76,7 +77,8 @@ def _words(options: tuple[str, ...]) -> list[str]:
         if context.params["api_key"] is not None:
             raise ServerError("a key would be there for all to see; put it in a file, for --api-key-file")
         check(context.params)  # type: ignore[arg-type]
-        name = context.params["model"] or last_model.last_used()
+        given = context.params["model"]
+        name = last_model.last_used() if given is None else given
         if name is None:
             raise click.UsageError(f"no model was used yet: give --model demo, or --model {hub.RECOMMENDED}")
         resolve(name, download=context.params["download"])

@@ -91,6 +91,16 @@ def uniform(scheme: Scheme) -> Recipe:
     return next(same, made)
 
 
+def stored(config: ModelConfig) -> Recipe:
+    """The recipe by which a checkpoint with this config was made."""
+    packed = config.quantization or Quantization()
+    ours = {path for path, _ in config.matrices()}  # an image encoder's are not loaded
+    exceptions = tuple((path, scheme) for path, scheme in packed.overrides.items() if path in ours)
+    return Recipe(
+        name="stored", default=packed.default if config.quantization else None, exceptions=exceptions
+    )
+
+
 def _suffers(path: str, n_layers: int) -> bool:
     """mlx-lm's choice, after llama.cpp's Q4_K_M: the head; v and down in outer layers and every third."""
     if path == "lm_head":

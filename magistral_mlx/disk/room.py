@@ -19,9 +19,13 @@ def shortage(needed: Mapping[Path, int]) -> str | None:
     for paths in disks.values():
         place = _place(paths[0])
         if (free := shutil.disk_usage(place).free) < sum(needed[path] for path in paths):
-            wanted = " and ".join(f"{path} needs {needed[path] / 1e9:.1f} GB more" for path in paths)
-            return f"{wanted} on disk and {place} has {free / 1e9:.1f} GB free; make room or use another disk"
+            wanted = " and ".join(f"{path} needs {_size(needed[path])} more" for path in paths)
+            return f"{wanted} on disk and {place} has {_size(free)} free; make room or use another disk"
     return None
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"
 
 
 def _place(path: Path) -> Path:

@@ -167,8 +167,8 @@ def _cached(name: str, patterns: tuple[str, ...] | None) -> Path:
             if any(found.glob(layout[0])):  # a repository without such files is whole without them
                 return found
     raise HubError(
-        f"{name!r} is neither a directory here nor a model on this machine. If it is a Hub name, ask again "
-        f"with --download, or: {_how(name, patterns)}"
+        f"{name!r} is neither a directory here nor a model on this machine. If it is a Hub name, "
+        f"--download (of ask, chat, serve, convert, bench) fetches it, or: {_how(name, patterns)}"
     )
 
 

@@ -4,7 +4,6 @@ Knows what to measure and in which order: both engines in turn, with the same id
 is `trial`, what they come to is `figures`, what they ran on is `machine`. Prints nothing for people: that is
 `cli.bench`.
 """
-# ruff: noqa: PLC0415 -- what takes half a second to import is imported where it is needed, not for --help
 
 import platform
 import tempfile
@@ -41,6 +40,7 @@ class Settings:
 
     reply_tokens: at most so many of the one whole reply to a real question; 0: none.
     temperature: of the ids drawn behind prompts; 0: greedy.
+    speculate: ask for the whole reply once more, with speculation.
     """
 
     lengths: tuple[int, ...] = (512, 4096, 16384, 40960)
@@ -50,6 +50,7 @@ class Settings:
     temperature: float = 0.7
     dtype: str | None = None
     against_peer: bool = False
+    speculate: bool = False
 
 
 def run(name: str, settings: Settings, progress: _Progress) -> Json:
@@ -88,12 +89,14 @@ def _run(name: str, place: str, words: Path, settings: Settings, progress: _Prog
         "prompts": [prompt(tokenizer.encode_chat, length) for length in lengths],
         "tokens": settings.tokens,
         "reply_tokens": 0,
+        "speculate": False,
         "temperature": settings.temperature,
         "seed": 0,
     }
     # 2. A first load and a whole reply, apart: the trials then all find the files in memory.
     asks = settings.reply_tokens and tokenizer.vocab_size >= checkpoint.config.vocab_size
-    first = Json(job, prompts=[], reply_tokens=settings.reply_tokens if asks else 0)
+    reply_tokens = settings.reply_tokens if asks else 0
+    first = Json(job, prompts=[], reply_tokens=reply_tokens, speculate=settings.speculate)
     engines = (OURS, PEER) if settings.against_peer else (OURS,)
     jobs = [Json(job, engine=engine, seed=trial) for trial in range(settings.trials) for engine in engines]
     opening = spawn(first, lambda what: progress(0, 1 + len(jobs), what))
@@ -119,6 +122,7 @@ def _run(name: str, place: str, words: Path, settings: Settings, progress: _Prog
         "skipped": skipped,
         "first_load_seconds": opening["load_seconds"],
         "reply": opening["reply"],
+        "speculated": opening["speculated"],
         "summary": {engine: summary(found, limit) for engine, found in trials.items()},
         "ratios": ratios(trials[OURS], trials[PEER]) if settings.against_peer else [],
         "trials": trials,
@@ -158,20 +162,24 @@ def _lengths(
     checkpoint: "Checkpoint", settings: Settings, dtype: "mx.Dtype"
 ) -> tuple[list[int], dict[str, str]]:
     """The lengths within the model's context, and why some are left out: what would swap measures a disk."""
-    from magistral_mlx import memory
-    from magistral_mlx.decoder.engine import PREFILL_CHUNK
+    from magistral_mlx.memory import MemoryPlan, this_machine
 
-    config, weights, room = checkpoint.config, checkpoint.nbytes(dtype), memory.budget()
+    config, weights, machine = checkpoint.config, checkpoint.nbytes(dtype), this_machine()
     most = config.max_context - settings.tokens - 2
     kept, skipped = list[int](), dict[str, str]()
     for length in sorted({max(1, min(length, most)) for length in settings.lengths}):
-        needed = memory.needed(
-            config, weights, length + settings.tokens, chunk=PREFILL_CHUNK, itemsize=dtype.size
+        plan = MemoryPlan(
+            config=config,
+            weights=weights,
+            context=length + settings.tokens,
+            prompt=length,
+            machine=machine,
+            itemsize=dtype.size,
         )
-        if needed <= room:
+        if plan.fits:
             kept.append(length)
         else:
-            skipped[str(length)] = f"needs {needed / 1e9:.1f} GB of memory, {room / 1e9:.1f} GB can be given"
+            skipped[str(length)] = f"takes {plan.excess()}"
     if not kept:
         raise MemoryLimitError("no prompt fits beside the weights: " + "; ".join(skipped.values()))
     return kept, skipped

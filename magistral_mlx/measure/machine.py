@@ -20,7 +20,7 @@ CHIPS = (
     | {"M4": 120, "M4 Pro": 273, "M4 Max": 546}
     | {"M5": 153, "M5 Pro": 307, "M5 Max": 614}
 )
-"""Memory bandwidth as Apple states it, GB/s."""
+"""Memory bandwidth as Apple states it, GB/s; `docs/benchmarks.md` says where each figure was read."""
 SMALLER = {"M3 Max": 300, "M4 Max": 410, "M5 Max": 460}
 """The same of their variants with fewer than 40 GPU cores."""
 
@@ -65,7 +65,7 @@ def bandwidth_of(computer: Computer) -> float | None:
 
 def measured_bandwidth(nbytes: int = 2**27) -> float:
     """Bytes per second at which MLX sums (reads) or negates (reads and writes) an array, the better one."""
-    import mlx.core as mx  # noqa: PLC0415 -- the rest of this file needs no model's library
+    import mlx.core as mx
 
     x = mx.ones(nbytes // 4)
     best = 0.0

@@ -92,7 +92,8 @@ def _ours(job: Json) -> Json:
         return {
             "import_seconds": imported - start,
             "load_seconds": loaded - imported,
-            "reply": _reply(model, job["reply_tokens"]) if job["reply_tokens"] else None,
+            "reply": _reply(model, job["reply_tokens"]),
+            "speculated": _reply(model, job["reply_tokens"], speculate=True) if job["speculate"] else None,
             "points": model.run(lambda: _points(job, generate)),
         }
 
@@ -123,6 +124,7 @@ def _peers(job: Json) -> Json:
         "import_seconds": imported - start,
         "load_seconds": loaded - imported,
         "reply": None,
+        "speculated": None,
         "points": _points(job, generate),
     }
 
@@ -160,16 +162,21 @@ def _point(generate: _Generate, ids: list[int], tokens: int) -> Json:
     }
 
 
-def _reply(model: Any, max_tokens: int) -> Json:
+def _reply(model: Any, max_tokens: int, *, speculate: bool = False) -> Json | None:
     """One question answered as a user asks it, and where its tokens and seconds went."""
-    _tell(begins="a whole reply")
+    if not max_tokens:
+        return None
+    _tell(begins="a whole reply, with speculation" if speculate else "a whole reply")
     model.ask(QUESTION, max_tokens=2, seed=0)
     start = time.perf_counter()
-    reply = model.ask(QUESTION, max_tokens=max_tokens, seed=0)
+    reply = model.ask(QUESTION, max_tokens=max_tokens, seed=0, speculate=speculate)
     seconds = time.perf_counter() - start
-    rate = reply.stats.decode_tokens_per_second
-    stats = asdict(reply.stats) | {"decode_tokens_per_second": rate, "seconds": seconds}
-    return {"question": QUESTION, "answer": reply.answer, "finish_reason": reply.finish_reason} | stats
+    rates = {
+        "decode_tokens_per_second": reply.stats.decode_tokens_per_second,
+        "tokens_per_pass": reply.stats.tokens_per_pass,
+    }
+    said = {"question": QUESTION, "answer": reply.answer, "finish_reason": reply.finish_reason}
+    return said | asdict(reply.stats) | rates | {"seconds": seconds}
 
 
 def _returned(steps: Generator[Any, None, Any]) -> Any:

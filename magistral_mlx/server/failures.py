@@ -1,7 +1,7 @@
 """Errors in the shapes that clients know: OpenAI's, and under `/v1/messages` Anthropic's.
 
-Knows which error of the library is whose fault. What was asked is never repeated in a message of ours: it
-may be long, private, or no Unicode.
+Knows which error of the library is whose fault. What was asked is not repeated in a message of ours, never at
+length: it may be long, private, or no Unicode.
 """
 
 import json
@@ -19,6 +19,10 @@ from .slots import ClosingError, FullError
 logger = logging.getLogger(__name__)
 
 
+MOST = 1000
+"""Characters of a message: it may quote what was asked, which may be a book."""
+
+
 class RefusedError(Exception):
     """A request that is answered with an error."""
 
@@ -31,7 +35,7 @@ class RefusedError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
+        super().__init__(message if len(message) <= MOST else f"{message[:MOST]}…")
         self.status, self.param, self.code = status, param, code
         self.headers = dict(headers or {})
 
@@ -100,8 +104,11 @@ def of_validation(errors: Sequence[Any]) -> RefusedError:
     place = [str(part) for part in first["loc"] if part != "body"]
     if first["type"] == "json_invalid":
         return RefusedError(400, "the body is no JSON", code="invalid_json")
-    where = ".".join(place) or "the body"
-    return RefusedError(400, f"{where}: {first['msg']}", param=".".join(place) or None, code="invalid_value")
+    if not place:
+        message = "the body: expected a JSON object, sent with Content-Type: application/json"
+        return RefusedError(400, message, code="invalid_value")
+    where = ".".join(place)
+    return RefusedError(400, f"{where}: {first['msg']}", param=where, code="invalid_value")
 
 
 def log(error: Exception) -> None:

@@ -3,6 +3,7 @@
 Knows uvicorn and signals. What is served is `app`'s.
 """
 
+import errno
 import socket
 from collections.abc import Callable
 from types import FrameType
@@ -14,6 +15,12 @@ from starlette.types import ASGIApp
 from magistral_mlx.errors import ServerError
 
 from .connection import Connection
+
+_REMEDIES = {
+    errno.EADDRINUSE: "choose another --port, or end what holds it",
+    errno.EACCES: "choose a --port above 1023",
+}
+_OTHER_HOST = "--host is an address of this machine, such as 127.0.0.1, or 0.0.0.0 for all of them"
 
 GRACE_SECONDS = 5
 """For connections to end by themselves, once everything that ran was stopped."""
@@ -54,17 +61,16 @@ def bind(host: str, port: int) -> socket.socket:
     """A socket that listens; port 0: any that is free.
 
     Raises:
-        ServerError: the address is taken, or is none of this machine's.
+        ServerError: the address is taken, not to be had, or none of this machine's.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family, socket.SOCK_STREAM)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((host, port))
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         bound.close()
-        raise ServerError(
-            f"{host}:{port} cannot be listened on ({error}); choose another --port, or end what holds it"
-        ) from error
+        remedy = _REMEDIES.get(error.errno or 0, _OTHER_HOST)
+        raise ServerError(f"{host}:{port} cannot be listened on ({error}); {remedy}") from error
     bound.listen(128)
     return bound

@@ -81,8 +81,8 @@ class Safety:
         if self._rules.key is None or unlocked or scope["method"] == "OPTIONS":
             return
         kind, _, token = headers.get(b"authorization", "").partition(" ")
-        given = token.strip() if kind.lower() == "bearer" else headers.get(b"x-api-key", "")
-        if not hmac.compare_digest(given.encode(), self._rules.key.encode()):
+        given = [token.strip() if kind.lower() == "bearer" else "", headers.get(b"x-api-key", "")]
+        if not any(hmac.compare_digest(one.encode(), self._rules.key.encode()) for one in given):
             wanted = {"WWW-Authenticate": "Bearer"}
             message = "expected this server's key, as `Authorization: Bearer …`"
             raise RefusedError(401, message, code="invalid_api_key", headers=wanted)

@@ -12,6 +12,7 @@
     talkfile      text and tensors under a seal
     saving        a conversation as text and tensors, and back
     conversation  messages that grow
+    wrapping      lines as wide as a terminal
     display       a stream in a terminal
 
 Each imports only what stands above it.

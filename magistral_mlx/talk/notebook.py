@@ -72,7 +72,8 @@ class _View:
         if not self._thoughts:
             return "" if self.said() or self.over else "<i>thinking …</i>"
         thinks = not self.said() and not self.over
-        title = "Thinking …" if thinks else f"Thought for {self._seconds:.0f} s · {self._tokens:,} tokens"
+        took = f"{self._seconds:.0f} s" if self._seconds >= 1 else "a moment"
+        title = "Thinking …" if thinks else f"Thought for {took} · {self._tokens:,} tokens"
         return (
             f"<details{' open' if thinks else ''}><summary>{title}</summary>"
             f'<div style="white-space: pre-wrap; opacity: 0.7; border-left: 3px solid; padding-left: 0.8em">'

@@ -114,6 +114,6 @@ def _begin_of_text(text: str, i: int) -> dict[str, Any]:
 
 
 def _names_of_old() -> Any:
-    from mistral_common.tokens.tokenizers.tekken import Tekkenizer  # noqa: PLC0415 -- a second to import
+    from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
     return Tekkenizer.DEPRECATED_SPECIAL_TOKENS

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner, Result
@@ -22,6 +23,7 @@ from magistral_mlx.cli.common import first_interrupt_stops_thinking
 from magistral_mlx.fetch import hub
 from magistral_mlx.fetch.hub import RECOMMENDED
 from magistral_mlx.talk.display import Terminal as Display
+from magistral_mlx.talk.display import shortcoming
 
 QUESTION = "What is 48 + 37?"
 ASK = ("ask", "--model", "demo", "--seed", "1", "--max-tokens", "60")
@@ -83,6 +85,12 @@ def test_options_reach_the_model(run: Run, tmp_path: Path):
     assert len(json.loads(run(*ASK, "--max-tokens", "3", "--json", QUESTION).stdout)["token_ids"]) == 3
 
 
+def test_a_packed_cache(run: Run):
+    assert run(*ASK, "--kv-bits", 8, "--quantize-after", 100, QUESTION).exit_code == 0
+    done = run(*ASK, "--quantize-after", 100, QUESTION)
+    assert (done.exit_code, "kv_bits=8" in done.stderr) == (1, True)
+
+
 def test_the_last_model_is_remembered(run: Run):
     assert run(*ASK, QUESTION).exit_code == 0
     assert run("ask", "--max-tokens", "3", QUESTION).exit_code == 0
@@ -98,7 +106,7 @@ def test_without_a_model_both_choices_are_named(run: Run):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ((*ASK, ""), "to say something"),
+        (("ask", "--model", "", QUESTION), "found no directory ''"),
         ((*ASK, "--top-p", "1.5", QUESTION), "top_p is above 0 and at most 1, found 1.5"),
         ((*ASK, "--temperature", "-1", QUESTION), "temperature"),
         ((*ASK, "--max-tokens", "0", QUESTION), "max_tokens"),
@@ -118,6 +126,50 @@ def test_a_mistake_is_one_message_and_no_traceback(run: Run, words: tuple[str, .
     assert says in done.stderr
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "stdin", "says"),
+    [
+        ((*ASK, ""), "", "expected a question"),
+        ((*ASK, "-"), " \n", "expected a question"),
+        (ASK, b"What is \xff?", "expected a question in UTF-8 on standard input, found other bytes at 8"),
+        (("doctor", "--json", "file/doctor.json"), "", "file/doctor.json cannot be written"),
+        (("bench", "demo", "--json", "file/bench.json"), "", "file/bench.json cannot be written"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_at_once(run: Run, words: tuple[str, ...], stdin: str, says: str):
+    Path("file").touch()
+    done = run(*words, stdin=stdin)
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert says in done.stderr
+
+
+def test_help_lists_every_command_with_a_whole_sentence(run: Run):
+    commands = run("--help").stdout.partition("Commands:")[2].strip().splitlines()
+    assert [line.split()[0] for line in commands] == [*cli.commands]
+    assert all(line.endswith(".") and "..." not in line for line in commands)
+
+
+@pytest.mark.parametrize(
+    ("reason", "answer", "says"),
+    [
+        ("stop", "85", None),
+        ("stop", "", "it ended without an answer"),
+        ("length", "8", "cut off"),
+        ("loop", "8 8 8 8", "circles"),
+        ("cancelled", "", None),
+    ],
+)
+def test_what_a_reply_lacks_is_told(reason: str, answer: str, says: str | None):
+    told = shortcoming(SimpleNamespace(finish_reason=reason, answer=answer, tool_calls=[]))  # type: ignore[arg-type]
+    assert (told is None) if says is None else (says in told)
+
+
+def test_a_pipe_is_told_that_an_answer_was_cut_off(run: Run):
+    done = run("ask", "--model", "demo", "--max-tokens", "5", "--hide-thinking", QUESTION)
+    assert done.exit_code == 0
+    assert done.stderr.strip() == "cut off: max_tokens or the context was spent"
 
 
 def test_convert_then_ask_then_refuse_to_overwrite(run: Run, tmp_path: Path):
@@ -158,8 +210,9 @@ def test_convert_by_recipe_and_exception(run: Run):
 def test_a_dry_run_writes_nothing(run: Run, tmp_path: Path):
     done = run("convert", "demo", "--out", "small", "--dry-run")
     assert done.exit_code == 0
-    for word in ("1.4 MB in 1 files", "4.51", "16 GB", "64 GB", " 8,192 tokens", "40,960 tokens"):
+    for word in ("1.4 MB in 1 file\n", "4.51", "16 GB", "64 GB", " 4,096 tokens"):
         assert word in done.stdout
+    assert "8,192" not in done.stdout  # the demo's context is shorter
     assert not any(path.name.endswith(("small", ".partial")) for path in tmp_path.iterdir())
 
 
@@ -215,6 +268,7 @@ def test_info(run: Run, name: str):
     for word in ("2,450,112", "4 of dim 192", "8 of queries, 2 of keys, 32 wide", "plain-text tags", "v11"):
         assert word in told
     assert ("16.00 bits each" if name == "demo" else "4.51 bits each") in told
+    assert ("none" if name == "demo" else "4 bit in groups of 64 (affine)\n") in told
 
 
 def test_chat_from_a_pipe(run: Run, tmp_path: Path):
@@ -247,11 +301,16 @@ def test_chat_from_a_pipe(run: Run, tmp_path: Path):
 
 def test_what_goes_wrong_in_a_piped_chat_is_said(run: Run):
     lines = ["/load none.talk", "/save", "/budget much", "/export /", "/dance", "/undo"]
-    lines += ["/export ~nobody-of-this-name/a", "/save ~nobody-of-this-name/a", f"/budget {'9' * 5000}"]
+    lines += [
+        "/export ~nobody-of-this-name/a",
+        "/save ~nobody-of-this-name/a",
+        f"/budget {'9' * 5000}",
+        "/think maybe",
+    ]
     done = run("chat", *ASK[1:], stdin="\n".join(lines))
     assert (done.exit_code, done.stdout) == (0, "")
     told = done.stderr.splitlines()
-    assert len(told) == 8
+    assert len(told) == 9
     assert all("~nobody-of-this-name" in line for line in told[5:7])
     assert told[7] == told[2]
     assert "error: " in told[0]
@@ -262,6 +321,7 @@ def test_what_goes_wrong_in_a_piped_chat_is_said(run: Run):
     ]
     assert "cannot be written" in told[3]
     assert told[4] == "no such command; /help lists them"
+    assert told[8] == "error: expected on or off, found 'maybe'"
 
 
 class Terminal:
@@ -369,6 +429,7 @@ def test_ctrl_c_ends_ask_cleanly(tmp_path: Path):
 
 def test_a_chat_in_a_terminal(tmp_path: Path):
     terminal = Terminal("chat", "-m", "demo", "--top-p", "1", "--temperature", "9", cwd=tmp_path)
+    terminal.until("/help lists the commands")
     terminal.until("›")
     terminal.press(QUESTION + "\r")
     terminal.until("\x1b[1A\x1b[2K")

@@ -77,6 +77,25 @@ def test_a_dry_run_of_a_config_json(fake, fields, options, size):
     assert set(fake.served) == {"someone/hf/config.json"}
 
 
+def test_a_plan_reads_the_config_alone(fake):
+    done = run("plan", NAME, "--memory", "64GB", "--context", "8192")
+    assert done.exit_code == 0, done.stderr
+    assert "weights         47.1 GB" in done.stdout
+    assert set(fake.served) == {f"{NAME}/params.json"}
+
+
+def test_the_plan_of_what_is_here_agrees(fake):
+    """Of a quantized directory, with exceptions, and one of them no matrix of the decoder's."""
+    made = run("convert", "demo", "--out", "out", "--recipe", "mixed-4-6", "--override", "lm_head=bf16")
+    assert made.exit_code == 0, made.stderr
+    config = json.loads(Path("out/config.json").read_text())
+    config["quantization"]["vision_tower.layers.0.proj"] = False
+    fake.repos["someone/small"] = hf(**config)
+    here, there = (run("plan", name, "--memory", "16").stdout for name in ("out", "someone/small"))
+    assert here == there != ""
+    assert set(fake.served) == {"someone/small/config.json"}
+
+
 def test_the_dry_run_of_what_is_here_agrees(fake, tmp_path):
     """The plan from the config alone is the plan from the checkpoint."""
     source = models.write_hf(tmp_path / "source", replace(models.TINY, tie_embeddings=None))
@@ -104,7 +123,7 @@ def test_no_room_for_the_download_and_the_output(fake, monkeypatch, tmp_path):
     free(monkeypatch, 13 * 10**9)
     done = run("convert", NAME, "--out", "out", "--download")
     assert done.exit_code == 1
-    assert f"{tmp_path}/cache needs 0.0 GB more and out needs 13.3 GB more on disk and" in done.stderr
+    assert f"{tmp_path}/cache needs 0.0 MB more and out needs 13.3 GB more on disk and" in done.stderr
     assert "has 13.0 GB free; make room or use another disk" in done.stderr
     assert set(fake.served) == {f"{NAME}/params.json"}
     assert not Path("out").exists()

@@ -7,12 +7,11 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 
-from magistral_mlx import memory
 from magistral_mlx.config import MAGISTRAL, Scheme
 from magistral_mlx.convert import plan
 from magistral_mlx.convert.plan import SHARD_BYTES
 from magistral_mlx.convert.recipe import RECIPES, named, uniform
-from magistral_mlx.decoder.engine import PREFILL_CHUNK
+from magistral_mlx.memory import MemoryPlan, mac
 from tests import models
 
 GB = 10**9
@@ -148,25 +147,19 @@ def test_a_small_model_has_one_file():
 # What fits ------------------------------------------------------------------------------------------------
 
 
+def reply(name: str, context: int, gib: int) -> MemoryPlan:
+    weights = planned(named(name)).weight_bytes
+    return MemoryPlan(config=MAGISTRAL, weights=weights, context=context, machine=mac(gib))
+
+
 def test_what_a_reply_needs():
     """Weights, 160 KiB of KV cache a token, and less than 1.5 GB for a chunk of prompt on its way."""
-    weights = planned(named("4bit")).weight_bytes
     assert MAGISTRAL.kv_bytes_per_token(2) == 160 * 1024
     assert pytest.approx(40960 * 163840 / GB, abs=0.02) == 6.7
     for context in (8192, 40960):
-        held = weights + context * 163840
-        assert held < memory.needed(MAGISTRAL, weights, context, chunk=PREFILL_CHUNK) < held + 1.5 * GB
-
-
-def test_what_a_mac_gives():
-    """A 32 GB Mac gives its GPU about 21 to 24 GB."""
-    assert memory.mac_budget(32) / GB == pytest.approx(22.9, abs=0.05)
-    assert [memory.mac_budget(size) for size in (16, 24, 48, 64)] == [
-        16 * 2**30 * 2 // 3,
-        16 * 2**30,
-        36 * 2**30,
-        48 * 2**30,
-    ]
+        plan = reply("4bit", context, 32)
+        held = plan.weights + context * 163840
+        assert held < plan.total < held + 1.5 * GB
 
 
 @pytest.mark.parametrize(
@@ -181,5 +174,4 @@ def test_what_a_mac_gives():
     ],
 )
 def test_which_mac(name, context, fits):
-    needed = memory.needed(MAGISTRAL, planned(named(name)).weight_bytes, context, chunk=PREFILL_CHUNK)
-    assert [needed <= memory.mac_budget(size) for size in (16, 24, 32, 48, 64)] == fits
+    assert [reply(name, context, gib).fits for gib in (16, 24, 32, 48, 64)] == fits

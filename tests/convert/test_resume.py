@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 
 import mlx.core as mx
@@ -194,20 +194,22 @@ def test_what_is_done_is_not_done_again(source, whole, tmp_path):
 
 @pytest.mark.parametrize("moments", [5, pytest.param(30, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(source, whole, tmp_path, moments):
-    rng = random.Random(moments)
+    rng, latest = random.Random(moments), 0.3
     unfinished = 0
-    for moment in range(moments):
-        out = tmp_path / str(moment) / "out"
+    for attempt in count():
+        out = tmp_path / str(attempt) / "out"
         with child(source, out, SLOWLY) as process:
             assert process.stdout.readline() == "begun\n"
-            time.sleep(rng.uniform(0, 0.3))
+            time.sleep(rng.uniform(0, latest))
             process.kill()
-        unfinished += work_directory(out).exists()
         if out.exists() and not work_directory(out).exists():
+            latest /= 2  # it came too late: on a busy machine the test is slower than the conversion
             assert hashes(out) == whole
-        else:
-            assert_goes_on(source, out, whole)
-    assert unfinished > moments / 2
+            continue
+        assert_goes_on(source, out, whole)
+        unfinished += 1
+        if unfinished == moments:
+            break
 
 
 # The journal --------------------------------------------------------------------------------------------
@@ -665,7 +667,7 @@ def test_the_disk_is_full(source, whole, tmp_path):
             run(source, out, progress=fill)
         assert not out.exists()
         with pytest.raises(
-            ConversionError, match=r"needs .* GB more on disk and .* has 0\.0 GB free; make room"
+            ConversionError, match=r"needs .* GB more on disk and .* has 0\.0 MB free; make room"
         ):
             run(source, out)
         filler.unlink()

@@ -192,7 +192,7 @@ def test_no_room_for_a_download(big, monkeypatch, tmp_path):
     free(monkeypatch, everything - 1)
     big.repos["someone/big"]["consolidated.safetensors"] = BIG
     with pytest.raises(
-        HubError, match=r"'someone/big' is not downloaded: .*cache needs 0\.0 GB more on disk and"
+        HubError, match=r"'someone/big' is not downloaded: .*cache needs 0\.3 MB more on disk and"
     ):
         hub.resolve("someone/big", download=True)
     assert not big.served
@@ -229,7 +229,7 @@ def test_room_for_the_download_and_what_comes_of_it(big, monkeypatch, tmp_path):
         return {tmp_path / "out": 1000}
 
     free(monkeypatch, everything + 900)
-    with pytest.raises(HubError, match=r"cache needs .* GB more and .*out needs 0\.0 GB more on disk and"):
+    with pytest.raises(HubError, match=r"cache needs .* MB more and .*out needs 0\.0 MB more on disk and"):
         hub.resolve("someone/big", download=True, then=then)
     assert seen == ["params.json"]
     assert big.served == Counter(["someone/big/params.json"])

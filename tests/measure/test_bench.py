@@ -1,3 +1,4 @@
+import io
 import json
 import subprocess
 import sys
@@ -6,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from benchmarks import tokens_per_second
 from magistral_mlx import MagistralError
@@ -192,7 +194,9 @@ def test_trials_take_turns_with_the_same_ids(monkeypatch: pytest.MonkeyPatch):
         jobs.append(job)
         begin("load")
         points = [timed(len(ids), 1.0, 10.0)["points"][0] for ids in job["prompts"]]
-        return {"import_seconds": 1.0, "load_seconds": 1.0, "reply": None, "points": points}
+        return {"import_seconds": 1.0, "load_seconds": 1.0, "reply": None, "speculated": None} | {
+            "points": points
+        }
 
     monkeypatch.setattr(bench, "spawn", spawn)
     monkeypatch.setattr(machine, "measured_bandwidth", lambda: 1e9)
@@ -215,7 +219,9 @@ def test_trials_take_turns_with_the_same_ids(monkeypatch: pytest.MonkeyPatch):
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """One real run on the demo, in a directory of its own."""
     out = tmp_path_factory.mktemp("bench") / "new" / "here.json"
-    done = CliRunner().invoke(command.bench, ["demo", *QUICK, "--json", str(out)], catch_exceptions=False)
+    done = CliRunner().invoke(
+        command.bench, ["demo", *QUICK, "--speculate", "--json", str(out)], catch_exceptions=False
+    )
     assert done.exit_code == 0, done.output
     return done.stdout, out
 
@@ -235,7 +241,8 @@ def test_a_run_writes_what_the_docs_describe(measured: tuple[str, Path]):
     assert (context["context"], report["settings"]["trials"], report["ratios"]) == (24, 1, [])
     assert context["decode_tokens_per_second"]["median"] > 0
     assert context["peak_bytes"] > report["model"]["weight_bytes"]
-    assert report["reply"]["thinking_tokens"] == 8
+    assert report["reply"]["thinking_tokens"] == report["speculated"]["thinking_tokens"] == 8
+    assert report["reply"]["tokens_per_pass"] == 1 <= report["speculated"]["tokens_per_pass"]
     assert str(Path.home()) not in json.dumps(report)
 
 
@@ -244,10 +251,26 @@ def test_a_run_prints_a_table_and_a_row(measured: tuple[str, Path]):
     report = json.loads(out.read_text())
     assert report["machine"]["chip"] in printed
     assert "GB/s" in printed
+    assert f"{report['speculated']['tokens_per_pass']:.2f} tokens per pass" in printed
     row = command.markdown(report)
     assert row in printed
     head = next(line for line in DOCS.splitlines() if line.startswith("| machine"))
     assert row.count("|") == head.count("|")
+
+
+def test_the_table_is_whole_in_80_columns(measured: tuple[str, Path]):
+    report = json.loads(measured[1].read_text())
+    (row,) = report["summary"][bench.OURS]["contexts"]
+    row |= {"context": 40_960, "first_token_seconds": {"median": 1234.5}, "peak_bytes": 21.4e9}
+    row["decode_tokens_per_second"] = {"median": 123.4, "min": 122.1, "max": 125.6}
+    told = io.StringIO()
+    for part in command.shown(report):
+        Console(file=told, width=80).print(part)
+    figures = next(line for line in told.getvalue().splitlines() if "40960" in line)
+    assert figures.split()[:2] == ["40960", "magistral_mlx"]
+    for figure in ("1234.50 s", "123.4", "122.1–125.6", "21.4 GB"):
+        assert figure in figures
+    assert "…" not in told.getvalue()
 
 
 def test_a_chart_or_why_there_is_none(

@@ -74,7 +74,7 @@ def written(reply: Locator) -> Locator:
 def test_a_question_is_answered_kept_and_forgotten(visit, served):
     page = visit(served.url)
     expect(page.locator("#question")).to_be_focused()
-    expect(page.locator("#model")).to_have_text(HUB_ID)
+    expect(page.locator("#model")).to_have_text(HUB_ID.partition("/")[2])
     reply = written(ask(page, QUESTION))
     expect(reply.locator(".text")).to_contain_text("7")
     expect(reply.locator("summary")).to_contain_text("Thought for")
@@ -89,6 +89,29 @@ def test_a_question_is_answered_kept_and_forgotten(visit, served):
     expect(page.locator("#welcome")).to_be_visible()
     page.reload()
     expect(page.locator("#turns > li")).to_have_count(0)
+
+
+def test_a_screen_reader_knows_who_speaks(visit, served):
+    page = visit(served.url)
+    written(ask(page, QUESTION))
+    expect(page.get_by_role("log", name="Conversation").get_by_role("list")).to_match_aria_snapshot("""
+        - list:
+          - listitem:
+            - heading "You said" [level=2]
+            - text: What is 3 + 4?
+            - button "Copy"
+            - button "Edit"
+          - listitem:
+            - heading "Magistral said" [level=2]
+            - group: /Thought for .*/
+            - paragraph
+            - button "Copy"
+            - button "Answer again"
+    """)
+    page.locator("#open-settings").click()
+    dialog = page.get_by_role("dialog", name="Settings")
+    for name in ("Thinking limit tokens", "Reply limit tokens", "Temperature", "Top p", "Seed"):
+        expect(dialog.get_by_role("spinbutton", name=name, exact=True)).to_be_visible()
 
 
 def test_settings_are_kept_and_sent(visit, served):
@@ -166,6 +189,7 @@ def test_thinking_is_seen_and_ended(visit, slow):
     expect(reply.locator("summary")).to_contain_text("Thinking")
     expect(page.locator("#send")).to_be_hidden()
     reply.locator(".answer-now").click()
+    expect(reply.locator("summary")).to_be_focused()  # and not nothing: the button is gone
     expect(reply).to_have_attribute(
         "data-phase", "answering"
     )  # the scripted model says the rest as its answer
@@ -209,7 +233,7 @@ def test_a_key_is_asked_for(visit, tiny_tokenizer):
         page.locator("#ask-key[open]").wait_for()
         page.fill("#ask-key [name=key]", "a-key")
         page.press("#ask-key [name=key]", "Enter")
-        expect(page.locator("#model")).to_have_text(HUB_ID)
+        expect(page.locator("#model")).to_have_text(HUB_ID.partition("/")[2])
         expect(written(ask(page, QUESTION)).locator(".text")).to_have_text("Yes.")
 
 
@@ -239,7 +263,9 @@ def test_what_goes_wrong_is_told_and_may_be_tried_again(visit, served):
         else:
             ask(page, QUESTION)
         expect(page.locator(".assistant .problem")).to_contain_text(told)
+        expect(page.locator("#status")).to_contain_text(told)
     page.locator(".assistant .problem button").click()
+    expect(page.locator("#question")).to_be_focused()
     expect(written(page.locator(".assistant")).locator(".text")).to_contain_text("7")
     expect(page.locator(".problem:visible")).to_have_count(0)
 
@@ -385,6 +411,15 @@ def test_on_a_phone(visit, served):
     expect(page.locator("#turns > li")).to_have_count(0)
     page.locator("#send").tap()
     written(page.locator(".assistant"))
+    page.locator(".assistant .actions [data-do=again]").tap()
+    written(page.locator(".assistant"))
+    expect(page.locator("#question")).not_to_be_focused()  # its keyboard would cover the reply
+    page.locator("#open-settings").tap()
+    for size in page.locator("#settings :is(input:not([type=checkbox]), textarea)").evaluate_all(
+        "fields => fields.map((field) => parseFloat(getComputedStyle(field).fontSize))"
+    ):
+        assert size >= 16  # a phone zooms into what is smaller
+    page.locator("#settings menu button:not(.quiet)").tap()
     shown(
         page, "```\n" + "x" * 300 + "\n```\n\n$$" + "x+" * 100 + "x$$\n\n|" + " a |" * 30 + "\n|" + "--|" * 30
     )

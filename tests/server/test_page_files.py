@@ -113,6 +113,33 @@ def test_every_icon_button_has_a_name(elements):
             assert attrs["aria-label"]
 
 
+def light(colour: str) -> float:
+    """Relative luminance, as WCAG 2 defines it."""
+    parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    red, green, blue = (
+        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
+    )
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_text_can_be_read(scheme: int):
+    """WCAG's 4.5 : 1 of every colour of text on every ground that it may stand on."""
+    style = (PAGE / "style.css").read_text()
+    pairs = re.findall(r"--([\w-]+): light-dark\((#\w{6}), (#\w{6})\)", style)
+    colours = {name: light(pair[scheme]) for name, *pair in pairs}
+    code = [light(pair[scheme]) for pair in re.findall(r"color: light-dark\((#\w{6}), (#\w{6})\)", style)]
+    grounds = [(colours["raised"], code), (colours["accent"], [colours["on-accent"]])]
+    grounds += [
+        (colours[ground], [colours[text] for text in ("text", "faint", "accent", "bad")])
+        for ground in ("ground", "raised", "soft")
+    ]
+    assert len(code) == 4
+    for ground, texts in grounds:
+        for text in texts:
+            assert (max(ground, text) + 0.05) / (min(ground, text) + 0.05) >= 4.5
+
+
 @pytest.mark.parametrize("package", VERSIONS, ids=lambda package: package["package"])
 def test_vendored_files_are_as_recorded(package):
     assert re.fullmatch(r"\d+\.\d+\.\d+", package["version"])

@@ -94,12 +94,14 @@ def test_an_allowed_site_may_ask_and_read(guarded: Running):
         ({"Authorization": "Bearer secret"}, True),
         ({"authorization": "bearer secret"}, True),
         ({"x-api-key": "secret"}, True),
+        ({"Authorization": "Bearer another", "x-api-key": "secret"}, True),
         ({}, False),
         ({"Authorization": "Bearer "}, False),
         ({"Authorization": "Bearer secreT"}, False),
         ({"Authorization": "Bearer sécret"}, False),
         ({"Authorization": "Basic secret"}, False),
         ({"x-api-key": "secret2"}, False),
+        ({"x-api-key": ""}, False),
     ],
 )
 def test_the_key(guarded: Running, headers: dict[str, str], known: bool):
@@ -238,7 +240,9 @@ def test_an_error_in_mid_stream_is_told_there(served: Running, monkeypatch: pyte
 
 
 def test_an_address_that_is_taken():
-    with bind("127.0.0.1", 0) as first, pytest.raises(ServerError, match="cannot be listened on"):
+    with pytest.raises(ServerError, match=r"192\.0\.2\.1:0 cannot .*; --host is an address of this machine"):
+        bind("192.0.2.1", 0)  # an address for documentation: nobody's
+    with bind("127.0.0.1", 0) as first, pytest.raises(ServerError, match="choose another --port"):
         bind("127.0.0.1", first.getsockname()[1])
 
 

@@ -373,6 +373,24 @@ def test_mistakes_in_completions(served: Running, body: object):
     refused(served.post("/v1/completions", body), served.post("/v1/completions", body).error["code"])
 
 
+def test_mistakes_are_not_quoted_at_length(served: Running):
+    book = 100_000 * "x"
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    for path, asked in (
+        (CHAT, ASK | {"tools": tools, "tool_choice": book}),
+        ("/v1/messages", {"max_tokens": 1, "messages": [{"role": "user", "content": [{"type": book}]}]}),
+    ):
+        answer = served.post(path, asked)
+        assert (answer.status, len(answer.body) < 2000) == (400, True)
+
+
+def test_a_body_without_its_type_is_told_of_it(served: Running):
+    form = {"Content-Type": "application/x-www-form-urlencoded"}  # as curl has it
+    told = served.call("POST", CHAT, json.dumps(ASK).encode(), form)
+    assert told.status == 400
+    assert "Content-Type: application/json" in told.error["message"]
+
+
 def test_what_is_not_there(served: Running):
     assert served.get("/v1/nothing").error["type"] == "not_found_error"
     assert served.get(CHAT).status == 405

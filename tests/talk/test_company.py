@@ -174,7 +174,7 @@ def test_a_long_prompt_is_read_by_pieces_between_steps(demo: Magistral, watching
 def test_what_prompts_will_take_is_counted(demo: Magistral, monkeypatch: pytest.MonkeyPatch):
     """Of two that fit one by one, the second is refused before the first has read anything."""
     guard, company, prompt = demo._guard, demo.new_company(), [7] * 300
-    needs = guard.kv(len(prompt), kv_bits=None)
+    needs = guard.kv(len(prompt))
     held = max(mx.get_active_memory() - guard.weights, 0)
     plan = replace(guard._plan, context=len(prompt), held=held)
     machine = replace(plan.machine, budget=plan.total + needs // 2)

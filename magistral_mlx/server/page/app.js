@@ -104,15 +104,17 @@ function failed(turn, error) {
       ? 'The connection broke off. Is the server still running?'
       : 'The server cannot be reached. Is it still running?';
   }
+  if (turn.problem) tell(turn.problem);
 }
 
 function stop() {
   running?.abort.abort();
-  question.focus();
+  write();
 }
 
 async function answerNow() {
   tell('Asked for the answer');
+  list.lastElementChild.querySelector('summary').focus(); // the button goes, and the focus with it
   await stopThinking(running.id, key()).catch((error) => tell(error.message));
 }
 
@@ -143,6 +145,7 @@ function made(turn) {
   const item = $('turn').content.firstElementChild.cloneNode(true);
   item.turn = turn;
   item.className = turn.role;
+  item.querySelector('.who').textContent = turn.role === 'user' ? 'You said' : 'Magistral said';
   const others = turn.role === 'user' ? '.thinking, .answer-now, .problem, [data-do=again]' : '[data-do=edit]';
   for (const part of item.querySelectorAll(others)) part.remove();
   item.querySelector('.thinking')?.addEventListener('toggle', ({ target }) => { if (target.open) paint(item); });
@@ -223,6 +226,12 @@ addEventListener('scroll', () => {
 
 // --- what a person does ---
 
+const touched = () => matchMedia('(hover: none)').matches; // then focus would bring up the keyboard
+
+function write() {
+  if (!touched()) question.focus();
+}
+
 function send(text) {
   if (running || !text.trim()) return;
   if (editing) turns.length = turns.indexOf(editing);
@@ -244,6 +253,7 @@ function again(turn) {
   if (running) return;
   turns.length = turns.indexOf(turn);
   editing = null;
+  write();
   reply();
 }
 
@@ -281,8 +291,7 @@ function ready() {
 question.addEventListener('input', ready);
 
 question.addEventListener('keydown', (event) => {
-  const byHand = matchMedia('(hover: none)').matches; // a phone's keyboard has no Shift + Enter
-  if (event.key !== 'Enter' || event.shiftKey || event.isComposing || byHand) return;
+  if (event.key !== 'Enter' || event.shiftKey || event.isComposing || touched()) return; // no Shift + Enter there
   event.preventDefault();
   send(question.value);
 });
@@ -352,7 +361,8 @@ $('ask-key').querySelector('form').addEventListener('submit', ({ target }) => {
 async function greet() {
   try {
     const [first] = await models(key());
-    $('model').textContent = first.id;
+    $('model').textContent = first.id.split('/').at(-1);
+    $('model').title = first.id;
   } catch (error) {
     if ([401, 403].includes(error.status)) askKey();
     else $('hint').textContent = 'The server cannot be reached.';
