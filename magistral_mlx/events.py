@@ -1,11 +1,11 @@
-"""What a stream yields, and the tool calls it amounts to: frozen values, no arrays.
+"""Events of a stream, tool calls and statistics: frozen values, no arrays.
 
-`ThinkToken`, `AnswerToken` and `ToolCallToken` carry text as it becomes visible and the ids that brought it.
-Ids without visible text of their own (a tag, half a character, the end of text) ride on the next event, so
-the ids of all events, joined, are those of the reply: sampled, but for a closing tag that was said for the
-model, which has an event of its own. `Finished` comes last, once.
+`ThinkToken`, `AnswerToken` and `ToolCallToken` carry text as it becomes visible, and the token ids it was
+decoded from. Ids without visible text of their own (a tag, half a character, end of text) are attached to the
+next event, so that the ids of all events, joined, are those of the reply. All are sampled, except those of a
+closing tag that was forced, which has an event of its own. `Finished` comes last, once.
 
-Does not know: how text is split into phases (`thinking`), how ids become text (`tokenizer`, `transcript`).
+Does not know how text is split into phases (`thinking`), how ids become text (`tokenizer`, `transcript`).
 """
 
 import json
@@ -16,17 +16,17 @@ from .errors import PromptError
 
 FinishReason: TypeAlias = Literal["stop", "tool_calls", "length", "loop", "cancelled"]
 """`stop`: end of text or a stop string; `tool_calls`: the same, and there are calls to answer; `length`:
-max_tokens or the context is spent; `loop`: the answer went round in circles; `cancelled`: closed early (on a
-`Reply` only: a closed stream yields nothing more)."""
+max_tokens or the context is spent; `loop`: the answer repeated itself without end; `cancelled`: closed early
+(on a `Reply` only: a closed stream yields nothing more)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ThinkToken:
     """A piece of the reasoning, tags and outer white space stripped.
 
-    forced: the ids were not sampled but said for the model: the tag that closes its reasoning early. Such
-        an event has these ids only, and no text; sampled ids that waited for text come before it, on an event
-        that may have no text either.
+    forced: the ids were not sampled but inserted: the tag that closes the reasoning early. Such an event has
+        these ids only, and no text; sampled ids that are still without text come before it, on an event that
+        may have no text either.
     """
 
     text: str
@@ -46,8 +46,8 @@ class AnswerToken:
 class ToolCallToken:
     """A piece of a tool call. The first one has the call's `id` and `name`; `text` is of its arguments.
 
-    Pieces are a preview: a call that breaks off, or whose arguments are no JSON object, is said again as text
-    of the answer and is not among `Reply.tool_calls`.
+    Pieces are provisional: a call that is cut off, or whose arguments are no JSON object, is emitted again as
+    text of the answer and is not among `Reply.tool_calls`.
 
     index: of the call, counted as calls begin.
     """
@@ -96,17 +96,17 @@ class Stats:
     """Where tokens and seconds went in one reply.
 
     `thinking_tokens + answer_tokens` is every id of the reply, tags and end of text included: an id counts
-    for the phase that it leads to. Seconds are the model's; those in which nobody asked for the next event
-    are not counted.
+    for the phase that it leads to. Seconds are those of computing; time in which the consumer did not ask for
+    the next event is not counted.
 
-    cached_tokens: of the prompt, read in an earlier turn and not again.
-    forced_tokens: of the thinking, said for the model to close its reasoning.
-    forward_passes: of the model, for what it said itself: as many as ids, unless it speculates.
+    cached_tokens: of the prompt, found in the KV cache of an earlier turn.
+    forced_tokens: of the thinking, inserted to close the reasoning.
+    forward_passes: of the model, for the sampled ids: one each, or fewer with speculation.
     first_token_seconds, first_answer_seconds: from the start to the first id, and to the first of the answer
         (0: there was none).
-    peak_memory: bytes of arrays in this process at their most while this reply's own steps ran, by MLX's
-        counter: the model, this reply's cache and whatever others hold; not what the steps of another stream
-        took in between. For it MLX's counter is set to 0 at every step.
+    peak_memory: peak bytes of arrays in this process while this reply's own steps ran, by MLX's counter: the
+        model, this reply's KV cache and whatever else is held; not what the steps of another stream took in
+        between. MLX's counter is reset at every step for this.
     """
 
     prompt_tokens: int = 0
@@ -138,7 +138,7 @@ class Stats:
 
     @property
     def tokens_per_pass(self) -> float:
-        """1 without speculation; with it, as many more as guesses were right."""
+        """1 without speculation; with it, 1 and the accepted drafts per pass."""
         own = self.thinking_tokens + self.answer_tokens - self.forced_tokens
         return own / self.forward_passes if self.forward_passes else 0.0
 

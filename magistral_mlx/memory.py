@@ -1,7 +1,7 @@
-"""What fits: the bytes that a model, its KV cache and a prompt take against what a machine can give.
+"""What fits: the bytes that weights, KV cache and activations take, against the memory that a machine has.
 
-Does not know files or formats: shapes and sizes are handed in. Nothing here sets a limit; where a higher one
-would help, its command is told.
+Does not know files or formats: shapes and sizes are passed in. Nothing here sets a limit; where a higher
+wired limit would help, the command that sets it is named.
 
     weights     as they were loaded
     KV cache    grows with the context, by 256 positions at a time
@@ -34,7 +34,7 @@ _FUSED_HEADS = (64, 80, 128)
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What a machine has and may give to arrays, in bytes. `metal`: its GPU computes, else its CPU does."""
+    """A machine's memory, and its part that arrays may use (`budget`), in bytes. metal: its GPU computes."""
 
     memory: int
     budget: int
@@ -43,13 +43,13 @@ class Machine:
 
     @property
     def highest_limit(self) -> int:
-        """As far as the GPU's limit may be raised: an eighth is left to macOS, and never less than 3 GiB."""
+        """How far the GPU's limit may be raised: macOS keeps an eighth, and at least 3 GiB."""
         return self.memory - max(3 * 2**30, self.memory // 8) if self.metal else 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """A reply with `context` positions in the end, of which `prompt` (all, if not said) were read.
+    """A reply that ends at `context` positions, of which `prompt` (None: all) are the prompt.
 
     weights: bytes. itemsize: of what is computed in, 2 on Metal, 4 on a CPU. kv_bits: None or 8.
     quantize_after: positions up to which a cache is kept as it is in spite of `kv_bits`.
@@ -69,12 +69,12 @@ class MemoryPlan:
 
     @property
     def kv(self) -> int:
-        """Bytes of the cache in the end."""
+        """Bytes of the KV cache at the end."""
         return self._kv(self.context)
 
     @property
     def transient(self) -> int:
-        """Bytes above weights and final cache, at the moment that takes most."""
+        """Peak bytes besides the weights and the final KV cache."""
         prompt = self.context if self.prompt is None else self.prompt
         last, longest_kept = prompt % self.chunk, min(self.quantize_after, self.context)
         passes = [(self.chunk, prompt - last), (last, prompt), (1, self.context)]  # (L, T)
@@ -155,7 +155,7 @@ class MemoryPlan:
 
 
 class Guard:
-    """Looks ahead for one model: refuses what cannot fit, warns once of what may outgrow memory."""
+    """Checks loads and replies of one model: refuses what cannot fit, warns once of what might not."""
 
     def __init__(
         self,

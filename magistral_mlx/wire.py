@@ -1,6 +1,6 @@
-"""What passes between the two columns beside ids: a guide in, log-probabilities and costs out.
+"""What text and array modules exchange besides token ids: a guide in, log-probabilities and costs out.
 
-Plain frozen values, known to both. Does not know what an id means, nor arrays.
+Plain frozen values. Does not know what an id means, nor arrays.
 """
 
 from collections.abc import Sequence
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Guide:
-    """How a reply is to go on behind the id that was just drawn.
+    """How a reply continues after the token id that was just sampled.
 
-    said: ids that follow it, in place of what the model would have drawn.
-    allowed: the ids that may be drawn from then on, as bits (id i: bit i % 8 of byte i // 8); None: as
-        before.
+    said: ids that are forced next, instead of sampled ones.
+    allowed: mask of the ids that may be sampled from then on (id i: bit i % 8 of byte i // 8); None: the mask
+        stays as it is.
     """
 
     said: Sequence[int] = ()
@@ -26,7 +26,7 @@ AS_BEFORE = Guide()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLogprob:
-    """How likely the model held one id, by its own distribution: temperature 1, nothing filtered.
+    """Log-probability of one token id by the model's own distribution: temperature 1, nothing filtered.
 
     logprob: natural logarithm, at most 0.
     top: the likeliest ids and theirs, likeliest first; as many as were asked for.
@@ -39,11 +39,11 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a step took: seconds, and bytes of memory at their most."""
+    """What a step took: seconds, and peak bytes of memory."""
 
     seconds: float = 0.0
     peak: int = 0
 
     def then(self, later: "Cost") -> "Cost":
-        """Of both steps, one after the other."""
+        """The cost of both steps, one after the other."""
         return Cost(self.seconds + later.seconds, max(self.peak, later.peak))

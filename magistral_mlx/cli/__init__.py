@@ -2,13 +2,13 @@
 
     common   what commands share
     convert  convert, verify, info
-    plan     what fits
+    plan     what fits into memory
     bench    tokens per second
-    doctor   is this machine right?
+    doctor   does this machine compute correctly?
     serve    the local server
-    launchd  such an agent's property list, loaded and removed
-    service  the server as an agent of a Mac
-    repl     the lines a user types
+    launchd  a launchd agent's property list, loaded and removed
+    service  the server as a launchd agent
+    repl     the interactive chat
     app      ask, chat, models; all commands
 
 Each imports only what stands above it.

@@ -1,4 +1,4 @@
-"""The command `bench`: what `bench` measures, as a table, a JSON file, a row of Markdown and a chart."""
+"""The command `bench`: what `measure.bench` measures as a table, JSON, a row of Markdown and a chart."""
 
 import json
 from collections.abc import Callable, Generator

@@ -10,10 +10,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from magistral_mlx.errors import HubError
-from magistral_mlx.fetch import hub
+from magistral_mlx.fetch import hub, last_model
 
 if TYPE_CHECKING:
     from magistral_mlx.talk.stream import Stream
+
+
+def chosen(name: str | None) -> str:
+    """The model that was named, or else the one used last."""
+    found = last_model.last_used() if name is None else name
+    if found is None:
+        raise click.UsageError(f"no model was used yet: give --model demo, or --model {hub.RECOMMENDED}")
+    return found
 
 
 def resolve(name: str, *, download: bool, then: hub.Needs | None = None) -> hub.Local:

@@ -150,11 +150,11 @@ def info(model: str) -> None:
     found = resolve(model, download=False)
     checkpoint, tokenizer = open_checkpoint(found.weights), Tokenizer.from_directory(found.words)
     config, packed = checkpoint.config, checkpoint.config.quantization
-    on_disk = sum(tensor.entry.nbytes for tensor in checkpoint.tensors.values())
+    stored = checkpoint.stored_bytes
     rows = {
         "layout": checkpoint.layout,
         "parameters": f"{config.parameters:,}",
-        "weights": f"{size(on_disk)}, {on_disk * 8 / config.parameters:.2f} bits each",
+        "weights": f"{size(stored)}, {stored * 8 / config.parameters:.2f} bits each",
         "quantization": _quantization(packed) if packed else "none",
         "layers": f"{config.n_layers} of dim {config.dim}, feed-forward {config.hidden_dim}",
         "heads": f"{config.n_heads} of queries, {config.n_kv_heads} of keys, {config.head_dim} wide",

@@ -11,7 +11,7 @@ import click
 
 from magistral_mlx.errors import ServerError
 
-from .common import resolve
+from .common import chosen, resolve
 
 _NEEDED = ("fastapi", "uvicorn", "sse_starlette", "prometheus_client")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -103,9 +103,7 @@ def serve(**options: Unpack[_Serving]) -> None:
         origins=frozenset(options["allow_origin"]),
     )
     listening = bind(host, options["port"])
-    name = last_model.last_used() if options["model"] is None else options["model"]
-    if name is None:
-        raise click.UsageError(f"no model was used yet: give --model demo, or --model {hub.RECOMMENDED}")
+    name = chosen(options["model"])
     resolve(name, download=options["download"])
     kv_bits = 8 if options["kv_bits"] == "8" else None
     quantize_after = options["quantize_after"]

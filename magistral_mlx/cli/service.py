@@ -13,10 +13,10 @@ import click
 from click.core import ParameterSource
 
 from magistral_mlx.errors import ServerError
-from magistral_mlx.fetch import hub, last_model
+from magistral_mlx.fetch import hub
 
 from . import launchd
-from .common import resolve
+from .common import chosen, resolve
 from .serve import check, serve
 
 
@@ -77,13 +77,10 @@ def _words(options: tuple[str, ...]) -> list[str]:
         if context.params["api_key"] is not None:
             raise ServerError("a key would be there for all to see; put it in a file, for --api-key-file")
         check(context.params)  # type: ignore[arg-type]
-        given = context.params["model"]
-        name = last_model.last_used() if given is None else given
-        if name is None:
-            raise click.UsageError(f"no model was used yet: give --model demo, or --model {hub.RECOMMENDED}")
+        name = chosen(context.params["model"])
         resolve(name, download=context.params["download"])
-        here = name != "demo" and Path(name).is_dir()
-        return ["serve", "--model", str(Path(name).resolve()) if here else name, *_others(context)]
+        here = None if name == "demo" else hub.directory(name)
+        return ["serve", "--model", str(here.resolve()) if here else name, *_others(context)]
 
 
 def _others(context: click.Context) -> Iterator[str]:

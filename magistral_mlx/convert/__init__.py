@@ -1,8 +1,8 @@
 """Arrays: a checkpoint → a quantized MLX directory, in the memory of one block of rows.
 
     recipe      precision of each matrix
-    plan        an output, before it is written
-    job         what is to be converted
+    plan        the layout of the output, before it is written
+    job         the settings of a conversion
     quantize    a tensor, block by block
     conversion  plan + quantize + journal → verified → published by one rename
 

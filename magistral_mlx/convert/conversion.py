@@ -109,20 +109,12 @@ def _check_source(job: Job, journal: Journal) -> None:
 
 
 def _write_weights(job: Job, planned: Plan, journal: Journal, progress: Callable[[Progress], None]) -> None:
-    """Headers, then every tensor that the journal does not know yet, each durable before it does."""
+    """Write every tensor that the journal does not list yet; each is flushed before it is listed."""
     tensors = job.checkpoint.tensors
     done, total = 0, sum(tensors[name].entry.nbytes for name in planned.outputs)
     _check_kept(planned, journal)
     with ExitStack() as stack:
-        files: dict[str, int] = {}
-        for name, head in planned.heads.items():
-            files[name] = os.open(journal.out / name, os.O_RDWR | os.O_CREAT, 0o644)
-            stack.callback(os.close, files[name])
-            os.ftruncate(files[name], planned.file_bytes(name))
-            _pwrite(files[name], memoryview(head), 0)
-            flush(files[name])
-            fault("header")
-        flush_directory(journal.out)
+        files = _open_outputs(planned, journal, stack)
         for name, outputs in planned.outputs.items():
             if name in journal.done:
                 done += tensors[name].entry.nbytes
@@ -139,11 +131,25 @@ def _write_weights(job: Job, planned: Plan, journal: Journal, progress: Callable
                 for entry, part in zip(outputs, block.parts, strict=True):
                     _pwrite(fd, to_bytes(part), entry.offset + block.first * entry.row_bytes)
                 loss.add(block)
-                done += block.rows * tensors[name].row_bytes
+                done += block.rows * tensors[name].entry.row_bytes
                 fault("block")
                 progress(Progress(done=done, total=total, tensor=name))
             flush(fd)
             journal.record(name, loss.relative())
+
+
+def _open_outputs(planned: Plan, journal: Journal, stack: ExitStack) -> dict[str, int]:
+    """The output files by name, of their final size and with their headers; `stack` closes them."""
+    files: dict[str, int] = {}
+    for name, head in planned.heads.items():
+        files[name] = os.open(journal.out / name, os.O_RDWR | os.O_CREAT, 0o644)
+        stack.callback(os.close, files[name])
+        os.ftruncate(files[name], planned.file_bytes(name))
+        _pwrite(files[name], memoryview(head), 0)
+        flush(files[name])
+        fault("header")
+    flush_directory(journal.out)
+    return files
 
 
 def _check_kept(planned: Plan, journal: Journal) -> None:

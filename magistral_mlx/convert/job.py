@@ -1,6 +1,6 @@
-"""What a conversion is to do, and how a later run knows it for the same.
+"""The settings of a conversion, and the fingerprint by which a later run recognizes it.
 
-Knows what was asked for. Does not know how it is done (`convert`), nor what of it is done (`journal`).
+Does not know how it is carried out (`conversion`), nor how far it is (`journal`).
 """
 
 import hashlib
@@ -72,7 +72,7 @@ class Job:
         }
 
     def source(self) -> dict[str, str]:
-        """The source's files as a glance tells them apart."""
+        """Size and modification time of each source file."""
         stats = {file.name: file.stat() for file in self.checkpoint.files}
         return {
             f"source {name}": f"{stat.st_size} bytes of time {stat.st_mtime_ns}"

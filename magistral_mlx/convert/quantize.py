@@ -41,7 +41,7 @@ class Block:
 
 @dataclass(slots=True)
 class Loss:
-    """What rounding took from a tensor, over its blocks."""
+    """A tensor's quantization error, summed over its blocks."""
 
     lost: float = 0.0
     had: float = 0.0
@@ -78,7 +78,7 @@ def blocks(
     """
     tensor, packed = checkpoint.tensors[name], checkpoint.scheme(name.removesuffix(".weight"))
     rows = tensor.entry.shape[0]
-    row_bytes = tensor.row_bytes * 16 // packed.bits if packed else tensor.row_bytes
+    row_bytes = tensor.entry.row_bytes * 16 // packed.bits if packed else tensor.entry.row_bytes
     step = max(BLOCK_BYTES // (row_bytes * tensor.block), 1) * tensor.block
     spans = [(first, min(first + step, rows)) for first in range(0, rows, step)]
     source = (

@@ -3,9 +3,9 @@
     configfile  params.json, config.json → config, checked
     tensorfile  one .safetensors, read by rows
     checkpoint  any layout → tensors by name; Mistral's native names stand here
-    manifest    proof of a conversion
-    journal     what is durable
-    room        on disks, for what is to come
+    manifest    hashes and errors of a conversion
+    journal     the log by which a conversion resumes
+    room        free disk space
 
 Each imports only what stands above it.
 """

@@ -62,10 +62,6 @@ class Tensor:
         """Rows that must be read together: a whole head where rows change places, else one."""
         return self.entry.shape[0] // self.heads if self.heads else 1
 
-    @property
-    def row_bytes(self) -> int:
-        return self.entry.nbytes // self.entry.shape[0]
-
     def read(self, start: int = 0, stop: int | None = None) -> mx.array:
         """Rows `start:stop` in the model's order; both are multiples of `block`."""
         return self.reorder(self.entry.read(start, stop))
@@ -94,6 +90,11 @@ class Checkpoint:
     def dtype(self) -> mx.Dtype:
         """What weights, or packed ones' scales, are stored in. The norms tell: they are always floats."""
         return DTYPES[self.tensors["model.norm.weight"].entry.dtype]
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all tensors, as the files have them."""
+        return sum(tensor.entry.nbytes for tensor in self.tensors.values())
 
     def scheme(self, path: str) -> Scheme | None:
         """How the matrix at `path` is quantized: the files say whether, the config says how."""

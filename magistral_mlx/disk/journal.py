@@ -1,4 +1,4 @@
-"""What of a conversion is durable: a work directory beside the target, with a log of what was finished.
+"""A conversion's write-ahead state: a work directory beside the target, with a log of the finished tensors.
 
     .NAME.partial/            beside the directory NAME that will be
         journal.jsonl         the conversion's fingerprint, a line for each finished tensor, one for the end
@@ -25,7 +25,7 @@ _FINISHED = {"finished": True}
 
 
 class Journal:
-    """Opened for one conversion at a time; `done` holds what earlier runs finished, by tensor.
+    """Locked by one conversion at a time; `done` holds what earlier runs finished, by tensor.
 
     fingerprint: what must be as it was for a run to go on where another left off, each under its name.
     """
@@ -47,7 +47,7 @@ class Journal:
         return self._path.read_bytes().endswith(_line(_FINISHED))
 
     def __enter__(self) -> Self:
-        """Take up what was begun with the same fingerprint, or begin."""
+        """Resume a conversion with the same fingerprint, or begin one."""
         self.work.mkdir(parents=True, exist_ok=True)
         self._log = self._path.open("a+b", buffering=0)
         try:

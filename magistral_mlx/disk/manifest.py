@@ -1,4 +1,4 @@
-"""Proof of a conversion: what went in, what came out, by what recipe, and how much was lost.
+"""The manifest of a conversion: source, recipe, output, their hashes, and the quantization error.
 
 `mistral/manifest.json` holds SHA-256 and size of every file of source and output, the recipe, the versions
 that wrote it, and each matrix's quantization error. It holds no time and no path, so the same conversion
@@ -29,10 +29,6 @@ class _Output:
     sha256: str | None
 
 
-def _ignored(done: int, total: int) -> None:
-    """No progress is shown."""
-
-
 def sha256(file: Path, *, stop: Callable[[], bool] = lambda: False) -> str:
     """The hash of a file, read once from front to back; gives up early when `stop()`."""
     digest = hashlib.sha256()
@@ -61,7 +57,9 @@ def wrong_sizes(directory: Path) -> list[str]:
     return [wrong for output in outputs if (wrong := _wrong_size(directory, output))]
 
 
-def verify(directory: Path, *, progress: Callable[[int, int], None] = _ignored) -> list[str]:
+def verify(
+    directory: Path, *, progress: Callable[[int, int], None] = lambda _done, _total: None
+) -> list[str]:
     """Every file that is not as it was written, by reading all of them. Empty: all is well."""
     manifest = read(directory)
     if manifest is None:
@@ -85,7 +83,7 @@ def verify(directory: Path, *, progress: Callable[[int, int], None] = _ignored) 
 
 
 def worst(errors: Mapping[str, float], n: int = 3) -> list[tuple[str, float]]:
-    """The matrices that lost most, worst first."""
+    """The matrices with the largest quantization error, worst first."""
     return sorted(errors.items(), key=lambda item: -item[1])[:n]
 
 

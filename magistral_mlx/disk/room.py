@@ -1,4 +1,4 @@
-"""Room on disks: what is to be written, where, against what is free there.
+"""Free disk space, against what is to be written where.
 
 Knows disks. Does not know what is written (`hub`, `convert`).
 """
@@ -29,5 +29,5 @@ def _size(nbytes: int) -> str:
 
 
 def _place(path: Path) -> Path:
-    """What of a path is there already."""
+    """The longest part of a path that exists."""
     return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())

@@ -1,4 +1,4 @@
-"""What the Hub has under a name, how much of it is here, and its large files, fetched so that it lasts.
+"""The files of a Hub repository, how much of them is cached, and resumable downloads of the large ones.
 
 huggingface_hub forgets what it has of a file when it is killed: of a checkpoint in one file, all 47 GB. So
 large files go into its cache from here, each under its hash, behind what an earlier run had of it; it then
@@ -79,7 +79,7 @@ class Repository:
         return sum(file.missing for file in self.files)
 
     def fetch_large(self) -> None:
-        """Bring the large files into the cache; what breaks off is there for the next run."""
+        """Download the large files into the cache; one that breaks off is resumed by the next run."""
         from huggingface_hub import constants
 
         for file in self.files:  # those that the Hub gives by Xet alone are not for us

@@ -1,11 +1,11 @@
-"""How fast, and is it right? Trials in processes of their own, the doctor, and the figures they give.
+"""Benchmarks and self-checks: trials in processes of their own, the doctor, and their statistics.
 
     figures     medians, spreads, lower bounds
     machine     this computer: chip, cores, memory, bandwidth
-    trial       one measurement, in a process of its own
+    trial       one measurement, in its own process
     bench       trials in turn
     real_layer  one layer of Magistral's size, twice
-    doctor      is this machine right?
+    doctor      does this machine compute correctly?
 
 Each imports only what stands above it.
 """

@@ -193,13 +193,12 @@ def _model(name: str, checkpoint: "Checkpoint", dtype: "mx.Dtype") -> Json:
         for name, tensor in checkpoint.tensors.items()
         if config.tie_embeddings or not name.startswith("model.embed_tokens.")
     }
-    on_disk = sum(tensor.entry.nbytes for tensor in checkpoint.tensors.values())
     return {
         "name": Path(name).resolve().name if Path(name).exists() and name != "demo" else name,
         "parameters": config.parameters,
         "layers": config.n_layers,
         "vocabulary": config.vocab_size,
-        "bits_per_weight": 8 * on_disk / config.parameters,
+        "bits_per_weight": 8 * checkpoint.stored_bytes / config.parameters,
         "weight_bytes": checkpoint.nbytes(dtype),
         "read_bytes_per_token": replace(checkpoint, tensors=tensors).nbytes(dtype),
         "kv_bytes_per_token": config.kv_bytes_per_token(dtype.size),

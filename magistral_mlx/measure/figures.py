@@ -1,4 +1,4 @@
-"""What trials come to: medians, bounds, ratios pair by pair, and the share of what memory allows.
+"""Statistics of trials: medians, bounds, pairwise ratios, and the share of the memory-bandwidth ceiling.
 
 Arithmetic on plain numbers; knows neither models nor clocks.
 """

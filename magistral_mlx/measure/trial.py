@@ -1,10 +1,10 @@
 """One trial: a model loaded, warmed up and timed in a process of its own, ours or mlx-lm's.
 
 Both ends of that process are here. `spawn` starts it (`python -m magistral_mlx.measure.trial`), hands it a
-job on standard input, reads one line for each thing that it begins, and a last one of JSON, what it found.
+job on standard input, and reads a line for each step that begins and a last one with the results, as JSON.
 So no two models are ever in memory together, and none runs on what another has left behind.
 
-Does not know what jobs there are, nor what their figures come to (`bench`).
+Does not know what jobs there are, nor their statistics (`bench`).
 """
 # ruff: noqa: PLC0415 -- importing is part of what is measured
 

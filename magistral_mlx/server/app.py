@@ -88,7 +88,8 @@ def _interface(service: Service, *, raw: bool) -> APIRouter:
         voice = partial(Verbatim, tokenizer, requests.stops(body))
         options["stop"] = ()
         job = Job(prompts=prompts, options=options, voice=voice, n=body.n or 1)
-        shape = Completion(name, tokenizer, body, requests.echoes(body, tokenizer))
+        echoes = await asyncio.to_thread(requests.echoes, body, tokenizer)
+        shape = Completion(name, tokenizer, body, echoes)
         return await answer(service, request, job, shape, stream=bool(body.stream))
 
     @router.post("/tokenize")

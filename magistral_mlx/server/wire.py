@@ -22,7 +22,7 @@ Temperature: TypeAlias = Annotated[float, Field(ge=0)]
 TopP: TypeAlias = Annotated[float, Field(gt=0, le=1)]
 TopK: TypeAlias = Annotated[int, Field(ge=0)]
 Stops: TypeAlias = Annotated[
-    list[Annotated[str, Field(max_length=1024)]], Field(max_length=MAX_STOPS, fail_fast=True)
+    list[Annotated[str, Field(min_length=1, max_length=1024)]], Field(max_length=MAX_STOPS, fail_fast=True)
 ]
 Ids: TypeAlias = Annotated[list[int], Field(min_length=1, fail_fast=True)]
 
@@ -70,7 +70,7 @@ class Sampled(Wire):
     presence_penalty: float | None = None
     logit_bias: dict[str, Any] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: str | Stops | None = None
+    stop: Annotated[str, Field(max_length=1024)] | Stops | None = None  # an empty one is none
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
 
 

@@ -24,7 +24,7 @@ _OPEN, _CLOSE = OPEN.encode(), CLOSE.encode()
 
 
 class Constraint:
-    """Asked for a `mask` before each draw, told each id that was drawn (`accept`), the end of text excepted.
+    """`mask` before each draw; `accept` every id that was drawn, except the end of text.
 
     think: whether the reply may begin with reasoning. False: its first id is the answer's.
     """
@@ -41,7 +41,7 @@ class Constraint:
         self._last: int | None = None
 
     def mask(self) -> bytes | None:
-        """The ids that may come next (`wire.Guide.allowed`); None: those that it said last."""
+        """The ids that may come next (`wire.Guide.allowed`); None: the same as the last time."""
         allowed = self._allowed()
         if allowed == self._last:
             return None
@@ -59,12 +59,12 @@ class Constraint:
             self._start(token)
 
     def close_thinking(self) -> None:
-        """The reasoning was closed by us: the answer comes next."""
+        """A closing tag was forced: the answer comes next."""
         self._state = "answer"
 
     @property
     def done(self) -> bool:
-        """Whether the answer is whole, and nothing can follow it."""
+        """Whether the answer is complete, and nothing can follow it."""
         return self._state == "answer" and self._matcher.done
 
     def _allowed(self) -> int:

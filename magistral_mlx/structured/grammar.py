@@ -87,7 +87,7 @@ def json_rule(schema: Mapping[str, Any]) -> str:
 
 
 class Vocabulary:
-    """A tokenizer as matchers need it; building it takes about half a second for 131072 ids."""
+    """A tokenizer as `Matcher` needs it; building it takes about half a second for 131072 ids."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -147,7 +147,7 @@ class Vocabulary:
 
 
 class Matcher:
-    """A grammar, and how much of a text of its kind was said."""
+    """The state of one text that follows a grammar: which ids may come next."""
 
     def __init__(self, grammar: Grammar, vocabulary: Vocabulary) -> None:
         llguidance = _llguidance()
@@ -173,13 +173,13 @@ class Matcher:
         return allowed
 
     def accept(self, token: int) -> bool:
-        """Say an id, if it may come next."""
+        """Consume an id, if it may come next."""
         accepted = self._matcher.try_consume_tokens([token]) == 1
         self._check("it became too much to follow")
         return accepted
 
     def accept_bytes(self, text: bytes) -> None:
-        """Say text that has no ids of its own: the end of an id whose beginning was something else."""
+        """Consume bytes that are no whole id: the end of an id whose beginning is not the answer's."""
         accepted = self._matcher.try_consume_tokens(self._spelled(text))
         assert accepted == len(text)
 
@@ -187,12 +187,12 @@ class Matcher:
         return self._matcher.validate_tokens(self._spelled(text)) == len(text)
 
     def reset(self) -> None:
-        """Nothing was said yet."""
+        """Back to the beginning of the text."""
         self._matcher.reset()
 
     @property
     def done(self) -> bool:
-        """Whether the text is whole, and nothing can follow it."""
+        """Whether the text is complete, and nothing can follow it."""
         return self._matcher.is_stopped() and self._matcher.is_accepting()
 
     def _spelled(self, text: bytes) -> list[int]:

@@ -1,4 +1,4 @@
-"""What an answer is to be, as users say it, and the value that its text then is.
+"""A schema as users give it → a grammar for the answer's text, and a parser of that text.
 
 Knows JSON, Pydantic and what may stand for `schema`. Does not know ids: `grammar` holds an answer to its
 shape, `constraint` says when.

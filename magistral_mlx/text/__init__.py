@@ -8,8 +8,8 @@
     hf_tokenizer  tekken.json → tokenizer.json
     sidecars      the files beside converted weights
     transcript    ids → typed events
-    loops         repetition without end, noticed
-    closing       when reasoning is closed by us
+    loops         endless repetition, detected
+    closing       when reasoning is closed early
 
 Each imports only what stands above it.
 """

@@ -1,7 +1,7 @@
-"""When the reasoning is closed by us: its budget is spent, it goes round in circles, or somebody asks for it.
+"""When reasoning is closed early: its budget is spent, it repeats itself without end, or a user asks for it.
 
-Then it may finish its line or sentence, within a small grace, so that what was thought can be used. Knows
-counts and places in a transcript; not how the closing is done (`transcript`) or fed (`engine`).
+It may still finish its line or sentence, within a small grace, so that the answer can build on it. Knows
+counts and the state of a transcript; not how the tag is inserted (`transcript`) or fed (`engine`).
 """
 
 from magistral_mlx.checks import whole_number
@@ -13,7 +13,7 @@ GRACE = 32
 """Tokens that the reasoning may go on for, looking for the end of a line or sentence."""
 
 TEAR = len(CLOSE) - 1
-"""Tokens more, in which half a closing tag or character may become a whole one."""
+"""Further tokens, in which half a closing tag or half a character may be completed."""
 
 
 class Closing:
@@ -28,7 +28,7 @@ class Closing:
         self._waited = 0
 
     def ask(self) -> None:
-        """Close at the next good place."""
+        """Close at the next end of a line or sentence."""
         self._asked = True
 
     def due(self, transcript: Transcript, thinking_tokens: int) -> bool:

@@ -1,8 +1,8 @@
-"""Has the model begun to repeat itself without end? Ids one by one, yes or no.
+"""Detects that the model has begun to repeat itself without end.
 
-Knows ids and nothing else: no text, no phases, no clock. A loop is a piece of 1 to 400 tokens said over and
-over, word for word or with up to some 5 % of its tokens changed, lost or added each time. How it is told from
-honest text that is nearly as regular (tables, logs, proofs by cases, songs, matrices):
+Knows token ids and nothing else: no text, no phases, no clock. A loop is a piece of 1 to 400 tokens that is
+repeated exactly or with up to some 5 % of its tokens changed, lost or added each time. How it is told
+from legitimate text that is nearly as regular (tables, logs, proofs by cases, songs, matrices):
 
 - **Enough of it**: four copies, and more tokens the fewer different ones there are: `0 0 0 0` is a matrix for
   a long time, a sentence of twelve different words is not. Copies that differ have to be more.

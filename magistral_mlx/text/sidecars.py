@@ -18,14 +18,13 @@ from typing import Any
 from magistral_mlx.errors import MagistralWarning
 
 from .hf_tokenizer import Vocabulary, tokenizer_json
-from .tokenizer import Tokenizer, find_words
+from .tokenizer import ORIGINAL, Tokenizer, find_words
 
 _DEMO = Path(__file__).parents[1] / "demo"
 _DEMO_SOURCE = (
     "a few million weights that magistral_mlx trained on small arithmetic, to have something to try itself "
     "on. It is **not** one of Mistral's models and knows nothing else"
 )
-_ORIGINAL = "mistralai/Magistral-Small-2506"
 _ROLES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 _HF_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json"),
@@ -176,7 +175,7 @@ def _kept(words: Path) -> dict[str, bytes]:
     warnings.warn(
         f"Found no tekken.json in {words}: {', '.join(kept) or 'no tokenizer file'} goes along as it is. "
         "magistral_mlx will want tekken.json and SYSTEM_PROMPT.txt in the converted directory's mistral/: "
-        f"copy them from the original repository (such as {_ORIGINAL}).",
+        f"copy them from the original repository (such as {ORIGINAL}).",
         MagistralWarning,
         stacklevel=3,
     )

@@ -7,7 +7,6 @@ mistral_common is imported when the first tokenizer is opened: it takes about a 
 """
 
 import codecs
-import re
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -27,9 +26,9 @@ from .tools import Tools, read_tools
 VERSIONS = ("v7", "v11", "v13")
 """Those with a system prompt between control tokens, as Magistral's template has it."""
 
-_REPO = "mistralai/Magistral-Small-2506"
-_TEXT_TEMPLATE = re.compile(rf".*{OPEN}.*", re.DOTALL)
-_THINK_TEMPLATE = re.compile(r"(.*)\[THINK\](.*?)\[/THINK\](.*)", re.DOTALL)
+ORIGINAL = "mistralai/Magistral-Small-2506"
+"""The repository that has these files, on the Hub."""
+
 _Content: TypeAlias = str | list[dict[str, str]]
 
 
@@ -57,7 +56,7 @@ class Tokenizer:
             found = ", ".join(sorted(entry.name for entry in directory.glob("*"))) or "nothing"
             raise TokenizerError(
                 f"Expected tekken.json in {directory} or its mistral/, found {found}. Conversions often "
-                f"leave it out: copy it and SYSTEM_PROMPT.txt from the original repository (such as {_REPO})."
+                f"leave it out: copy it and SYSTEM_PROMPT.txt from the original repository ({ORIGINAL}, say)."
             )
         text = find_words(directory, "SYSTEM_PROMPT.txt")
         return cls.from_file(file, system_prompt=None if text is None else _read(text))
@@ -177,8 +176,8 @@ class Tokenizer:
 
     def _content(self, turn: Turn) -> _Content:
         """Text, or chunks where reasoning has tokens of its own."""
-        if turn.role == "system" and self.think_ids and (found := _THINK_TEMPLATE.fullmatch(turn.content)):
-            before, thinking, after = found.groups()
+        if turn.role == "system" and self.think_ids and (found := _think_template(turn.content)):
+            before, thinking, after = found
             return [_text(before), _thinking(thinking), _text(after)]
         if not turn.thinking:
             return turn.content
@@ -208,7 +207,7 @@ class Tokenizer:
 
     def has_think_template(self, text: str) -> bool:
         """Whether a system prompt shows how to think, without which the model does not."""
-        return (_THINK_TEMPLATE if self.think_ids else _TEXT_TEMPLATE).fullmatch(text) is not None
+        return _think_template(text) is not None if self.think_ids else OPEN in text
 
     def _warn_if_thoughtless(self, system: list[str]) -> None:
         if not any(map(self.has_think_template, system)):
@@ -258,6 +257,19 @@ class Detokenizer:
         return self._utf8.decode(b"", final=True)
 
 
+def _think_template(text: str) -> tuple[str, str, str] | None:
+    """What stands before, in and behind the last `[THINK]…[/THINK]`.
+
+    Searched for: a pattern takes the square of a text's length.
+    """
+    start = text.rfind("[THINK]", 0, max(text.rfind("[/THINK]"), 0))
+    if start < 0:
+        return None
+    _, _, behind = text[start:].partition("[THINK]")
+    thinking, _, after = behind.partition("[/THINK]")
+    return text[:start], thinking, after
+
+
 def find_words(directory: Path, name: str) -> Path | None:
     """A file of words in a model directory: in its root, or in `mistral/`."""
     places = (directory / name, directory / "mistral" / name)
@@ -275,7 +287,7 @@ def _read(file: Path) -> str:
 
 def _open(path: Path) -> Any:
     if not path.is_file():
-        raise TokenizerError(f"Expected a tekken.json at {path}, found no file. {_REPO} has one.")
+        raise TokenizerError(f"Expected a tekken.json at {path}, found no file. {ORIGINAL} has one.")
     from mistral_common.exceptions import MistralCommonException
     from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 

@@ -25,8 +25,8 @@ _PAUSE = re.compile(r"(\n|(?<!\d)[.!?…]|[。！？؟।])[\"'”’»)\]*`」�
 class Transcript:
     """`feed` every id that was sampled, the end of text too; `flush` once, at the end.
 
-    An id whose text is not visible yet (a tag, half a character, what may begin a stop string) rides on the
-    next event. Those that no event took are what `flush` returns beside its events, for `Finished`.
+    An id whose text is not visible yet (a tag, half a character, what may begin a stop string) is attached to
+    the next event. `flush` returns the ids that are left over beside its events, for `Finished`.
 
     calls: looks for tool calls; None: none were offered, and their control tokens are like any other.
     """

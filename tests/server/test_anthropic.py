@@ -14,8 +14,10 @@ from anthropic import (
     NotFoundError,
     RateLimitError,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 
-from magistral_mlx import Reply, Sampling, Stats, ToolCall
+from magistral_mlx import Reply, Sampling, Stats, ToolCall, ToolCallToken
 from magistral_mlx.fetch.hub import DEMO
 from magistral_mlx.server import anthropic_requests, requests
 from magistral_mlx.server.anthropic_replies import SIGNATURE, Blocks
@@ -23,6 +25,7 @@ from magistral_mlx.server.anthropic_wire import MessagesRequest
 from magistral_mlx.server.failures import RefusedError
 from magistral_mlx.server.replies import Choice, Ended
 from magistral_mlx.server.safety import Rules
+from magistral_mlx.server.voices import Heard
 from magistral_mlx.text.tokenizer import Tokenizer
 from tests.scripted import scripted
 from tests.serving import HUB_ID, QUESTION, Running, until
@@ -264,6 +267,73 @@ def test_an_error_in_mid_stream(served: Running, monkeypatch: pytest.MonkeyPatch
     assert json.loads(data.removeprefix("data: "))["error"]["type"] == "api_error"
     assert QUESTION not in data
     until(lambda: served.idle)
+
+
+DELTAS = {"thinking": ("thinking_delta", "thinking"), "text": ("text_delta", "text")}
+DELTAS |= {"tool_use": ("input_json_delta", "partial_json")}
+
+
+def built(told: bytes) -> list[tuple[str, str]]:
+    """The kind and content of each block, by the rules of the interface: one at a time is open, and grows."""
+    blocks: list[tuple[str, str]] = []
+    is_open = False
+    for event in (json.loads(lines.split(b"\ndata: ")[1]) for lines in told.strip().split(b"\n\n") if lines):
+        match event["type"]:
+            case "content_block_start":
+                assert (is_open, event["index"]) == (False, len(blocks))
+                blocks.append((event["content_block"]["type"], ""))
+                is_open = True
+            case "content_block_delta":
+                assert (is_open, event["index"]) == (True, len(blocks) - 1)
+                (kind, text), delta = blocks[-1], event["delta"]
+                name, field = DELTAS[kind]
+                if delta["type"] != "signature_delta":
+                    assert delta["type"] == name
+                    blocks[-1] = kind, text + delta[field]
+            case "content_block_stop":
+                assert (is_open, event["index"]) == (True, len(blocks) - 1)
+                is_open = False
+            case _:
+                assert not is_open
+    return blocks
+
+
+TEXTS = st.text(st.sampled_from("ab {é😀\n"), min_size=1, max_size=3)
+HEARD = st.lists(
+    st.one_of(
+        TEXTS.map(lambda text: Heard(text=text)),
+        TEXTS.map(lambda text: Heard(thinking=text)),
+        st.builds(lambda text, before: Heard(text=before, call=call_piece(text)), TEXTS, st.just("") | TEXTS),
+        st.builds(lambda text: Heard(call=ToolCallToken(text=text, index=0)), TEXTS),
+    )
+)
+
+
+def call_piece(text: str) -> ToolCallToken:
+    return ToolCallToken(text=text, index=0, id="abcdefghi", name="f")
+
+
+@given(HEARD)
+def test_whatever_is_said_is_in_blocks(heard: list[Heard]):
+    heard = [  # a call goes on only where one is open
+        one
+        for at, one in enumerate(heard)
+        if not one.call or one.call.name or (at and heard[at - 1].call and heard[at - 1].call.name)
+    ]
+    expected: list[tuple[str, str]] = []
+    for one in heard:
+        for kind, text in (("thinking", one.thinking), ("text", one.text)):
+            if text and expected and expected[-1][0] == kind:
+                expected[-1] = kind, expected[-1][1] + text
+            elif text:
+                expected.append((kind, text))
+        if one.call and one.call.name:
+            expected.append(("tool_use", one.call.text))
+        elif one.call:
+            expected[-1] = "tool_use", expected[-1][1] + one.call.text
+    blocks = Blocks("demo", prompt_tokens=1)
+    told = b"".join(blocks.piece(0, one) for one in heard) + blocks.ending(0, Ended("stop", Stats()))
+    assert built(told) == expected
 
 
 def test_half_a_surrogate_pair_in_arguments():

@@ -196,6 +196,7 @@ def test_a_second_prompt_with_the_same_beginning_is_not_read_again(served: Runni
     long = "Remember: " + " ".join(f"{n}," for n in range(100, 160))
     talk = [{"role": "user", "content": long}]
     first = served.post(CHAT, {"messages": talk, "max_tokens": 5}).json["usage"]
+    served.rest()  # what was read is kept when the answer is on its way already
     again = served.post(CHAT, {"messages": talk, "max_tokens": 5}).json["usage"]
     assert first["prompt_tokens_details"]["cached_tokens"] < first["prompt_tokens"] / 2
     assert again["prompt_tokens_details"]["cached_tokens"] == again["prompt_tokens"] - 1
@@ -367,7 +368,10 @@ def test_mistakes_are_told_in_the_shape_that_clients_know(served: Running, body:
         {"prompt": [10**9]},
         {"prompt": [[]]},
         {"prompt": "x", "max_tokens": 0},
+        {"prompt": "x", "stop": [""], "stream": True},
+        {"prompt": "x", "stop": 2000 * "x"},
     ],
+    ids=lambda body: str(body)[:40],
 )
 def test_mistakes_in_completions(served: Running, body: object):
     refused(served.post("/v1/completions", body), served.post("/v1/completions", body).error["code"])

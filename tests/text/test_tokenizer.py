@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
 
 from magistral_mlx.errors import MagistralWarning, PromptError, TokenizerError
+from magistral_mlx.text import tokenizer as tokenizer_module
 from magistral_mlx.text.prompt import CONTROL_TAGS_PROMPT, TEXT_TAGS_PROMPT
 from magistral_mlx.text.tokenizer import Tokenizer
 from tests.tokenizers import CONTROLS, LANGUAGES, VERSIONS, tiny_tekken
@@ -325,6 +327,20 @@ def user(content: object) -> list:
 def test_messages_that_have_no_place_in_the_template(tiny_tokenizer: Open, messages: list, says: str):
     with pytest.raises(PromptError, match=says):
         tiny_tokenizer("v11").encode_chat(messages)
+
+
+THINK_TEMPLATE = re.compile(r"(.*)\[THINK\](.*?)\[/THINK\](.*)", re.DOTALL)
+
+
+@given(st.lists(st.sampled_from(["[THINK]", "[/THINK]", "[THINK", "]", "a", "\n"]), max_size=12).map("".join))
+def test_where_a_system_prompt_shows_how_to_think(text: str):
+    found = THINK_TEMPLATE.fullmatch(text)
+    assert tokenizer_module._think_template(text) == (found and found.groups())
+
+
+def test_a_system_prompt_of_tags_takes_no_longer_than_another(tiny_tokenizer: Open):
+    """The pattern above would take days for it."""
+    assert not tiny_tokenizer("v13").has_think_template(10**6 * "[THINK]")
 
 
 def test_other_wrong_words(tiny_tokenizer: Open):
