@@ -1,4 +1,4 @@
-"""Several replies at once say what each says alone: caches side by side, ids in step, and from outside."""
+"""Several replies at once say what each says alone, and leave nothing behind."""
 
 import asyncio
 import gc
