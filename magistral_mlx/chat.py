@@ -1,18 +1,14 @@
 """Where numbers and words meet: a loaded model that answers messages.
 
 `Magistral` turns messages into ids, and ids into a `Stream`, or several at once into a `Batch`. Does not know
-how anything is shown, and leaves every rule to the module that owns it: prompts to `tokenizer`, events to
-`reply`, steps to `generation`, time and threads to `stream`, `batch` and `worker`, memory of what was said to
-`conversation`.
+how anything is shown, and leaves every rule to the module that owns it: prompts to `tokenizer`, options to
+`preparation`, events to `reply`, steps to `generation`, time and threads to `stream`, `batch` and `worker`, memory
+of what was said to `conversation`.
 """
 
-import secrets
 import warnings
-from array import array
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from functools import cached_property
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias, TypeVar, Unpack, overload
 
@@ -22,34 +18,27 @@ from . import memory
 from .checks import whole_number
 from .decoder.batch import Request
 from .decoder.generation import BatchGeneration, Drafting, Generation
-from .decoder.logprobs import Scorer
 from .decoder.model import Transformer
 from .decoder.pace import Pace
 from .decoder.prefix import Prefix
 from .decoder.prefixes import Prefixes
-from .decoder.sampling import Sampler, Sampling
 from .disk import manifest
 from .disk.checkpoint import Checkpoint, load, open_checkpoint
 from .disk.tensorfile import NAMES
-from .errors import CheckpointError, ClosedError, ContextError, MagistralWarning, PromptError, SamplingError
+from .errors import CheckpointError, ClosedError, MagistralWarning, PromptError, SamplingError
 from .fetch import hub
-from .structured.callgrammar import with_calls
-from .structured.constraint import Constraint
-from .structured.grammar import Regex, Vocabulary
-from .structured.shape import shape_of
+from .structured.grammar import Regex
 from .talk import saving
 from .talk.batch import Batch, BatchSource
 from .talk.company import Company
 from .talk.conversation import Conversation
-from .talk.options import MAX_TOKENS, Options, Plain, forced, offered
+from .talk.options import Options, Plain, offered
+from .talk.preparation import Preparation, seed_of
 from .talk.reply import Reply, Telling
 from .talk.stream import Alone, Stream
 from .talk.worker import Pending, Worker
-from .text.loops import LoopGuard
 from .text.prompt import Messages
 from .text.tokenizer import Tokenizer
-from .text.toolcalls import CallParser
-from .text.transcript import Transcript
 
 T = TypeVar("T")
 DType: TypeAlias = Literal["bfloat16", "float16", "float32"]
@@ -81,6 +70,7 @@ class Magistral:
         self.kv_bits = kv_bits
         self.quantize_after = quantize_after
         self._guard = guard or _guard(checkpoint, None, model.dtype, kv_bits, quantize_after)
+        self._prepare = Preparation(tokenizer, self._guard, self.config.max_context)
         self._worker = worker
         self._model: Transformer | None = model
         self._draft = draft
@@ -251,7 +241,7 @@ class Magistral:
         """
         prefix = prefix or self.new_prefix(self.kv_bits)
         owed = company.owed if company else 0
-        telling, request = self._begin(prompt, _seed(options), options, held=prefix.nbytes - owed)
+        telling, request = self._prepare(prompt, seed_of(options), options, held=prefix.nbytes - owed)
         if company:
             needs = self._guard.kv(len(prompt))
             generation = Generation(self.transformer, request, prefix)
@@ -324,60 +314,14 @@ class Magistral:
             raise ClosedError("this model was closed; load it again")
         return self._model
 
-    def _begin(
-        self, prompt: Sequence[int], seed: int, options: Options, *, held: int = 0
-    ) -> tuple[Telling, Request]:
-        """One reply, both halves: what its ids will say, and how they are had.
-
-        held: bytes of active memory that are this reply's own already, less those that others will yet take.
-        """
-        limit = self._limit(prompt, options.get("max_tokens", MAX_TOKENS))
-        others = mx.get_active_memory() - self._guard.weights - held
-        self._guard.check_reply(len(prompt), limit, held=max(others, 0))
-        stop, schema, top = options.get("stop", ()), options.get("schema"), options.get("logprobs")
-        shape = None if schema is None else shape_of(schema)
-        told, several = offered(options), options.get("parallel_tool_calls", True)
-        grammar = with_calls(shape and shape.grammar, self.tokenizer, told=told, forced=forced(options))
-        constraint = grammar and Constraint(grammar, self._vocabulary, think=options.get("think", True))
-        scorer = None if top is None else Scorer(top)
-        telling = Telling(
-            Transcript(
-                self.tokenizer,
-                stop=(stop,) if isinstance(stop, str) else tuple(stop),
-                calls=CallParser(_key(prompt, seed), most=None if several else 1) if told else None,
-            ),
-            self.tokenizer,
-            prompt_ids=tuple(prompt),
-            seed=seed,
-            max_tokens=limit,
-            think_budget=options.get("think_budget"),
-            loops=LoopGuard() if options.get("loop_guard", False) else None,
-            shape=shape,
-            constraint=constraint,
-            logprob=scorer and (lambda: scorer.last),
-            watch=self._guard.check_context,
-        )
-        request = Request(
-            prompt=list(prompt),
-            sampler=Sampler(options.get("sampling", Sampling()), seed),
-            limit=limit,
-            allowed=constraint and constraint.mask(),
-            scorer=scorer,
-        )
-        return telling, request
-
-    @cached_property
-    def _vocabulary(self) -> Vocabulary:
-        return Vocabulary(self.tokenizer)
-
     def _batches(self, questions: Sequence[Messages], at_once: int, options: Options) -> list[Batch]:
         """Nothing is computed yet, and every mistake is told."""
         if isinstance(questions, str):
             raise PromptError("ask_many takes a list of questions, found one string; ask takes one")
         whole_number("at_once", at_once, least=1)
-        seed = _seed(options)
+        seed = seed_of(options)
         prompts = [self.encode(messages, **options) for messages in questions]
-        begun = [self._begin(prompt, seed + at, options) for at, prompt in enumerate(prompts)]
+        begun = [self._prepare(prompt, seed + at, options) for at, prompt in enumerate(prompts)]
         return [self._batch(begun[start : start + at_once]) for start in range(0, len(begun), at_once)]
 
     def _batch(self, begun: Sequence[tuple[Telling, Request]]) -> Batch:
@@ -386,17 +330,6 @@ class Magistral:
         )
         source = BatchSource(worker=self._worker, steps=generation.run(), reused=generation.reused)
         return Batch(source, [telling for telling, _ in begun])
-
-    def _limit(self, prompt: Sequence[int], max_tokens: int) -> int:
-        """`max_tokens`, or what the context has room for behind the prompt."""
-        whole_number("max_tokens", max_tokens, least=1)
-        room = self.config.max_context - len(prompt)
-        if room < 1:
-            raise ContextError(
-                f"the prompt is {len(prompt)} tokens long and the model's context {self.config.max_context}; "
-                "shorten the question or the conversation"
-            )
-        return min(max_tokens, room)
 
 
 def _open_draft(name: str, target: Checkpoint) -> Checkpoint:
@@ -427,13 +360,3 @@ def _guard(
 
 def _repeated(messages: Messages, n: int) -> list[Messages]:
     return [messages] * whole_number("n", n, least=1)
-
-
-def _key(prompt: Sequence[int], seed: int) -> str:
-    """Another one for each reply, the same for the same reply."""
-    return f"{sha256(array('I', prompt).tobytes()).hexdigest()}/{seed}"
-
-
-def _seed(options: Options) -> int:
-    seed = options.get("seed")
-    return secrets.randbits(32) if seed is None else whole_number("seed", seed, least=0)

@@ -4,6 +4,7 @@
     step          one step there, and what it took
     options       what one reply is asked for
     reply         one reply, whole or as it grows
+    preparation   options → what a reply's ids will say, and how they are drawn
     notebook      a stream in Jupyter
     stream        one reply as it is written
     company       replies that take their steps together

@@ -1,0 +1,108 @@
+"""One reply, prepared: options become what its token ids will say, and how they are drawn.
+
+Every mistake in the options, a prompt without room in the context, and a reply without room in memory show
+here, before anything is computed.
+"""
+
+import secrets
+from array import array
+from collections.abc import Sequence
+from functools import cached_property
+from hashlib import sha256
+
+import mlx.core as mx
+
+from magistral_mlx.checks import whole_number
+from magistral_mlx.decoder.batch import Request
+from magistral_mlx.decoder.logprobs import Scorer
+from magistral_mlx.decoder.sampling import Sampler, Sampling
+from magistral_mlx.errors import ContextError
+from magistral_mlx.memory import Guard
+from magistral_mlx.structured.callgrammar import with_calls
+from magistral_mlx.structured.constraint import Constraint
+from magistral_mlx.structured.grammar import Vocabulary
+from magistral_mlx.structured.shape import shape_of
+from magistral_mlx.text.loops import LoopGuard
+from magistral_mlx.text.tokenizer import Tokenizer
+from magistral_mlx.text.toolcalls import CallParser
+from magistral_mlx.text.transcript import Transcript
+
+from .options import MAX_TOKENS, Options, forced, offered
+from .reply import Telling
+
+
+class Preparation:
+    """Prepares the replies of one model."""
+
+    def __init__(self, tokenizer: Tokenizer, guard: Guard, max_context: int) -> None:
+        self._tokenizer = tokenizer
+        self._guard = guard
+        self._max_context = max_context
+
+    def __call__(
+        self, prompt: Sequence[int], seed: int, options: Options, *, held: int = 0
+    ) -> tuple[Telling, Request]:
+        """Both halves of a reply: for words and for arrays.
+
+        held: bytes of active memory that are this reply's own already, less those that others will yet take.
+        """
+        limit = self._limit(prompt, options.get("max_tokens", MAX_TOKENS))
+        others = mx.get_active_memory() - self._guard.weights - held
+        self._guard.check_reply(len(prompt), limit, held=max(others, 0))
+        stop, schema, top = options.get("stop", ()), options.get("schema"), options.get("logprobs")
+        shape = None if schema is None else shape_of(schema)
+        told, several = offered(options), options.get("parallel_tool_calls", True)
+        grammar = with_calls(shape and shape.grammar, self._tokenizer, told=told, forced=forced(options))
+        constraint = grammar and Constraint(grammar, self._vocabulary, think=options.get("think", True))
+        scorer = None if top is None else Scorer(top)
+        telling = Telling(
+            Transcript(
+                self._tokenizer,
+                stop=(stop,) if isinstance(stop, str) else tuple(stop),
+                calls=CallParser(_key(prompt, seed), most=None if several else 1) if told else None,
+            ),
+            self._tokenizer,
+            prompt_ids=tuple(prompt),
+            seed=seed,
+            max_tokens=limit,
+            think_budget=options.get("think_budget"),
+            loops=LoopGuard() if options.get("loop_guard", False) else None,
+            shape=shape,
+            constraint=constraint,
+            logprob=scorer and (lambda: scorer.last),
+            watch=self._guard.check_context,
+        )
+        request = Request(
+            prompt=list(prompt),
+            sampler=Sampler(options.get("sampling", Sampling()), seed),
+            limit=limit,
+            allowed=constraint and constraint.mask(),
+            scorer=scorer,
+        )
+        return telling, request
+
+    @cached_property
+    def _vocabulary(self) -> Vocabulary:
+        return Vocabulary(self._tokenizer)
+
+    def _limit(self, prompt: Sequence[int], max_tokens: int) -> int:
+        """`max_tokens`, or what the context has room for behind the prompt."""
+        whole_number("max_tokens", max_tokens, least=1)
+        room = self._max_context - len(prompt)
+        if room < 1:
+            raise ContextError(
+                f"the prompt is {len(prompt)} tokens long and the model's context {self._max_context}; "
+                "shorten the question or the conversation"
+            )
+        return min(max_tokens, room)
+
+
+def seed_of(options: Options) -> int:
+    """The one that was given, or a new one."""
+    seed = options.get("seed")
+    return secrets.randbits(32) if seed is None else whole_number("seed", seed, least=0)
+
+
+def _key(prompt: Sequence[int], seed: int) -> str:
+    """Another one for each reply, the same for the same reply."""
+    return f"{sha256(array('I', prompt).tobytes()).hexdigest()}/{seed}"
