@@ -2,8 +2,8 @@
 
 `Magistral` turns messages into ids, and ids into a `Stream`, or several at once into a `Batch`. Does not know
 how anything is shown, and leaves every rule to the module that owns it: prompts to `tokenizer`, options to
-`preparation`, events to `reply`, steps to `generation`, time and threads to `stream`, `batch` and `worker`, memory
-of what was said to `conversation`.
+`preparation`, events to `reply`, steps to `generation`, time and threads to `stream`, `batch` and `worker`,
+memory of what was said to `conversation`.
 """
 
 import warnings
