@@ -7,7 +7,7 @@ Every row draws with its own seed behind the same prompt. On a GPU a step of eig
 a step of one does; a CPU is bound by arithmetic, and shows what host and kernels cost per step.
 
 With `--clients`, whole replies of the demo model to so many readers on one event loop, as in the server: in
-company against turns, step by step, which is how streams go that are open together.
+continuous batching against turns, step by step, as streams take them that are open together.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from magistral_mlx.decoder.sampling import Sampler, Sampling
 from magistral_mlx.disk.checkpoint import load, open_checkpoint
 from magistral_mlx.measure.bench import place_of
 from magistral_mlx.measure.figures import Json, spread
-from magistral_mlx.talk.company import Company
+from magistral_mlx.talk.continuous import ContinuousBatch
 
 SIZES = (1, 2, 4, 8)
 TOKENS = 24
@@ -45,7 +45,9 @@ def main() -> None:
     )
     parser.add_argument("--trials", type=int, default=TRIALS)
     parser.add_argument("--narrow", action="store_true", help="40 layers and 131072 ids, 64 wide")
-    parser.add_argument("--clients", action="store_true", help="readers of streams: company against turns")
+    parser.add_argument(
+        "--clients", action="store_true", help="readers of streams: continuous batching against turns"
+    )
     args = parser.parse_args()
     if args.clients:
         write("batch-clients", {"tokens_per_reply": REPLY, "rows": clients(args.trials)})
@@ -74,28 +76,28 @@ def measured(directory: Path, trials: int) -> list[Json]:
 
 
 def clients(trials: int) -> list[Json]:
-    """Company over turns, for each number of readers."""
+    """Continuous batching over turns, for each number of readers."""
     rows: list[Json] = []
     with Magistral.load("demo") as model:
-        company = model.new_company()
+        batch = model.new_continuous_batch()
         for n in SIZES:
             found = in_turn(
-                {"turns": lambda n=n: read(model, n, None), "company": lambda n=n: read(model, n, company)},
+                {"turns": lambda n=n: read(model, n, None), "continuous": lambda n=n: read(model, n, batch)},
                 trials,
             )
             rates = {f"{way}_tokens_per_second": spread(each) for way, each in found.items()}
-            rows.append({"readers": n, **rates, "times_turns": ratio(found["company"], found["turns"])})
-            print(f"{n} readers, company times turns: {told(rows[-1]['times_turns'])}")
+            rows.append({"readers": n, **rates, "times_turns": ratio(found["continuous"], found["turns"])})
+            print(f"{n} readers, continuous batching, times turns: {told(rows[-1]['times_turns'])}")
     return rows
 
 
-def read(model: Magistral, n: int, company: Company | None) -> float:
+def read(model: Magistral, n: int, batch: ContinuousBatch | None) -> float:
     """Tokens per second of `n` readers together, prompts included."""
 
     async def main() -> list[Reply]:
         prompt, hot = model.encode("What is 48 + 37?"), Sampling(temperature=4, top_p=1)  # it never ends
         streams = [
-            model.stream_ids(prompt, company=company, seed=seed, sampling=hot, max_tokens=REPLY)
+            model.stream_ids(prompt, batch=batch, seed=seed, sampling=hot, max_tokens=REPLY)
             for seed in range(n)
         ]
         return await asyncio.gather(*(stream.adrain() for stream in streams))

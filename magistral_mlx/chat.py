@@ -30,7 +30,7 @@ from .fetch import hub
 from .structured.grammar import Regex
 from .talk import saving
 from .talk.batch import Batch, BatchSource
-from .talk.company import Company
+from .talk.continuous import ContinuousBatch
 from .talk.conversation import Conversation
 from .talk.options import Options, Plain, offered
 from .talk.preparation import Preparation, seed_of
@@ -229,7 +229,7 @@ class Magistral:
         prompt: Sequence[int],
         *,
         prefix: Prefix | None = None,
-        company: Company | None = None,
+        batch: ContinuousBatch | None = None,
         on_end: Callable[[Reply], None] = lambda _: None,
         **options: Unpack[Options],
     ) -> Stream:
@@ -237,15 +237,15 @@ class Magistral:
 
         prefix: what was read in an earlier turn; nobody else may use it until `on_end`, which is called once,
             with what was said.
-        company: those it is written with (`new_company`); without, it takes turns with others.
+        batch: those it is written with (`new_continuous_batch`); without, it takes turns with others.
         """
         prefix = prefix or self.new_prefix(self.kv_bits)
-        owed = company.owed if company else 0
+        owed = batch.owed if batch else 0
         telling, request = self._prepare(prompt, seed_of(options), options, held=prefix.nbytes - owed)
-        if company:
+        if batch:
             needs = self._guard.kv(len(prompt))
             generation = Generation(self.transformer, request, prefix)
-            return Stream(company.join(generation, telling, needs=needs), telling, on_end=on_end)
+            return Stream(batch.join(generation, telling, needs=needs), telling, on_end=on_end)
         drafting = None
         if options.get("speculate", self._draft is not None):
             drafting = Drafting(pace=self._pace, model=self._draft)
@@ -274,9 +274,9 @@ class Magistral:
         after = self.quantize_after if quantize_after is None else quantize_after
         return Prefix(self.transformer.new_caches(kv_bits, quantize_after=after))
 
-    def new_company(self) -> Company:
-        """For replies that are written together, each by `stream_ids(…, company=…)`."""
-        return Company(self._worker)
+    def new_continuous_batch(self) -> ContinuousBatch:
+        """For replies that are written together, each by `stream_ids(…, batch=…)`."""
+        return ContinuousBatch(self._worker)
 
     def run(self, job: Callable[[], T]) -> T:
         """Run a job on the thread that owns the model's arrays, and wait for it."""

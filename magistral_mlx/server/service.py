@@ -63,7 +63,7 @@ class Service:
         self.ids = list(ids)
         self.slots = Slots(running=running, waiting=waiting)
         self.prefixes = model.new_prefixes(prefix_bytes)
-        self._company = model.new_company()
+        self._batch = model.new_continuous_batch()
         self._rows = asyncio.Semaphore(running)  # replies: a request may want several
         self.metrics = Metrics(self.slots, self.prefixes)
         self._streams: WeakKeyDictionary[Stream, str] = WeakKeyDictionary()  # and the id of its job
@@ -168,7 +168,7 @@ class Service:
 
         try:
             begin = partial(
-                self.model.stream_ids, prompt, prefix=prefix, company=self._company, on_end=ended, **options
+                self.model.stream_ids, prompt, prefix=prefix, batch=self._batch, on_end=ended, **options
             )
             # A grammar, of a schema or of calls that have to be made, may take a while to compile.
             compiles = options.get("schema") or options.get("tools")

@@ -7,7 +7,7 @@
     preparation   options → what a reply's ids will say, and how they are drawn
     notebook      a stream in Jupyter
     stream        one reply as it is written
-    company       replies that take their steps together
+    continuous    replies that take their steps together
     batch         several replies at once
     answers       what several replies agree on
     talkfile      text and tensors under a seal

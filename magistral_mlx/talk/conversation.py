@@ -16,7 +16,7 @@ from magistral_mlx.text.prompt import Messages
 from magistral_mlx.text.tokenizer import Tokenizer
 
 from . import saving
-from .company import Company
+from .continuous import ContinuousBatch
 from .options import Options, Plain, offered
 from .reply import Reply
 from .stream import Stream
@@ -37,7 +37,7 @@ class Speaker(saving.Home, Protocol):
         prompt: Sequence[int],
         *,
         prefix: Prefix | None = None,
-        company: Company | None = None,
+        batch: ContinuousBatch | None = None,
         on_end: Callable[[Reply], None] = ...,
         **options: Unpack[Options],
     ) -> Stream: ...

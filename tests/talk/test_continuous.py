@@ -1,4 +1,4 @@
-"""Replies in company say what each says alone, whoever comes, leaves, is slow, or fails."""
+"""Replies in a continuous batch say what each says alone, whoever comes, leaves, is slow, or fails."""
 
 import asyncio
 import gc
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from magistral_mlx import ClosedError, Magistral, MemoryLimitError, Regex, Reply, Sampling
-from magistral_mlx.talk.company import LEAD, PIECE, Company
+from magistral_mlx.talk.continuous import LEAD, PIECE, ContinuousBatch
 from magistral_mlx.talk.stream import Stream
 from tests.decoder.test_batch import Watching
 
@@ -39,10 +39,10 @@ def alone(demo: Magistral) -> list[Reply]:
     return [demo.stream(question, seed=at, **how).drain() for at, (question, how) in enumerate(WISHES)]
 
 
-def joined(model: Magistral, company: Company, at: int, **more: Any) -> Stream:
+def joined(model: Magistral, batch: ContinuousBatch, at: int, **more: Any) -> Stream:
     question, how = WISHES[at]
     options: Any = {"seed": at, **how, **more}
-    return model.stream_ids(model.encode(question, **options), company=company, **options)
+    return model.stream_ids(model.encode(question, **options), batch=batch, **options)
 
 
 def same(found: Reply, expected: Reply):
@@ -67,13 +67,13 @@ def level(model: Magistral) -> int:
 @settings(max_examples=12)
 def test_any_schedule(demo: Magistral, alone: list[Reply], data: st.DataObject, order: list[int]):
     """Some join while others are half-way, some are closed, and events are read in any order."""
-    company, here, left = demo.new_company(), dict[int, Stream](), list[int]()
+    batch, here, left = demo.new_continuous_batch(), dict[int, Stream](), list[int]()
     coming = order[: data.draw(st.integers(2, 5))]
     while coming or here:
         what = data.draw(st.sampled_from(["join", "read", "read", "read", "rest", "close"]))
         if coming and (what == "join" or not here):
             at = coming.pop()
-            here[at] = joined(demo, company, at)
+            here[at] = joined(demo, batch, at)
             continue
         at = data.draw(st.sampled_from(sorted(here)))
         stream = here[at]
@@ -93,8 +93,8 @@ def test_any_schedule(demo: Magistral, alone: list[Reply], data: st.DataObject, 
 
 def test_all_at_once_from_asyncio(demo: Magistral, alone: list[Reply]):
     async def main() -> list[Reply]:
-        company = demo.new_company()
-        return await asyncio.gather(*(joined(demo, company, at).adrain() for at in range(len(WISHES))))
+        batch = demo.new_continuous_batch()
+        return await asyncio.gather(*(joined(demo, batch, at).adrain() for at in range(len(WISHES))))
 
     for found, expected in zip(asyncio.run(main()), alone, strict=True):
         same(found, expected)
@@ -110,17 +110,17 @@ def watching(demo: Magistral, monkeypatch: pytest.MonkeyPatch) -> Watching:
     return model
 
 
-def both(demo: Magistral, company: Company, **more: Any) -> tuple[Stream, Stream]:
+def both(demo: Magistral, batch: ContinuousBatch, **more: Any) -> tuple[Stream, Stream]:
     """Two that say 40 ids, begun."""
-    one, other = (joined(demo, company, 0, max_tokens=40, seed=seed, **more) for seed in (1, 2))
+    one, other = (joined(demo, batch, 0, max_tokens=40, seed=seed, **more) for seed in (1, 2))
     next(one)
     next(other)
     return one, other
 
 
 def test_they_decode_in_one_pass(demo: Magistral, watching: Watching):
-    company = demo.new_company()
-    one, other = both(demo, company)
+    batch = demo.new_continuous_batch()
+    one, other = both(demo, batch)
 
     async def drained() -> list[Reply]:
         return await asyncio.gather(one.adrain(), other.adrain())
@@ -132,7 +132,7 @@ def test_they_decode_in_one_pass(demo: Magistral, watching: Watching):
 
 
 def test_one_that_is_not_read_holds_nobody_up(demo: Magistral, watching: Watching):
-    slow, quick = both(demo, demo.new_company())
+    slow, quick = both(demo, demo.new_continuous_batch())
     before = len(slow.reply.token_ids)
     assert len(quick.drain().token_ids) > 2 * LEAD
     demo.run(lambda: None)
@@ -143,7 +143,7 @@ def test_one_that_is_not_read_holds_nobody_up(demo: Magistral, watching: Watchin
 
 
 def test_whoever_leaves_is_in_no_further_pass(demo: Magistral, watching: Watching):
-    one, other = both(demo, demo.new_company())
+    one, other = both(demo, demo.new_continuous_batch())
     one.close()
     demo.run(lambda: None)  # the turn under way
     watching.fed.clear()
@@ -152,11 +152,11 @@ def test_whoever_leaves_is_in_no_further_pass(demo: Magistral, watching: Watchin
 
 
 def test_a_long_prompt_is_read_by_pieces_between_steps(demo: Magistral, watching: Watching):
-    company = demo.new_company()
-    one, other = both(demo, company)
+    batch = demo.new_continuous_batch()
+    one, other = both(demo, batch)
     watching.fed.clear()
     prompt = [5 + at % 90 for at in range(3 * PIECE)]
-    long = demo.stream_ids(prompt, company=company, max_tokens=2, seed=1)
+    long = demo.stream_ids(prompt, batch=batch, max_tokens=2, seed=1)
 
     async def main() -> list[Reply]:
         return await asyncio.gather(one.adrain(), other.adrain(), long.adrain())
@@ -173,27 +173,27 @@ def test_a_long_prompt_is_read_by_pieces_between_steps(demo: Magistral, watching
 
 def test_what_prompts_will_take_is_counted(demo: Magistral, monkeypatch: pytest.MonkeyPatch):
     """Of two that fit one by one, the second is refused before the first has read anything."""
-    guard, company, prompt = demo._guard, demo.new_company(), [7] * 300
+    guard, batch, prompt = demo._guard, demo.new_continuous_batch(), [7] * 300
     needs = guard.kv(len(prompt))
     held = max(mx.get_active_memory() - guard.weights, 0)
     plan = replace(guard._plan, context=len(prompt), held=held)
     machine = replace(plan.machine, budget=plan.total + needs // 2)
     monkeypatch.setattr(guard, "_plan", replace(guard._plan, machine=machine))
-    with demo.stream_ids(prompt, company=company, max_tokens=3) as stream:
-        assert company.owed == needs
+    with demo.stream_ids(prompt, batch=batch, max_tokens=3) as stream:
+        assert batch.owed == needs
         with pytest.raises(MemoryLimitError, match="300 tokens"):
-            demo.stream_ids(prompt, company=company, max_tokens=3)
+            demo.stream_ids(prompt, batch=batch, max_tokens=3)
         next(stream)
-        assert company.owed == 0  # it is held now, and counted as such
+        assert batch.owed == 0  # it is held now, and counted as such
 
 
 def test_nothing_stays_behind_however_they_end(demo: Magistral):
-    company = demo.new_company()
-    for stream in both(demo, company):
+    batch = demo.new_continuous_batch()
+    for stream in both(demo, batch):
         stream.close()
     before = level(demo)
     for _ in range(3):
-        one, other = both(demo, company)
+        one, other = both(demo, batch)
         one.drain()
         other.close()
         del one, other
@@ -204,8 +204,8 @@ def test_nothing_stays_behind_however_they_end(demo: Magistral):
 
 
 def test_an_error_in_one_is_its_own(demo: Magistral, alone: list[Reply], monkeypatch: pytest.MonkeyPatch):
-    company = demo.new_company()
-    good, bad = joined(demo, company, 1), joined(demo, company, 0)
+    batch = demo.new_continuous_batch()
+    good, bad = joined(demo, batch, 1), joined(demo, batch, 0)
     next(bad)
     next(good)
     monkeypatch.setattr(bad._telling, "say", lambda *_: 1 / 0)
@@ -213,24 +213,24 @@ def test_an_error_in_one_is_its_own(demo: Magistral, alone: list[Reply], monkeyp
         bad.drain()
     assert not bad.is_open
     same(good.drain(), alone[1])
-    same(joined(demo, company, 0).drain(), alone[0])
+    same(joined(demo, batch, 0).drain(), alone[0])
 
 
 def test_an_error_of_the_pass_is_told_to_all(demo: Magistral, alone: list[Reply]):
-    company = demo.new_company()
-    streams = both(demo, company)
+    batch = demo.new_continuous_batch()
+    streams = both(demo, batch)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(demo._model), "logits", lambda *_: 1 / 0)
         for stream in streams:
             with pytest.raises(ZeroDivisionError):
                 stream.drain()
-    same(joined(demo, company, 0).drain(), alone[0])
+    same(joined(demo, batch, 0).drain(), alone[0])
 
 
 def test_a_model_that_is_closed_says_so():
     model = Magistral.load("demo")
-    company = model.new_company()
-    streams = both(model, company)
+    batch = model.new_continuous_batch()
+    streams = both(model, batch)
     model.close()
     for stream in streams:
         with pytest.raises(ClosedError):

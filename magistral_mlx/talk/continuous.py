@@ -1,4 +1,4 @@
-"""Replies that are written in company: all that are under way take their steps in one pass of the model.
+"""Continuous batching: all replies that are under way take their steps in one pass of the model.
 
 A turn on the model's thread reads a piece of one prompt and makes one step of every reply whose prompt is
 read. Turns follow one another as long as somebody wants ids; what else is asked of the thread is done between
@@ -28,7 +28,7 @@ PIECE = 256
 and at Magistral's size half a second or so."""
 
 
-class Company:
+class ContinuousBatch:
     """All replies of one model that are written together. Any thread may `join`."""
 
     def __init__(self, worker: Worker) -> None:
@@ -96,12 +96,12 @@ def _step(members: Sequence["Member"]) -> None:
 
 
 class Member:
-    """One reply in company: the `Source` of its stream."""
+    """One reply of the batch: the `Source` of its stream."""
 
-    def __init__(self, company: Company, generation: Generation, telling: Telling, needs: int) -> None:
+    def __init__(self, batch: ContinuousBatch, generation: Generation, telling: Telling, needs: int) -> None:
         self.model = generation.model
         self.row: Row | None = None  # from when its prompt is read until it ends; the model's thread's own
-        self._company = company
+        self._batch = batch
         self._generation = generation
         self._telling = telling
         self._needs = needs
@@ -130,9 +130,9 @@ class Member:
 
     def ask(self, say: Say) -> Pending[None]:
         """A step, if there was none since the last time; each is said before anybody is told of it."""
-        with self._company.lock:
+        with self._batch.lock:
             if not self._ended:
-                self._company.wake()
+                self._batch.wake()
             self._say, self._pending = say, Pending()
             pending = self._pending
             if self._ahead or self._ended:
@@ -142,7 +142,7 @@ class Member:
     def leave(self) -> None:
         """No further id is wanted."""
         self._ended = True
-        self._company.leave(self)
+        self._batch.leave(self)
 
     def read(self, most: int | None) -> None:
         """A piece of the prompt, of at most so many ids."""
@@ -192,7 +192,7 @@ class Member:
 
     def _tell(self) -> None:
         """Whoever waits, or whoever asks next."""
-        with self._company.lock:
+        with self._batch.lock:
             pending, self._pending = self._pending, None
             self._ahead = 0 if pending else self._ahead + 1
         if pending and self._error:
