@@ -146,8 +146,17 @@ class _Passes:
         token = step.id if id_ is None else mx.array(id_)
         ids = token if drafts is None else mx.concatenate([token.reshape(1), drafts])
         logits = self._model.logits(self._model(ids.reshape(1, -1), self._caches))  # (1, k + 1, V)
+        if drafts is not None and (sampler := self._drawing.plain):
+            return self._draw_at_once(sampler, logits[0], position, drafts)
         rows = (logits[0, at] for at in range(logits.shape[1]))
         return self.draw(rows, position, marked(step.seen, token), drafts)
+
+    def _draw_at_once(self, sampler: Sampler, logits: mx.array, position: int, drafts: mx.array) -> _Pass:
+        """`draw`, where no draw changes what the next one is made from."""
+        ids = sampler.draw_each(logits, [(sampler.seed, position + at) for at in range(logits.shape[0])])
+        steps = [Step(logits[at], None, ids[at]) for at in range(logits.shape[0])]
+        mx.async_eval([step.id for step in steps])
+        return _Pass(steps, drafts)
 
     def say(self, step: Step, id_: int, ids: Sequence[int], position: int) -> _Pass:
         """Feed what was sent in behind a step's id, which the caches hold."""
