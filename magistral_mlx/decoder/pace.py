@@ -7,9 +7,8 @@ is measured, in passing. Knows counts, seconds and chances; not ids, nor what a 
 What is chosen here changes how soon ids are said, never which.
 """
 
-import math
-import statistics
 from collections import deque
+from collections.abc import Iterator
 
 MOST = 7
 """Drafts checked at once: eight rows, up to which caches and matrices take the way made for few."""
@@ -24,7 +23,7 @@ WORTH = 1.1
 ALLOWED = 4
 """Plain passes whose time drafting may have lost before it pauses. What it loses in trying, or by a wrong
 estimate, is bounded by this, whatever the estimates say."""
-REPAID = 0.02
+REPAID = 0.01
 """Of the time that passes: how fast a loss is forgiven, so how much of it may be lost in the long run."""
 
 
@@ -38,55 +37,63 @@ class Pace:
         self._passes = 0
         self._lost = 0.0  # seconds, of those that drafting has cost and not brought in
 
-    def took(self, drafts: int, seconds: float, ids: int = 1) -> None:
-        """A pass that checked so many drafts took so long and brought so many ids."""
+    def took(self, drafts: int, seconds: float, ids: int = 1, *, steady: bool = True) -> None:
+        """A pass that checked so many drafts took so long and brought so many ids.
+
+        steady: it was asked for while the one before it ran, as all are where nothing is drafted. A pass
+            without drafts that was not costs what it costs because of those before it.
+        """
         self._passes += 1
-        if drafts and 0 in self._seconds:
+        if (drafts or not steady) and 0 in self._seconds:
             self._lost += seconds - ids * self._plain
         self._lost = max(self._lost - REPAID * seconds, 0.0)
-        if drafts not in self._warm:  # the first of a shape may have compiled kernels
-            self._warm.add(drafts)
-            return
-        self._seconds.setdefault(drafts, deque(maxlen=5)).append(
-            max(seconds, 1e-9)
-        )  # clocks stand still at times
-        self._last[drafts] = self._passes
-        for old in [k for k, last in self._last.items() if self._passes - last > FORGET]:
-            del self._seconds[old], self._last[old]
+        if drafts or steady:
+            self._measured(drafts, seconds)
 
     def best(self, chance: float, most: int = MOST) -> int:
         """How many to draft, up to `most`, where each is right with this chance if those before it are."""
         if chance <= 0 or most < 1 or len(self._seconds.get(0, ())) < SURE:
             return 0
-        if self._lost > ALLOWED * self._plain:
+        plain = self._plain
+        if self._lost > ALLOWED * plain:
             return 0
-        costs = self._costs(min(most, MOST))
-        rates = [_expected(chance, k) / cost for k, cost in enumerate(costs)]
-        best = max(range(len(rates)), key=rates.__getitem__)
-        return best if rates[best] > WORTH * rates[0] else 0
+        best, speed, ids = 0, WORTH / plain, 1.0
+        for k, cost in enumerate(self._costs(plain, min(most, MOST)), 1):
+            ids += chance**k  # the right ones before the first wrong one, and one more
+            if ids / cost > speed:
+                best, speed = k, ids / cost
+        return best
+
+    def _measured(self, drafts: int, seconds: float) -> None:
+        if drafts not in self._warm:  # the first of a shape may have compiled kernels
+            self._warm.add(drafts)
+            return
+        # Clocks stand still at times.
+        self._seconds.setdefault(drafts, deque(maxlen=5)).append(max(seconds, 1e-9))
+        self._last[drafts] = self._passes
+        for old in [k for k, last in self._last.items() if self._passes - last > FORGET]:
+            del self._seconds[old], self._last[old]
 
     @property
     def _plain(self) -> float:
         """Seconds of a pass without drafts."""
-        return statistics.median(self._seconds[0])
+        return _median(self._seconds[0])
 
-    def _costs(self, most: int) -> list[float]:
-        """Seconds of a pass with 0, 1, … drafts. What is not measured goes on in proportion, and not far."""
-        plain = self._plain
-        known = {k: statistics.median(seconds) for k, seconds in self._seconds.items() if k}
-
-        def cost(k: int) -> float:
-            if k in known or k == 0:
-                return known.get(k, plain)
-            if k > 2 * max(known, default=1):
-                return math.inf
-            near = max((n for n in known if n < k), default=min(known, default=0))
-            each = max(known[near] - plain, 0) / near if near else UNKNOWN * plain
-            return plain + k * each
-
-        return [cost(k) for k in range(most + 1)]
+    def _costs(self, plain: float, most: int) -> Iterator[float]:
+        """Seconds of a pass with 1, 2, … drafts. What is not measured goes on in proportion, and not far."""
+        known = {k: _median(seconds) for k, seconds in self._seconds.items() if k}
+        furthest = 2 * max(known, default=1)
+        for k in range(1, most + 1):
+            if k in known:
+                yield known[k]
+            elif k > furthest:
+                return
+            else:
+                near = max((n for n in known if n < k), default=min(known, default=0))
+                each = max(known[near] - plain, 0) / near if near else UNKNOWN * plain
+                yield plain + k * each
 
 
-def _expected(chance: float, k: int) -> float:
-    """Ids that a pass with `k` drafts brings: the right ones before the first wrong one, and one more."""
-    return sum(chance**at for at in range(k + 1))
+def _median(seconds: deque[float]) -> float:
+    """Of a few; `statistics.median` takes ten times as long, and this is asked at every token."""
+    return sorted(seconds)[len(seconds) // 2]

@@ -68,7 +68,7 @@ class Speculation:
         passes = _Passes(model, caches, drawing)
         position, left = caches[0].offset, limit  # position: of the first id that `now` draws
         now = passes.draw([logits], position, seen_in(sampler, prompt, logits))
-        watch, steady = _Watch(self._clock), False
+        watch, steady, drafted = _Watch(self._clock), False, False
         while left > 0:
             # 1. Nothing to draft: ask for the next pass before this one's id is known here.
             blind = now.drafts is None and not self._count(left - 2)
@@ -80,9 +80,9 @@ class Speculation:
                 trim_all(caches, 1)
                 ahead = passes.feed(now.steps[0], ids[0], position + 1)
             trim_all(caches, len(now.steps) - len(ids))
-            self._note(len(now.steps) - 1, watch.lap(), len(ids), plain=steady and blind)
+            self._note(len(now.steps) - 1, watch.lap(), len(ids), steady=steady and blind, drafted=drafted)
             drafter.extend(ids)
-            steady = blind
+            steady, drafted = blind, len(now.steps) > 1
             # 3. Go on from the last of them, with guesses if there are any.
             last = now.steps[len(ids) - 1]
             if not ahead and left > len(ids):
@@ -105,7 +105,7 @@ class Speculation:
                     trim_all(caches, caches[0].offset - position)
                     position += len(said)
                     ahead = passes.say(now.steps[at], token, said, position)
-                    steady = False
+                    steady = drafted = False
                     break
             assert ahead
             now = ahead
@@ -114,11 +114,11 @@ class Speculation:
         """How many to draft now."""
         return self._pace.best(self._drafter.chance(), min(most, MOST)) if most > 0 else 0
 
-    def _note(self, drafts: int, seconds: float, ids: int, *, plain: bool) -> None:
-        """A pass was read. Of those without drafts, one of a steady run is measured."""
+    def _note(self, drafts: int, seconds: float, ids: int, *, steady: bool, drafted: bool) -> None:
+        """A pass was read; `drafted`: the one before it had drafts. What forced ids cost is not measured."""
         self.passes += 1
-        if drafts or plain:
-            self._pace.took(drafts, seconds, ids)
+        if drafts or steady or drafted:
+            self._pace.took(drafts, seconds, ids, steady=steady)
 
 
 class _Passes:

@@ -110,3 +110,11 @@ def test_a_loss_is_forgiven():
     assert pace.best(0.95) == 0
     while not pace.best(0.95):
         pace.took(0, 1.0)
+
+
+def test_what_a_pass_behind_drafts_costs_more_is_lost_by_them():
+    pace = measured({0: 1.0, 1: 1.1})
+    for _ in range(20):
+        pace.took(0, 1.5, steady=False)
+    assert pace.best(0.95) == 0
+    assert pace._plain == 1.0
