@@ -4,15 +4,17 @@
 
 Heads as Magistral's (32 of queries, 8 of keys, 128 wide), two layers, little width: what is measured is
 attention and its cache. The cache is filled with random keys and values, not read from a prompt; then ids are
-decoded one by one, and a straight line is fitted to the medians. Times are of one layer; bytes are those that
-Magistral's 40 layers hold with 2-byte numbers, beside those held here (a CPU computes in float32). On a GPU 8
-bits are half the bytes to read; on a CPU they are more arithmetic.
+decoded one by one, all contexts in turn, and a straight line is fitted to the medians. Times are of one layer;
+bytes are those that Magistral's 40 layers hold with 2-byte numbers, beside those held here (a CPU computes in
+float32). On a GPU 8 bits are half the bytes to read; on a CPU they are more arithmetic.
 """
 
 import argparse
 import statistics
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import mlx.core as mx
 
@@ -31,6 +33,9 @@ LAYERS = 2
 SHAPE = config(128, LAYERS, (32, 8, 128), 256, 1024)
 CONTEXTS = (256, 2048, 4096, 8192, 12288, 16384)
 TOKENS = 4
+KV_BITS = 8
+Place: TypeAlias = tuple[int, int | None]
+"""A context, and the bits of its cache (None: as computed)."""
 
 
 class Random:
@@ -53,7 +58,7 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=CONTEXTS[-1], help="the longest context")
     args = parser.parse_args()
     model = Transformer(SHAPE, Random())
-    rows = [measured(model, context, args.trials) for context in CONTEXTS if context <= args.most]
+    rows = measured(model, [context for context in CONTEXTS if context <= args.most], args.trials)
     fits = {}
     for bits in ("16", "8"):
         times = [row["milliseconds"][bits]["median"] for row in rows]
@@ -63,26 +68,32 @@ def main() -> None:
     write("contexts", {"layers": LAYERS, "tokens_per_trial": TOKENS, "rows": rows, "fits": fits})
 
 
-def measured(model: Transformer, context: int, trials: int) -> Json:
-    """Milliseconds per token and layer with either cache, and what the caches hold."""
-    caches = {"16": filled(model, context, None), "8": filled(model, context, 8)}
-    ways = {bits: lambda kept=kept: decoded(model, kept) for bits, kept in caches.items()}
-    found = in_turn(ways, trials)
-    milliseconds = {bits: spread([1e3 * s / LAYERS for s in each]) for bits, each in found.items()}
-    nbytes = {bits: sum(cache.nbytes for cache in each) for bits, each in caches.items()}
+def measured(model: Transformer, contexts: Sequence[int], trials: int) -> list[Json]:
+    """Milliseconds per token and layer with either cache at each context, and what the caches hold."""
+    caches = {
+        (context, bits): filled(model, context, bits) for context in contexts for bits in (None, KV_BITS)
+    }
+    ways = {place: lambda kept=kept: decoded(model, kept) for place, kept in caches.items()}
+    found = {place: [1e3 * s / LAYERS for s in each] for place, each in in_turn(ways, trials).items()}
+    return [row(context, found, caches) for context in contexts]
+
+
+def row(context: int, found: Mapping[Place, list[float]], caches: Mapping[Place, list[KVCache]]) -> Json:
+    both = {"16": (context, None), "8": (context, KV_BITS)}
+    milliseconds = {bits: spread(found[place]) for bits, place in both.items()}
     # Of 40 layers in 16-bit numbers: codes are as they are, floats (here maybe of 4 bytes) are 2.
     whole = {
-        bits: memory.kv_bytes(MAGISTRAL, context, itemsize=2, kv_bits=int(bits) if bits == "8" else None)
-        for bits in caches
+        bits: memory.kv_bytes(MAGISTRAL, context, itemsize=2, kv_bits=place[1])
+        for bits, place in both.items()
     }
-    faster = ratio(found["16"], found["8"])
+    faster = ratio(found[both["16"]], found[both["8"]])
     medians = ", ".join(f"{bits} bits {each['median']:.2f} ms" for bits, each in milliseconds.items())
     gigabytes = ", ".join(f"{each / 1e9:.2f} GB" for each in whole.values())
     print(f"{context:6}: {medians} per token and layer; 8 bits times as fast: {told(faster)}; {gigabytes}")
     return {
         "context": context,
         "milliseconds": milliseconds,
-        "cache_bytes_here": nbytes,
+        "cache_bytes_here": {bits: sum(c.nbytes for c in caches[place]) for bits, place in both.items()},
         "cache_bytes_magistral": whole,
         "times_as_fast_in_8_bits": faster,
     }

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from magistral_mlx.measure.figures import Json, lower_bound, spread
 from magistral_mlx.measure.machine import this_computer
 
+K = TypeVar("K")
 T = TypeVar("T")
 RESULTS = Path(__file__).parent / "results"
 TRIALS = 8
@@ -27,9 +28,9 @@ def seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def in_turn(engines: Mapping[str, Callable[[], T]], trials: int) -> dict[str, list[T]]:
+def in_turn(engines: Mapping[K, Callable[[], T]], trials: int) -> dict[K, list[T]]:
     """A figure of each engine, then of each again: neighbours see the same machine. The first warms up."""
-    found: dict[str, list[T]] = {name: [] for name in engines}
+    found: dict[K, list[T]] = {name: [] for name in engines}
     for trial in range(trials + 1):
         for name, measure in engines.items():
             figure = measure()
