@@ -5,8 +5,8 @@
 Heads as Magistral's (32 of queries, 8 of keys, 128 wide), two layers, little width: what is measured is
 attention and its cache. The cache is filled with random keys and values, not read from a prompt; then ids are
 decoded one by one, all contexts in turn, and a straight line is fitted to the medians. Times are of one
-layer; bytes are those that Magistral's 40 layers hold with 2-byte numbers, beside those held here (a CPU computes in
-float32). On a GPU 8 bits are half the bytes to read; on a CPU they are more arithmetic.
+layer. Bytes are those that Magistral's 40 layers hold with 2-byte numbers, beside those held here (a CPU
+computes in float32). On a GPU 8 bits are half the bytes to read; on a CPU they are more arithmetic.
 """
 
 import argparse
