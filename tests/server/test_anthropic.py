@@ -151,20 +151,6 @@ def test_tokens_are_counted(client: Anthropic, served: Running):
     assert counted.input_tokens == len(served.service.model.encode(QUESTION, system="Be brief."))
 
 
-SAID = (
-    "<think>\nTwo cities.\n</think>\nI'll look."
-    '[TOOL_CALLS]weather[CALL_ID]abcDEF123[ARGS]{"city": "Paris"}'
-    '[TOOL_CALLS]weather[CALL_ID]000000001[ARGS]{"city": "Rome"}'
-)
-
-
-@pytest.fixture(scope="module")
-def caller(tiny_tokenizer: Callable[[str], Tokenizer]) -> Iterator[Running]:
-    tokenizer = tiny_tokenizer("v11")
-    with scripted(tokenizer, ids_of(tokenizer, SAID)) as model, Running(model) as running:
-        yield running
-
-
 @pytest.mark.parametrize("stream", [False, True])
 def test_calls_of_tools(caller: Running, stream: bool):
     with client_of(caller) as client:

@@ -1,15 +1,11 @@
 """Tool calls over HTTP, from a model that calls what it is told to."""
 
 import json
-from collections.abc import Callable, Iterator
 
 import pytest
 from openai import OpenAI
 
-from magistral_mlx.text.tokenizer import Tokenizer
-from tests.scripted import scripted
 from tests.serving import ASK, Running
-from tests.text.test_toolcalls import ids_of
 
 TOOLS = [
     {
@@ -22,18 +18,6 @@ TOOLS = [
     }
 ]
 QUESTION = {"role": "user", "content": "Paris, Rome?"}
-SAID = (
-    "<think>\nTwo cities.\n</think>\nI'll look."
-    '[TOOL_CALLS]weather[CALL_ID]abcDEF123[ARGS]{"city": "Paris"}'
-    '[TOOL_CALLS]weather[CALL_ID]000000001[ARGS]{"city": "Rome"}'
-)
-
-
-@pytest.fixture(scope="module")
-def caller(tiny_tokenizer: Callable[[str], Tokenizer]) -> Iterator[Running]:
-    tokenizer = tiny_tokenizer("v11")
-    with scripted(tokenizer, ids_of(tokenizer, SAID)) as model, Running(model) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

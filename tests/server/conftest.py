@@ -1,0 +1,24 @@
+"""What tests of several routes ask."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from magistral_mlx.text.tokenizer import Tokenizer
+from tests.scripted import scripted
+from tests.serving import Running
+from tests.text.test_toolcalls import ids_of
+
+CALLS = (
+    "<think>\nTwo cities.\n</think>\nI'll look."
+    '[TOOL_CALLS]weather[CALL_ID]abcDEF123[ARGS]{"city": "Paris"}'
+    '[TOOL_CALLS]weather[CALL_ID]000000001[ARGS]{"city": "Rome"}'
+)
+
+
+@pytest.fixture(scope="module")
+def caller(tiny_tokenizer: Callable[[str], Tokenizer]) -> Iterator[Running]:
+    """A server whose model thinks, says something, and makes two calls."""
+    tokenizer = tiny_tokenizer("v11")
+    with scripted(tokenizer, ids_of(tokenizer, CALLS)) as model, Running(model) as running:
+        yield running
