@@ -87,7 +87,8 @@ class Generation:
         """The loop, with drafts or without. A draft model reads the prompt first."""
         request = self._request
         decode = partial(engine.decode, allowed=request.allowed)
-        if self._drafting and request.allowed is None:  # drafts know nothing of what may be drawn
+        # Drafts know nothing of what may be drawn.
+        if self._drafting and request.allowed is None and self._drafting.pace.pays():
             drafter = yield from self._drafter(self._drafting.model)
             self._speculation = Speculation(drafter, self._drafting.pace)
             decode = self._speculation.decode

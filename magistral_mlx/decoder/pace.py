@@ -25,6 +25,8 @@ ALLOWED = 4
 estimate, is bounded by this, whatever the estimates say."""
 REPAID = 0.01
 """Of the time that passes: how fast a loss is forgiven, so how much of it may be lost in the long run."""
+REST = 16
+"""Replies without drafts, where not even sure guesses pay: the plain loop costs less than one that looks."""
 
 
 class Pace:
@@ -36,6 +38,7 @@ class Pace:
         self._warm: set[int] = set()
         self._passes = 0
         self._lost = 0.0  # seconds, of those that drafting has cost and not brought in
+        self._rested = 0  # replies
 
     def took(self, drafts: int, seconds: float, ids: int = 1, *, steady: bool = True) -> None:
         """A pass that checked so many drafts took so long and brought so many ids.
@@ -49,6 +52,18 @@ class Pace:
         self._lost = max(self._lost - REPAID * seconds, 0.0)
         if drafts or steady:
             self._measured(drafts, seconds)
+
+    def pays(self) -> bool:
+        """Whether the next reply may draft: unless sure guesses do not pay, and then now and again."""
+        if len(self._seconds.get(0, ())) < SURE or self.best(1.0, MOST) or self._rested == REST:
+            self._rested = 0
+            return True
+        self._rested += 1
+        if self._rested == REST:  # machines and contexts change: the next one measures anew
+            self._seconds.clear()
+            self._last.clear()
+            self._lost = 0.0
+        return False
 
     def best(self, chance: float, most: int = MOST) -> int:
         """How many to draft, up to `most`, where each is right with this chance if those before it are."""

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from magistral_mlx.decoder.pace import ALLOWED, FORGET, MOST, REPAID, SURE, WORTH, Pace
+from magistral_mlx.decoder.pace import ALLOWED, FORGET, MOST, REPAID, REST, SURE, WORTH, Pace
 
 
 def measured(costs: dict[int, float]) -> Pace:
@@ -118,3 +118,13 @@ def test_what_a_pass_behind_drafts_costs_more_is_lost_by_them():
         pace.took(0, 1.5, steady=False)
     assert pace.best(0.95) == 0
     assert pace._plain == 1.0
+
+
+def test_a_model_whose_drafts_never_pay_rests_and_looks_again():
+    pace = measured({k: k + 1.0 for k in range(MOST + 1)})
+    assert [pace.pays() for _ in range(REST)] == [False] * REST
+    assert pace.pays()  # nothing is known any more
+    for _ in range(SURE):
+        pace.took(0, 1.0)
+    assert pace.pays()  # and sure guesses may be cheap now
+    assert pace.best(1.0) > 0
