@@ -5,19 +5,18 @@ streams of the model take turns with it, step by step.
 """
 
 import asyncio
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from magistral_mlx.decoder.batch import Drawn, Told
 from magistral_mlx.wire import Cost, Guide
 
 from . import step
 from .reply import Reply, Telling
 from .worker import Pending, Worker
 
-_Drawn: TypeAlias = dict[int, int]
-_Told: TypeAlias = Mapping[int, Guide | None]
-_Step: TypeAlias = tuple[_Drawn | None, Cost]
+_Step: TypeAlias = tuple[Drawn | None, Cost]
 """Ids by the number of their reply (None: a piece of a prompt was read), and what they cost."""
 
 
@@ -26,7 +25,7 @@ class BatchSource:
     """Where a batch's ids come from."""
 
     worker: Worker
-    steps: Generator[_Drawn | None, _Told | None, None]
+    steps: Generator[Drawn | None, Told | None, None]
     reused: Sequence[int]
     """How many ids of each reply's prompt were read before; there when the first ids are."""
 
@@ -65,7 +64,7 @@ class Batch:
         steps, told, self._told = self._source.steps, self._told, {}
         return self._source.worker.submit(lambda: step.take(steps, told or None))
 
-    def _take(self, drawn: _Drawn | None, cost: Cost) -> None:
+    def _take(self, drawn: Drawn | None, cost: Cost) -> None:
         """Account for one step."""
         if drawn is None:
             self._reading = self._reading.then(cost)
