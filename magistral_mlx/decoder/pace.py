@@ -55,7 +55,7 @@ class Pace:
 
     def pays(self) -> bool:
         """Whether the next reply may draft: unless sure guesses do not pay, and then now and again."""
-        if len(self._seconds.get(0, ())) < SURE or self.best(1.0, MOST) or self._rested == REST:
+        if len(self._seconds.get(0, ())) < SURE or self.best(1.0, MOST):
             self._rested = 0
             return True
         self._rested += 1
