@@ -217,22 +217,15 @@ def _read(stats: Stats, reused: int, cost: Cost) -> Stats:
 def _said(stats: Stats, phase: Phase, cost: Cost, passes: int) -> Stats:
     """An id was said; it counts for the phase that it led to. Once an id: one value is made, not three."""
     now = stats.prefill_seconds + stats.decode_seconds + cost.seconds
-    first, peak = stats.first_token_seconds or now, max(stats.peak_memory, cost.peak)
-    if phase == "thinking":
-        return replace(
-            stats,
-            forward_passes=passes,
-            first_token_seconds=first,
-            peak_memory=peak,
-            thinking_tokens=stats.thinking_tokens + 1,
-            thinking_seconds=stats.thinking_seconds + cost.seconds,
-        )
+    thought, first_answer = phase == "thinking", stats.first_answer_seconds
     return replace(
         stats,
         forward_passes=passes,
-        first_token_seconds=first,
-        peak_memory=peak,
-        answer_tokens=stats.answer_tokens + 1,
-        answer_seconds=stats.answer_seconds + cost.seconds,
-        first_answer_seconds=stats.first_answer_seconds or now,
+        first_token_seconds=stats.first_token_seconds or now,
+        first_answer_seconds=first_answer if thought else first_answer or now,
+        thinking_tokens=stats.thinking_tokens + thought,
+        thinking_seconds=stats.thinking_seconds + thought * cost.seconds,
+        answer_tokens=stats.answer_tokens + (not thought),
+        answer_seconds=stats.answer_seconds + (not thought) * cost.seconds,
+        peak_memory=max(stats.peak_memory, cost.peak),
     )
