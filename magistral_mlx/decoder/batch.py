@@ -16,7 +16,7 @@ import mlx.core as mx
 from magistral_mlx.wire import AS_BEFORE, Guide
 
 from .cache import KVCache, side_by_side, trim_all
-from .drawing import Drawing, Step, marked, seen_in
+from .drawing import Drawing, Step, draw_alike, marked, seen_in
 from .logprobs import Scorer
 from .model import Transformer
 from .sampling import UNSETTLED, Sampler, Sampling
@@ -153,8 +153,8 @@ def _draw(rows: Sequence[Row], logits: mx.array) -> list[Step]:
     for group in alike.values():
         first, *_ = group.values()
         theirs = logits if len(group) == len(rows) else logits[mx.array([*group])]
-        ids = first.draw_each(theirs, [(sampler.seed, rows[at].next) for at, sampler in group.items()])
-        steps |= {at: Step(logits[at], None, ids[n]) for n, at in enumerate(group)}
+        places = [(sampler.seed, rows[at].next) for at, sampler in group.items()]
+        steps |= zip(group, draw_alike(first, theirs, places), strict=True)
     return [steps.get(at) or row.draw(logits[at]) for at, row in enumerate(rows)]
 
 

@@ -68,6 +68,12 @@ class Drawing:
         return mx.where(allowed, logits, -mx.inf)
 
 
+def draw_alike(sampler: Sampler, logits: mx.array, places: Sequence[tuple[int, int]]) -> list[Step]:
+    """A step for each row of `(n, V)`, by its seed and position, where nothing but the sampler decides."""
+    ids = sampler.draw_each(logits, places)
+    return [Step(logits[at], None, ids[at]) for at in range(len(places))]
+
+
 def _mask(allowed: bytes | None) -> mx.array | None:
     """Bits → one bool for each."""
     if allowed is None:

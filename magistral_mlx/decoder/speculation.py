@@ -25,7 +25,7 @@ from magistral_mlx.wire import Guide
 
 from .cache import KVCache, trim_all
 from .drafts import Drafter
-from .drawing import Drawing, Step, marked, seen_in
+from .drawing import Drawing, Step, draw_alike, marked, seen_in
 from .logprobs import Scorer
 from .model import Transformer
 from .pace import MOST, Pace
@@ -153,8 +153,8 @@ class _Passes:
 
     def _draw_at_once(self, sampler: Sampler, logits: mx.array, position: int, drafts: mx.array) -> _Pass:
         """`draw`, where no draw changes what the next one is made from."""
-        ids = sampler.draw_each(logits, [(sampler.seed, position + at) for at in range(logits.shape[0])])
-        steps = [Step(logits[at], None, ids[at]) for at in range(logits.shape[0])]
+        places = [(sampler.seed, position + at) for at in range(logits.shape[0])]
+        steps = draw_alike(sampler, logits, places)
         mx.async_eval([step.id for step in steps])
         return _Pass(steps, drafts)
 
