@@ -4,7 +4,8 @@
     tools         definitions, calls, results from outside
     prompt        messages, checked; the model cards' prompts
     toolcalls     control tokens and text → calls
-    tokenizer     messages → ids → text (mistral_common)
+    detokenizer   ids → text, character by character
+    tokenizer     messages → ids (mistral_common)
     hf_tokenizer  tekken.json → tokenizer.json
     sidecars      the files beside converted weights
     transcript    ids → typed events

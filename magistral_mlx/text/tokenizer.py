@@ -6,7 +6,6 @@ nothing here spells a template. Does not know phases (`thinking`), events (`tran
 mistral_common is imported when the first tokenizer is opened: it takes about a second.
 """
 
-import codecs
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from magistral_mlx.checks import check_text
 from magistral_mlx.errors import MagistralWarning, PromptError, TokenizerError
 from magistral_mlx.events import ToolCall
 
+from .detokenizer import Detokenizer
 from .prompt import CONTROL_TAGS_PROMPT, TEXT_TAGS_PROMPT, Messages, Turn, read_messages, without_thinking
 from .thinking import CLOSE, OPEN
 from .toolcalls import Marker
@@ -105,7 +105,7 @@ class Tokenizer:
         detokenizer = self.detokenizer()
         return "".join(map(detokenizer.feed, ids)) + detokenizer.flush()
 
-    def detokenizer(self) -> "Detokenizer":
+    def detokenizer(self) -> Detokenizer:
         return Detokenizer(self.pieces)
 
     def encode_chat(
@@ -229,32 +229,6 @@ class Tokenizer:
         tekken = self._tekken
         controls: list[bytes | None] = [None] * tekken.num_special_tokens
         return controls + [tekken.id_to_byte_piece(i) for i in range(len(controls), self.vocab_size)]
-
-
-class Detokenizer:
-    """Ids → text as it becomes visible: a character split over tokens comes whole, with its last byte.
-
-    What is fed and flushed joins to what mistral_common decodes from the ids as a whole.
-    """
-
-    def __init__(self, pieces: Sequence[bytes | None]) -> None:
-        self._pieces = pieces
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def feed(self, token_id: int) -> str:
-        if not 0 <= token_id < len(self._pieces):
-            return self.flush() + "\N{REPLACEMENT CHARACTER}"
-        piece = self._pieces[token_id]
-        return self.flush() if piece is None else self._utf8.decode(piece)
-
-    @property
-    def pending(self) -> bool:
-        """Whether a character has begun and not ended."""
-        return bool(self._utf8.getstate()[0])
-
-    def flush(self) -> str:
-        """A character that never came whole is U+FFFD. Control tokens flush too: none spans one."""
-        return self._utf8.decode(b"", final=True)
 
 
 def _think_template(text: str) -> tuple[str, str, str] | None:

@@ -1,0 +1,120 @@
+"""`ask` and `chat`: a question from the command line, or a conversation in the terminal.
+
+Turns options into the library's own objects; what a reply looks like is `talk.display`'s.
+"""
+
+import dataclasses
+import json
+import sys
+from typing import IO, TYPE_CHECKING, Any, Unpack, cast
+
+import click
+
+from .common import first_interrupt_stops_thinking
+from .reply_options import ReplyOptions, load, reply_options, settings_of
+
+if TYPE_CHECKING:  # mlx, mistral_common and rich load when a command needs them, not for --help
+    from magistral_mlx.talk.display import Terminal
+    from magistral_mlx.talk.reply import Reply
+    from magistral_mlx.talk.stream import Stream
+
+
+@click.command()
+@click.argument("question", required=False)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object: ids, thinking, answer, statistics.")
+@click.option(
+    "--schema", type=click.File(encoding="utf-8"), help="The JSON schema that the answer is held to."
+)
+@reply_options
+def ask(question: str | None, as_json: bool, schema: IO[str] | None, **options: Unpack[ReplyOptions]) -> None:
+    """Ask one question and print the answer.
+
+    QUESTION may come from standard input: "-", or nothing.
+
+    Ctrl-C while it thinks ends the thinking and asks for the answer; once more stops it.
+    """
+    from magistral_mlx.talk.display import Terminal, complain, shortcoming
+
+    text = _question(question)
+    settings = settings_of(options)
+    if schema is not None:
+        settings["schema"] = _read_schema(schema)
+    terminal = Terminal(show_thinking=not options["hide_thinking"])
+    with load(options) as model, model.stream(text, **settings) as stream:
+        if as_json:
+            for _ in stream:
+                pass
+            click.echo(json.dumps(_as_json(stream.reply), ensure_ascii=False))
+        else:
+            _show(stream, terminal)
+        if schema is not None:
+            _ = stream.reply.parsed  # an answer that was cut off is an error
+        elif not as_json and (lacking := shortcoming(stream.reply)):
+            complain(lacking)
+
+
+def _question(given: str | None) -> str:
+    """The question as it was typed, or from standard input; refused where nothing is in it."""
+    text = given or ""
+    if given == "-" or (given is None and not sys.stdin.isatty()):
+        try:
+            text = sys.stdin.buffer.read().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise click.UsageError(
+                f"expected a question in UTF-8 on standard input, found other bytes at {error.start}: "
+                "give it text"
+            ) from error
+    if not text.strip():
+        raise click.UsageError('expected a question: magistral-mlx ask "What is 48 + 37?"')
+    return text
+
+
+def _show(stream: "Stream", terminal: "Terminal") -> None:
+    from magistral_mlx.talk.display import summary
+
+    try:
+        with first_interrupt_stops_thinking(stream):
+            finished = terminal.show(stream)
+    except KeyboardInterrupt:
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+    if finished:
+        terminal.note(summary(finished))
+
+
+@click.command()
+@reply_options
+def chat(**options: Unpack[ReplyOptions]) -> None:
+    """Talk, with a memory of what was said; /help lists the rest."""
+    from .repl import Repl
+
+    settings = settings_of(options)
+    with load(options) as model:
+        Repl(model, settings, show_thinking=not options["hide_thinking"]).run()
+
+
+def _read_schema(file: IO[str]) -> dict[str, Any]:
+    try:
+        found: object = json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise click.BadParameter(f"{file.name} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise click.BadParameter(f"{file.name} holds a {type(found).__name__}, not a JSON schema")
+    return cast("dict[str, Any]", found)
+
+
+def _as_json(reply: "Reply") -> dict[str, Any]:
+    return {
+        "prompt_ids": reply.prompt_ids,
+        "token_ids": reply.token_ids,
+        "thinking": reply.thinking,
+        "answer": reply.answer,
+        "finish_reason": reply.finish_reason,
+        "seed": reply.seed,
+        "stats": dataclasses.asdict(reply.stats)
+        | {
+            "prefill_tokens_per_second": reply.stats.prefill_tokens_per_second,
+            "decode_tokens_per_second": reply.stats.decode_tokens_per_second,
+            "tokens_per_pass": reply.stats.tokens_per_pass,
+        },
+    }
