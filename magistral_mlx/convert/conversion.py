@@ -68,8 +68,11 @@ def convert(job: Job, progress: Callable[[Progress], None] = lambda _: None) -> 
                 _check_source(job, journal)
             journal.publish()
     except OSError as error:
+        source = job.checkpoint.path
+        reads = error.filename is not None and Path(error.filename).is_relative_to(source)
+        doing = f"reading {source}" if reads else f"writing {job.out}"
         raise ConversionError(
-            f"writing {job.out} failed: {error.strerror or error}; mend that and run it again: it goes on"
+            f"{doing} failed: {error.strerror or error}; mend that and run it again: it goes on"
         ) from error
     return Converted(plan=planned, errors=_errors(journal))
 

@@ -78,17 +78,19 @@ class Entry:
         return array.view(dtype) if array.dtype != dtype else array
 
     def _fill(self, buffer: memoryview, offset: int) -> None:
-        fd = os.open(self.file, os.O_RDONLY)
         try:
-            while buffer:
-                got = os.preadv(fd, [buffer], offset)
-                if not got:
-                    raise CheckpointError(
-                        f"{self.file} ends inside {self.name}: it was cut off; get it again"
-                    )
-                buffer, offset = buffer[got:], offset + got
-        finally:
-            os.close(fd)
+            with self.file.open("rb", buffering=0) as file:
+                while buffer:
+                    got = os.preadv(file.fileno(), [buffer], offset)
+                    if not got:
+                        raise CheckpointError(
+                            f"{self.file} ends inside {self.name}: it was cut off; get it again"
+                        )
+                    buffer, offset = buffer[got:], offset + got
+        except OSError as error:  # its header was read before
+            raise CheckpointError(
+                f"{self.file} was there, and cannot be read now: {error.strerror}; put it back where it was"
+            ) from error
 
 
 def read_header(path: Path) -> dict[str, Entry]:

@@ -22,7 +22,7 @@ from magistral_mlx.convert.recipe import RECIPES, uniform
 from magistral_mlx.disk.checkpoint import load, open_checkpoint
 from magistral_mlx.disk.journal import work_directory
 from magistral_mlx.disk.tensorfile import Entry
-from magistral_mlx.errors import CheckpointError, ConversionError
+from magistral_mlx.errors import CheckpointError, ConversionError, MagistralError
 from tests import mlx_lm_reference, models
 from tests.mlx_lm_reference import SCHEMES, same
 
@@ -383,6 +383,22 @@ def test_a_source_that_shrinks(tmp_path):
     with pytest.raises(CheckpointError, match="it was cut off"):
         convert(Job(checkpoint=checkpoint, out=tmp_path / "deep" / "out"))
     assert_unfinished(tmp_path / "deep" / "out")
+
+
+@pytest.mark.parametrize("midway", [False, True])
+def test_a_source_that_goes(tmp_path, midway):
+    """The disk that it is on was unplugged, say: it is not the target that is at fault."""
+    source = models.write_native(tmp_path / "source", FLAT)
+    job = Job(checkpoint=open_checkpoint(source), out=tmp_path / "out")
+
+    def unplug(*_):
+        (source / "consolidated.safetensors").unlink(missing_ok=True)
+
+    if not midway:
+        unplug()
+    with pytest.raises(MagistralError, match=f"(reading {source} failed|cannot be read now).*No such file"):
+        convert(job, unplug)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_target_that_cannot_be_made(tmp_path, native):
