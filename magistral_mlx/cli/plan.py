@@ -37,8 +37,17 @@ def _gib(_ctx: click.Context, _param: click.Parameter, value: str | None) -> int
 @click.option("--context", type=click.IntRange(min=1), help="Prompt and reply, in tokens. Default: 40960.")
 @click.option("--memory", "memory_gib", callback=_gib, help="Of another Mac, such as 32GB: an estimate.")
 @click.option("--kv-bits", type=click.Choice(["16", "8"]), default="16", help="Of the KV cache.")
+@click.option("--quantize-after", type=click.IntRange(0), default=0, help="With --kv-bits 8: see ask --help.")
 @click.option("--all-macs", is_flag=True, help="Every size of Mac in one table (Markdown).")
-def plan(*, model: str, context: int | None, memory_gib: int | None, kv_bits: str, all_macs: bool) -> None:
+def plan(
+    *,
+    model: str,
+    context: int | None,
+    memory_gib: int | None,
+    kv_bits: str,
+    quantize_after: int,
+    all_macs: bool,
+) -> None:
     """What a model takes, and whether it fits.
 
     MODEL is a directory, a Hub name, or 'demo'. Reads no weight; of a Hub model that is not here, its config.
@@ -63,6 +72,7 @@ def plan(*, model: str, context: int | None, memory_gib: int | None, kv_bits: st
         machine=memory.mac(memory_gib) if memory_gib else memory.this_machine(),
         itemsize=dtype.size,
         kv_bits=8 if kv_bits == "8" else None,
+        quantize_after=quantize_after,
     )
     _tell(made, f"a Mac with {memory_gib} GB" if memory_gib else "this machine")
     if made.fits:

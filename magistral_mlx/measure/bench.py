@@ -72,7 +72,6 @@ def _run(name: str, place: str, words: Path, settings: Settings, progress: _Prog
     from magistral_mlx.fetch import hub
     from magistral_mlx.text.tokenizer import Tokenizer
 
-    # 1. What there is to measure.
     weights = hub.resolve(place).weights
     checkpoint, tokenizer = open_checkpoint(weights), Tokenizer.from_directory(words)
     if settings.against_peer and checkpoint.layout == "native":
@@ -88,22 +87,13 @@ def _run(name: str, place: str, words: Path, settings: Settings, progress: _Prog
         "dtype": str(dtype).removeprefix("mlx.core."),
         "prompts": [prompt(tokenizer.encode_chat, length) for length in lengths],
         "tokens": settings.tokens,
-        "reply_tokens": 0,
-        "speculate": False,
+        # A model of random weights may draw ids that its tokenizer does not know.
+        "reply_tokens": settings.reply_tokens if tokenizer.vocab_size >= checkpoint.config.vocab_size else 0,
+        "speculate": settings.speculate,
         "temperature": settings.temperature,
         "seed": 0,
     }
-    # 2. A first load and a whole reply, apart: the trials then all find the files in memory.
-    asks = settings.reply_tokens and tokenizer.vocab_size >= checkpoint.config.vocab_size
-    reply_tokens = settings.reply_tokens if asks else 0
-    first = Json(job, prompts=[], reply_tokens=reply_tokens, speculate=settings.speculate)
-    engines = (OURS, PEER) if settings.against_peer else (OURS,)
-    jobs = [Json(job, engine=engine, seed=trial) for trial in range(settings.trials) for engine in engines]
-    opening = spawn(first, lambda what: progress(0, 1 + len(jobs), what))
-    # 3. The trials, in turn, and what they come to.
-    trials: dict[str, list[Json]] = {engine: [] for engine in engines}
-    for done, each in enumerate(jobs, 1):
-        trials[each["engine"]].append(spawn(each, lambda what, n=done: progress(n, 1 + len(jobs), what)))
+    opening, trials = _trials(job, settings, progress)
     computer, model = this_computer(), _model(name, checkpoint, dtype)
     known = bandwidth_of(computer)
     bandwidth = known or measured_bandwidth()
@@ -127,6 +117,18 @@ def _run(name: str, place: str, words: Path, settings: Settings, progress: _Prog
         "ratios": ratios(trials[OURS], trials[PEER]) if settings.against_peer else [],
         "trials": trials,
     }
+
+
+def _trials(job: Json, settings: Settings, progress: _Progress) -> tuple[Json, dict[str, list[Json]]]:
+    """A first load with a whole reply, so that trials find the files in memory; then the trials, in turn."""
+    engines = (OURS, PEER) if settings.against_peer else (OURS,)
+    each = Json(job, reply_tokens=0, speculate=False)
+    jobs = [Json(each, engine=engine, seed=trial) for trial in range(settings.trials) for engine in engines]
+    opening = spawn(Json(job, prompts=[]), lambda what: progress(0, 1 + len(jobs), what))
+    trials: dict[str, list[Json]] = {engine: [] for engine in engines}
+    for done, one in enumerate(jobs, 1):
+        trials[one["engine"]].append(spawn(one, lambda what, n=done: progress(n, 1 + len(jobs), what)))
+    return opening, trials
 
 
 def prompt(encode: Callable[[str], list[int]], length: int) -> list[int]:
