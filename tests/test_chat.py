@@ -124,7 +124,7 @@ def test_past_the_advised_context_a_reply_says_so_once(
     script: Callable[..., Magistral], monkeypatch: pytest.MonkeyPatch
 ):
     model = script("word " * 40)
-    monkeypatch.setattr("magistral_mlx.memory.USUAL_CONTEXT", len(model.encode(QUESTION)) + 20)
+    monkeypatch.setattr("magistral_mlx.talk.guard.USUAL_CONTEXT", len(model.encode(QUESTION)) + 20)
     with pytest.warns(MagistralWarning, match="tokens of context the model's quality drops") as said:
         first = model.ask(QUESTION)
     model.ask(QUESTION)  # said: another warning would be an error here

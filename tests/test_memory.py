@@ -10,15 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from magistral_mlx import Magistral, memory
-from magistral_mlx.config import MAGISTRAL, ModelConfig, Quantization
+from magistral_mlx.config import MAGISTRAL, ModelConfig
 from magistral_mlx.decoder.engine import decode
 from magistral_mlx.decoder.matrix import Matrix
 from magistral_mlx.decoder.model import Transformer
 from magistral_mlx.decoder.sampling import Sampler, Sampling
 from magistral_mlx.disk.checkpoint import open_checkpoint
 from magistral_mlx.disk.tensorfile import Entry
-from magistral_mlx.errors import MagistralWarning, MemoryLimitError
-from magistral_mlx.memory import Guard, Machine, MemoryPlan
+from magistral_mlx.errors import MemoryLimitError
+from magistral_mlx.memory import Machine, MemoryPlan
 from tests import models
 from tests.decoder.test_cache import feed
 
@@ -47,15 +47,6 @@ def test_budget_of_a_gpu_is_its_working_set(monkeypatch):
 @pytest.mark.skipif(mx.metal.is_available(), reason="a GPU has a limit of its own")
 def test_budget_of_a_cpu_is_the_memory_there_is():
     assert 2**28 < memory.budget() < 2**50
-
-
-@pytest.mark.parametrize(("gib", "expected"), [(16, 1), (24, 4), (32, 8), (64, 8)])
-def test_as_many_at_once_as_have_room(monkeypatch, gib, expected):
-    monkeypatch.setattr(memory, "this_machine", lambda: memory.mac(gib))
-    guard = Guard(MAGISTRAL, WEIGHTS, itemsize=2)
-    assert guard.at_once(8) == expected
-    assert guard.at_once(2) == min(expected, 2)
-    assert Guard(MAGISTRAL, WEIGHTS, itemsize=2, kv_bits=8).at_once(8) >= expected
 
 
 @pytest.mark.parametrize(("device", "dtype"), [("gpu", mx.bfloat16), ("cpu", mx.float32)])
@@ -200,67 +191,6 @@ def test_a_cpu_is_offered_no_limit():
     assert not plan.fits
     assert plan.with_limit is None
     assert "sysctl" not in plan.advice()
-
-
-def guard(
-    monkeypatch: pytest.MonkeyPatch, gib: int, config: ModelConfig = MAGISTRAL, kv_bits: int | None = None
-) -> Guard:
-    monkeypatch.setattr(memory, "this_machine", lambda: memory.mac(gib))
-    return Guard(config, WEIGHTS, itemsize=2, kv_bits=kv_bits)
-
-
-PACKED = replace(MAGISTRAL, quantization=Quantization())
-
-
-def test_what_fits_is_not_spoken_of(monkeypatch: pytest.MonkeyPatch):
-    watch = guard(monkeypatch, 32)
-    watch.check_load("it")
-    watch.check_reply(300, 40000)
-
-
-def test_a_load_that_leaves_little_room_is_warned_of_once(monkeypatch: pytest.MonkeyPatch):
-    watch = guard(monkeypatch, 24)
-    with pytest.warns(
-        MagistralWarning, match=r"40,960 tokens of context with it take 20\.\d GB .*sysctl"
-    ) as said:
-        watch.check_load("it")
-    watch.check_load("it")  # said: another warning would be an error here
-    assert len(said) == 1
-
-
-def test_a_load_without_room_is_refused(monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(
-        MemoryLimitError, match=r"it takes 13\.\d GB .* can give 11\.5 GB; .*wired_limit_mb=13312"
-    ):
-        guard(monkeypatch, 16, PACKED).check_load("it")
-    with pytest.raises(MemoryLimitError, match="quantize it first: magistral-mlx convert it --out DIR"):
-        guard(monkeypatch, 8).check_load("it")
-    with pytest.raises(MemoryLimitError, match="nothing shorter fits either"):
-        guard(monkeypatch, 8, PACKED).check_load("it")
-
-
-def test_a_prompt_without_room_is_refused_and_a_long_reply_warned_of(monkeypatch: pytest.MonkeyPatch):
-    watch = guard(monkeypatch, 24)
-    with pytest.warns(
-        MagistralWarning, match=r"a reply of 40,960 tokens may run out of memory: .* what would fit"
-    ):
-        watch.check_reply(300, 40960)
-    watch.check_reply(300, 40960)  # said
-    with pytest.raises(MemoryLimitError, match=r"the prompt of 30,000 tokens takes .* 8-bit KV cache"):
-        watch.check_reply(30_000, 1)
-    packed = guard(monkeypatch, 24, kv_bits=8)
-    packed.check_reply(30_000, 1)
-    with pytest.raises(MemoryLimitError, match=r"held 2\.0 GB"):
-        packed.check_reply(30_000, 1, held=2 * 10**9)
-
-
-def test_past_the_advised_context_is_said_once(monkeypatch: pytest.MonkeyPatch):
-    watch = guard(monkeypatch, 64)
-    watch.check_context(40960)
-    with pytest.warns(MagistralWarning, match="past 40,960 tokens of context") as said:
-        watch.check_context(40961)
-    watch.check_reply(50_000, 10)
-    assert len(said) == 1
 
 
 def test_this_machine_on_metal(monkeypatch: pytest.MonkeyPatch):
