@@ -43,14 +43,10 @@ class Slots:
             FullError: the queue is full.
             ClosingError: `close` was called, before or while waiting.
         """
-        if self._closed:
-            raise ClosingError("the server is shutting down")
+        self.check()
         if self.running < self._most_running:
             self.running += 1
             return Slot(self)
-        if len(self._queue) >= self._most_waiting:
-            turns = (len(self._queue) + 1) / self._most_running
-            raise FullError(min(math.ceil(self._seconds * turns), 600))
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._queue.append(turn)
         try:
@@ -63,6 +59,14 @@ class Slots:
             if turn in self._queue:
                 self._queue.remove(turn)
         return Slot(self)
+
+    def check(self) -> None:
+        """Raise what `take` would raise at once: before the work that only a request with a turn is worth."""
+        if self._closed:
+            raise ClosingError("the server is shutting down")
+        if self.running >= self._most_running and len(self._queue) >= self._most_waiting:
+            turns = (len(self._queue) + 1) / self._most_running
+            raise FullError(min(math.ceil(self._seconds * turns), 600))
 
     def close(self) -> None:
         """Send everybody who waits away; those who run may end."""

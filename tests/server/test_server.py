@@ -233,13 +233,15 @@ def begin(server: Running, body: object = ENDLESS) -> socket.socket:
     return line
 
 
-def test_a_full_queue_says_when_to_come_back(narrow: Running):
+def test_a_full_queue_says_when_to_come_back(narrow: Running, monkeypatch: pytest.MonkeyPatch):
     slots = narrow.service.slots
     with begin(narrow):
         until(lambda: slots.running == 1)
         with begin(narrow):
             until(lambda: slots.waiting == 1)
-            refused = narrow.post(CHAT, ASK)
+            with monkeypatch.context() as patch:
+                patch.setattr(narrow.service.model, "encode", lambda *_, **__: 1 / 0)  # nobody asks for it
+                refused = narrow.post(CHAT, ASK)
             assert (refused.status, refused.error["code"]) == (429, "queue_full")
             assert int(refused.headers["retry-after"]) >= 1
     until(lambda: narrow.idle)
