@@ -14,7 +14,6 @@ import argparse
 import asyncio
 import sys
 import tempfile
-from itertools import islice
 from pathlib import Path
 
 import mlx.core as mx
@@ -24,7 +23,7 @@ sys.path.append(str(Path(__file__).parent.parent))
 from benchmarks.pairs import TRIALS, in_turn, ratio, seconds, told, write
 from benchmarks.tokens_per_second import MAGISTRAL, make, narrowed
 from magistral_mlx import Magistral, Reply, memory
-from magistral_mlx.decoder.batch import Request, Row, decode_batch
+from magistral_mlx.decoder.batch import Request, Row, feed
 from magistral_mlx.decoder.engine import prefill
 from magistral_mlx.decoder.model import Transformer
 from magistral_mlx.decoder.sampling import Sampler, Sampling
@@ -32,6 +31,7 @@ from magistral_mlx.disk.checkpoint import load, open_checkpoint
 from magistral_mlx.measure.bench import place_of
 from magistral_mlx.measure.figures import Json, spread
 from magistral_mlx.talk.continuous import ContinuousBatch
+from magistral_mlx.wire import AS_BEFORE
 
 SIZES = (1, 2, 4, 8)
 TOKENS = 24
@@ -122,9 +122,15 @@ def rate(model: Transformer, n: int) -> float:
         )
         for seed in range(n)
     ]
-    steps = decode_batch(model, rows)
-    next(steps)
-    return n * TOKENS / seconds(lambda: list(islice(steps, TOKENS)))
+
+    def step() -> None:
+        feed(model, rows)
+        for row in rows:
+            row.take(model)
+            row.go_on(AS_BEFORE)
+
+    step()
+    return n * TOKENS / seconds(lambda: [step() for _ in range(TOKENS)])
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 The real vocabulary (131072 ids, from mistral_common's own file) and a text with reasoning, several scripts
 and an answer. `transcript` is what every id of a stream passes through: detokenizer, parser, stop strings.
-`telling` is all that the host does for an id: that, statistics, limits, and the budget of thinking.
+`builder` is all that the host does for an id: that, statistics, limits, and the budget of thinking.
 """
 
 import argparse
@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).parent.parent))
 
 from benchmarks.pairs import TRIALS, in_turn, seconds, write
 from magistral_mlx.measure.figures import spread
-from magistral_mlx.talk.reply import Telling
+from magistral_mlx.talk.reply import ReplyBuilder
 from magistral_mlx.text.tokenizer import Tokenizer
 from magistral_mlx.text.transcript import Transcript
 from magistral_mlx.wire import Cost
@@ -56,9 +56,9 @@ def transcript(tokenizer: Tokenizer, ids: list[int]) -> Callable[[], float]:
     return lambda: seconds(run)
 
 
-def telling(tokenizer: Tokenizer, ids: list[int]) -> Callable[[], float]:
+def builder(tokenizer: Tokenizer, ids: list[int]) -> Callable[[], float]:
     def run() -> None:
-        one = Telling(
+        one = ReplyBuilder(
             Transcript(tokenizer),
             tokenizer,
             prompt_ids=(),
@@ -67,13 +67,13 @@ def telling(tokenizer: Tokenizer, ids: list[int]) -> Callable[[], float]:
             think_budget=TOKENS,
         )
         for token in ids:
-            one.say(token, Cost(0.001))
+            one.add(token, Cost(0.001))
             one.events.clear()
 
     return lambda: seconds(run)
 
 
-WAYS = {"transcript": transcript, "telling": telling}
+WAYS = {"transcript": transcript, "builder": builder}
 
 if __name__ == "__main__":
     main()

@@ -1,14 +1,15 @@
 """Where numbers and words meet: a loaded model that answers messages.
 
-`Magistral` turns messages into ids, and ids into a `Stream`, or several at once into a `Batch`. Does not know
-how anything is shown, and leaves every rule to the module that owns it: prompts to `tokenizer`, options to
-`preparation`, events to `reply`, steps to `generation`, time and threads to `stream`, `batch` and `worker`,
-memory of what was said to `conversation`.
+`Magistral` turns messages into ids, and ids into a `Stream`. Does not know how anything is shown, and leaves
+every rule to the module that owns it: prompts to `tokenizer`, options to `preparation`, events to `reply`,
+steps to `generation`, time and threads to `stream`, `continuous` and `worker`, memory of what was said to
+`conversation`.
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias, TypeVar, Unpack, overload
 
@@ -16,8 +17,7 @@ import mlx.core as mx
 
 from . import memory
 from .checks import whole_number
-from .decoder.batch import Request
-from .decoder.generation import BatchGeneration, Drafting, Generation
+from .decoder.generation import Drafting, Generation
 from .decoder.model import Transformer
 from .decoder.pace import Pace
 from .decoder.prefix import Prefix
@@ -29,13 +29,13 @@ from .errors import CheckpointError, ClosedError, MagistralWarning, PromptError,
 from .fetch import hub
 from .structured.grammar import Regex
 from .talk import saving
-from .talk.batch import Batch, BatchSource
 from .talk.continuous import ContinuousBatch
 from .talk.conversation import Conversation
+from .talk.guard import Guard
 from .talk.options import Options, Plain, offered
 from .talk.preparation import Preparation, seed_of
-from .talk.reply import Reply, Telling
-from .talk.stream import Alone, Stream
+from .talk.reply import Reply
+from .talk.stream import OnDemand, Stream
 from .talk.worker import Pending, Worker
 from .text.prompt import Messages
 from .text.tokenizer import Tokenizer
@@ -45,7 +45,7 @@ DType: TypeAlias = Literal["bfloat16", "float16", "float32"]
 KVBits: TypeAlias = Literal[8]
 
 AT_ONCE = 8
-"""Replies in one batch: at Magistral's shape and 4000 tokens each, they hold 5 GB of keys and values."""
+"""Replies under way, at most. At Magistral's shape eight of 4000 tokens hold 5 GB of keys and values."""
 
 
 class Magistral:
@@ -60,7 +60,7 @@ class Magistral:
         *,
         kv_bits: KVBits | None = None,
         quantize_after: int = 0,
-        guard: memory.Guard | None = None,
+        guard: Guard | None = None,
         draft: Transformer | None = None,
     ) -> None:
         self._checkpoint = checkpoint
@@ -141,7 +141,7 @@ class Magistral:
     @overload
     def ask(self, messages: Messages, **options: Unpack[Plain]) -> Reply: ...
     def ask(self, messages: Messages, *, n: int | None = None, **options: Unpack[Options]) -> Any:
-        """The same, waited for; with `n`, so many replies, decoded as one batch (see `ask_many`).
+        """The same, waited for; with `n`, so many replies, written together (see `ask_many`).
 
         With a `schema` the value itself: of that type, what its JSON says, or text that a `Regex` matches.
         With `n` too there are replies, whose `parsed` is the value: one of them may have been cut off.
@@ -155,17 +155,18 @@ class Magistral:
         return reply if options.get("schema") is None else reply.parsed
 
     def ask_many(
-        self, questions: Sequence[Messages], *, at_once: int = AT_ONCE, **options: Unpack[Options]
+        self, questions: Sequence[Messages], *, at_once: int | None = None, **options: Unpack[Options]
     ) -> list[Reply]:
-        """A reply to each question, decoded as a batch; a beginning that neighbours share is read once.
+        """A reply to each question, written together; a beginning that neighbours share is read once.
 
         Each has its own seed: `seed`, `seed + 1`, …, and says the same as when asked alone with it (in
-        float32). Seconds in a reply's statistics are those of its batch.
+        float32). Seconds in a reply's statistics are of passes that it shares with others.
 
-        at_once: so many in a batch; the others come after them. Each holds its own KV cache.
+        at_once: so many are under way, each with its own KV cache; when one ends, the next begins. By default
+            as many as this machine's memory has room for, at most 8.
         """
-        batches = self._batches(questions, at_once, options)
-        return [reply for batch in batches for reply in batch.drain()]
+        with self._together(questions, at_once, options) as streams:
+            return [stream.drain() for stream in streams]
 
     def astream(self, messages: Messages, **options: Unpack[Options]) -> Stream:
         """`stream`, for `async for`: the same stream serves both."""
@@ -191,11 +192,11 @@ class Magistral:
         return reply if options.get("schema") is None else reply.parsed
 
     async def aask_many(
-        self, questions: Sequence[Messages], *, at_once: int = AT_ONCE, **options: Unpack[Options]
+        self, questions: Sequence[Messages], *, at_once: int | None = None, **options: Unpack[Options]
     ) -> list[Reply]:
         """`ask_many`, for `await`; cancelling it stops all replies."""
-        batches = self._batches(questions, at_once, options)
-        return [reply for batch in batches for reply in await batch.adrain()]
+        with self._together(questions, at_once, options) as streams:
+            return [await stream.adrain() for stream in streams]
 
     def conversation(self, **options: Unpack[Options]) -> Conversation:
         """A conversation with these options for every reply."""
@@ -241,22 +242,22 @@ class Magistral:
         """
         prefix = prefix or self.new_prefix(self.kv_bits)
         owed = batch.owed if batch else 0
-        telling, request = self._prepare(prompt, seed_of(options), options, held=prefix.nbytes - owed)
+        builder, request = self._prepare(prompt, seed_of(options), options, held=prefix.nbytes - owed)
         if batch:
             needs = self._guard.kv(len(prompt))
             generation = Generation(self.transformer, request, prefix)
-            return Stream(batch.join(generation, telling, needs=needs), telling, on_end=on_end)
+            return Stream(batch.join(generation, builder, needs=needs), builder, on_end=on_end)
         drafting = None
         if options.get("speculate", self._draft is not None):
             drafting = Drafting(pace=self._pace, model=self._draft)
         generation = Generation(self.transformer, request, prefix, drafting)
-        source = Alone(
+        source = OnDemand(
             self._worker,
             generation.run(),
             reused=lambda: generation.reused,
             passes=lambda: generation.passes,
         )
-        return Stream(source, telling, on_end=on_end)
+        return Stream(source, builder, on_end=on_end)
 
     def close(self) -> None:
         """Give the memory back. A stream that is still open ends with a `ClosedError`."""
@@ -314,22 +315,27 @@ class Magistral:
             raise ClosedError("this model was closed; load it again")
         return self._model
 
-    def _batches(self, questions: Sequence[Messages], at_once: int, options: Options) -> list[Batch]:
-        """Nothing is computed yet, and every mistake is told."""
+    @contextmanager
+    def _together(
+        self, questions: Sequence[Messages], at_once: int | None, options: Options
+    ) -> Generator[list[Stream]]:
+        """Streams that go on without being read. Every mistake is told before anything is computed."""
         if isinstance(questions, str):
             raise PromptError("ask_many takes a list of questions, found one string; ask takes one")
-        whole_number("at_once", at_once, least=1)
+        at_once = self.at_once if at_once is None else whole_number("at_once", at_once, least=1)
         seed = seed_of(options)
         prompts = [self.encode(messages, **options) for messages in questions]
         begun = [self._prepare(prompt, seed + at, options) for at, prompt in enumerate(prompts)]
-        return [self._batch(begun[start : start + at_once]) for start in range(0, len(begun), at_once)]
-
-    def _batch(self, begun: Sequence[tuple[Telling, Request]]) -> Batch:
-        generation = BatchGeneration(
-            self.transformer, [request for _, request in begun], self.new_prefix(self.kv_bits)
-        )
-        source = BatchSource(worker=self._worker, steps=generation.run(), reused=generation.reused)
-        return Batch(source, [telling for telling, _ in begun])
+        batch, last = ContinuousBatch(self._worker, at_once=at_once, followed=False), None
+        with ExitStack() as open_streams:
+            streams = list[Stream]()
+            for builder, request in begun:
+                generation = Generation(self.transformer, request, self.new_prefix(self.kv_bits))
+                last = batch.join(generation, builder, behind=last)
+                streams.append(open_streams.enter_context(Stream(last, builder, whole=True)))
+            for stream in streams:
+                stream.start()
+            yield streams
 
 
 def _open_draft(name: str, target: Checkpoint) -> Checkpoint:
@@ -350,10 +356,10 @@ def _guard(
     dtype: mx.Dtype,
     kv_bits: KVBits | None,
     quantize_after: int,
-) -> memory.Guard:
+) -> Guard:
     """What watches over memory, where these weights are held."""
     weights = checkpoint.nbytes(dtype) + (draft.nbytes(dtype) if draft else 0)
-    return memory.Guard(
+    return Guard(
         checkpoint.config, weights, itemsize=dtype.size, kv_bits=kv_bits, quantize_after=quantize_after
     )
 

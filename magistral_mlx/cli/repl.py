@@ -18,7 +18,7 @@ from .common import first_interrupt_stops_thinking
 if TYPE_CHECKING:  # the model comes in ready made
     from magistral_mlx.chat import Magistral
     from magistral_mlx.talk.options import Options
-    from magistral_mlx.talk.saving import Said
+    from magistral_mlx.talk.saving import UserInput
 
 _HELP = """\
 /think [on|off]   reason before answering, or answer at once
@@ -73,7 +73,7 @@ class Repl:
             except MagistralError as error:
                 complain(f"error: {error}")
 
-    def _reply(self, message: "Said") -> None:
+    def _reply(self, message: "UserInput") -> None:
         with self._talk.stream(message) as stream:
             try:
                 with first_interrupt_stops_thinking(stream):

@@ -13,7 +13,7 @@
     pace         how many guesses pay, by the clock
     speculation  decode, several ids a pass
     prefixes     what prompts have read, kept for others
-    generation   one reply, or several, behind a prefix
+    generation   one reply behind a prefix
 
 Each imports only what stands above it.
 """

@@ -7,13 +7,13 @@ Invariant, between a `feed` and the next one: each row's caches hold all ids tha
 """
 
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, cast
+from typing import cast
 
 import mlx.core as mx
 
-from magistral_mlx.wire import AS_BEFORE, Guide
+from magistral_mlx.wire import Guide
 
 from .cache import KVCache, side_by_side, trim_all
 from .drawing import Drawing, Step, draw_alike, marked, seen_in
@@ -32,27 +32,6 @@ class Request:
     allowed: bytes | None = None
     """The ids that it may begin with (`Guide.allowed`)."""
     scorer: Scorer | None = None
-
-
-Drawn: TypeAlias = dict[int, int]
-"""The number of a row → the id it has drawn."""
-Told: TypeAlias = Mapping[int, Guide | None]
-"""The number of a row → how it goes on, ids that are said one a step; or None: it has ended."""
-
-
-def decode_batch(model: Transformer, rows: Sequence["Row"]) -> Generator[Drawn, Told | None, None]:
-    """`engine.decode` for several sequences, a step of all at a time.
-
-    Yields what each has drawn; one in whose place ids are being said has drawn nothing. A row leaves at its
-    limit, or when it is told that it has ended; the others go on without it.
-    """
-    going = dict(enumerate(rows))
-    del rows  # whoever has ended is let go of
-    while going:
-        feed(model, [*going.values()])
-        taken = {number: row.take(model) for number, row in going.items()}
-        told = (yield {number: token for number, token in taken.items() if token is not None}) or {}
-        going = {number: row for number, row in going.items() if row.go_on(told.get(number, AS_BEFORE))}
 
 
 class Row:

@@ -1,4 +1,4 @@
-"""Replies on the model's thread: prompts read behind what was read before, then ids one by one.
+"""A reply on the model's thread: its prompt read behind what was read before, then ids one by one.
 
 Knows the engine and the prefix it works on. Does not know text, or who asks.
 """
@@ -12,7 +12,7 @@ import mlx.core as mx
 from magistral_mlx.wire import Guide
 
 from . import engine
-from .batch import Drawn, Request, Row, Told, decode_batch
+from .batch import Request, Row
 from .cache import KVCache
 from .drafts import Drafter, DraftModel, PromptLookup
 from .model import Transformer
@@ -38,9 +38,10 @@ class Generation:
     ) -> None:
         self.model = model
         self.prefix = prefix
-        self._request = request
+        self.request = request
         self._drafting = drafting
         self._speculation: Speculation | None = None
+        self.logits: mx.array | None = None  # that follow the prompt, if it is read
         self.reused = 0
 
     @property
@@ -70,22 +71,34 @@ class Generation:
             guide = yield token
             prefix.ids += guide.said if guide else ()
 
+    def follow(self, other: "Generation") -> None:
+        """Go on from what another one has read: the beginning that both prompts have is not read again."""
+        self.prefix = other.prefix.fork()
+        if other.request.prompt == self.request.prompt:
+            self.logits = other.logits
+
     def row(self, chunk: int | None) -> Generator[None, object, Row]:
         """Read the prompt, by pieces of `chunk` ids or of what is sent in → what is decoded with others.
 
         Whoever does that notes the ids in the prefix, and restarts it on errors.
         """
         logits = yield from self._read(chunk)
-        return Row(self._request, logits, self.prefix.caches)
+        return Row(self.request, logits, self.prefix.caches)
 
     def _read(self, chunk: int | None = None) -> Generator[None, object, mx.array]:
-        prompt = self._request.prompt
-        self.reused = self.prefix.rewind(prompt)
-        return (yield from _read(self.model, prompt[self.reused :], self.prefix.caches, chunk))
+        prompt, prefix = self.request.prompt, self.prefix
+        if self.logits is not None and prefix.length >= len(prompt):
+            prefix.ids, self.reused = [*prompt], len(prompt)
+            prefix.trim()
+            yield None
+            return self.logits
+        self.reused = prefix.rewind(prompt)
+        self.logits = yield from _read(self.model, prompt[self.reused :], prefix.caches, chunk)
+        return self.logits
 
     def _decode(self, logits: mx.array) -> Generator[None, object, Generator[int, Guide | None, None]]:
         """The loop, with drafts or without. A draft model reads the prompt first."""
-        request = self._request
+        request = self.request
         decode = partial(engine.decode, allowed=request.allowed)
         # Drafts know nothing of what may be drawn.
         if self._drafting and request.allowed is None and self._drafting.pace.pays():
@@ -104,46 +117,13 @@ class Generation:
 
     def _drafter(self, model: Transformer | None) -> Generator[None, object, Drafter]:
         """Who guesses; what a draft model has read is kept beside the prefix."""
-        prompt = self._request.prompt
+        prompt = self.request.prompt
         if model is None:
             return PromptLookup(prompt)
         prefix = self.prefix.draft = self.prefix.draft or Prefix(model.new_caches())
         common = prefix.rewind(prompt)
         yield from _read(model, prompt[common:], prefix.caches)
-        return DraftModel(model, prefix, self._request.sampler)
-
-
-class BatchGeneration:
-    """Several replies on the model's thread, decoded as one batch.
-
-    Prompts are read one after another. What one has in common with that before it is read once: all of it
-    where one question is asked several times.
-    """
-
-    def __init__(self, model: Transformer, requests: Sequence[Request], prefix: Prefix) -> None:
-        self._model = model
-        self._requests = requests
-        self._prefix: Prefix | None = prefix
-        self.reused: list[int] = []
-
-    def run(self) -> Generator[Drawn | None, Told | None, None]:
-        """None for each piece of a prompt that is read, then ids by the number of their request."""
-        yield from decode_batch(self._model, (yield from self._read_all()))
-
-    def _read_all(self) -> Generator[None, object, list[Row]]:
-        prefix, self._prefix = self._prefix, None  # not kept beside what is made of it
-        assert prefix is not None
-        rows: list[Row] = []
-        read: list[int] = []
-        logits: mx.array | None = None
-        for request in self._requests:
-            shared = len(read)
-            if logits is None or request.prompt != read:
-                read, shared = request.prompt, prefix.rewind(request.prompt)
-                logits = yield from _read(self._model, read[shared:], prefix.caches)
-            self.reused.append(shared)
-            rows.append(Row(request, logits, prefix.fork().caches))
-        return rows
+        return DraftModel(model, prefix, self.request.sampler)
 
 
 def _read(

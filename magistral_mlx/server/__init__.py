@@ -6,7 +6,7 @@
     failures            errors in the shapes that clients know
     requests            a request → messages, options, prompts of the library
     anthropic_requests  Anthropic's requests → those of `wire`
-    voices              who says what: reasoning apart, tagged, or verbatim
+    rendering           reasoning apart from the answer, tagged, or the text as it was written
     replies             the library's events and replies → what clients read
     completion_replies  the same of plain completions
     anthropic_replies   the same as Anthropic's blocks

@@ -11,8 +11,8 @@ from typing import Any
 from magistral_mlx.events import FinishReason, Stats, ToolCall, ToolCallToken
 
 from . import failures
-from .replies import Choice, Ended
-from .voices import Heard
+from .rendering import Delta
+from .replies import Choice, ChoiceEnd
 
 SIGNATURE = "unsigned"
 """Of reasoning: clients keep no block without one. None is looked at when it comes back."""
@@ -25,8 +25,8 @@ _REASONS: dict[FinishReason, str] = {
 }
 
 
-class Blocks:
-    """One reply (a `Shape` of one choice): events in the order that Anthropic's clients expect."""
+class MessageEncoder:
+    """One reply (a `ReplyEncoder` of one choice): events in the order that Anthropic's clients expect."""
 
     def __init__(self, model: str, *, prompt_tokens: int) -> None:
         self._message = {
@@ -48,24 +48,24 @@ class Blocks:
         used = _usage(Stats(prompt_tokens=self._prompt_tokens))
         return _event("message_start", message={**self._message, **nothing_yet, "usage": used})
 
-    def piece(self, index: int, heard: Heard) -> bytes:  # noqa: ARG002
+    def piece(self, index: int, delta: Delta) -> bytes:  # noqa: ARG002
         said = b""
-        if heard.thinking:
+        if delta.thinking:
             said += self._within({"type": "thinking", "thinking": "", "signature": ""})
-            said += self._delta("thinking_delta", "thinking", heard.thinking)
-        if heard.text:
+            said += self._delta("thinking_delta", "thinking", delta.thinking)
+        if delta.text:
             said += self._within({"type": "text", "text": ""})
-            said += self._delta("text_delta", "text", heard.text)
-        if heard.call:
-            said += self._call(heard.call)
+            said += self._delta("text_delta", "text", delta.text)
+        if delta.call:
+            said += self._call(delta.call)
         return said
 
-    def ending(self, index: int, ended: Ended) -> bytes:  # noqa: ARG002
+    def ending(self, index: int, ended: ChoiceEnd) -> bytes:  # noqa: ARG002
         delta = {"stop_reason": _reason(ended), "stop_sequence": ended.stop_string}
         told = _event("message_delta", delta=delta, usage=_usage(ended.stats))
         return self._close() + told + _event("message_stop")
 
-    def last(self, ends: Sequence[Ended]) -> bytes:  # noqa: ARG002
+    def last(self, ends: Sequence[ChoiceEnd]) -> bytes:  # noqa: ARG002
         return b""
 
     def failed(self, error: Exception) -> bytes:
@@ -114,7 +114,7 @@ def _event(kind: str, **fields: Any) -> bytes:
     return f"event: {kind}\ndata: {told}\n\n".encode()
 
 
-def _reason(ended: Ended) -> str:
+def _reason(ended: ChoiceEnd) -> str:
     met = ended.reason == "stop" and ended.stop_string is not None
     return "stop_sequence" if met else _REASONS[ended.reason]
 

@@ -15,17 +15,17 @@ from magistral_mlx.errors import MagistralError
 from magistral_mlx.talk.options import Options
 
 from . import anthropic_requests, failures, requests, web
-from .anthropic_replies import Blocks
+from .anthropic_replies import MessageEncoder
 from .anthropic_wire import CountRequest, MessagesRequest
-from .completion_replies import Completion
+from .completion_replies import CompletionEncoder
 from .delivery import answer
 from .failures import RefusedError
 from .metrics import CONTENT_TYPE
-from .replies import Chat
+from .rendering import RawText, SeparateReasoning, TaggedReasoning
+from .replies import ChatEncoder
 from .safety import Rules, Safety
 from .service import Job, Service
 from .slots import ClosingError, FullError
-from .voices import Apart, Tagged, Verbatim
 from .wire import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
 
@@ -70,11 +70,12 @@ def _interface(service: Service, *, raw: bool) -> APIRouter:
 
     @router.post("/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
+        service.slots.check()
         prompt, options = await _prompt(service, body)
-        shape = Chat(name, tokenizer, body)
-        voice = Tagged if raw else Apart
-        job = Job(prompts=[prompt], options=options, voice=voice, n=body.n or 1, id=shape.id)
-        return await answer(service, request, job, shape, stream=bool(body.stream))
+        encoder = ChatEncoder(name, tokenizer, body)
+        rendering = TaggedReasoning if raw else SeparateReasoning
+        job = Job(prompts=[prompt], options=options, rendering=rendering, n=body.n or 1, id=encoder.id)
+        return await answer(service, request, job, encoder, stream=bool(body.stream))
 
     @router.post("/chat/completions/{id_}/stop_thinking", status_code=204)
     async def stop_thinking(id_: str) -> None:
@@ -84,13 +85,14 @@ def _interface(service: Service, *, raw: bool) -> APIRouter:
 
     @router.post("/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
+        service.slots.check()
         prompts, options = await asyncio.to_thread(requests.completion, body, tokenizer)
-        voice = partial(Verbatim, tokenizer, requests.stops(body))
+        rendering = partial(RawText, tokenizer, requests.stops(body))
         options["stop"] = ()
-        job = Job(prompts=prompts, options=options, voice=voice, n=body.n or 1)
+        job = Job(prompts=prompts, options=options, rendering=rendering, n=body.n or 1)
         echoes = await asyncio.to_thread(requests.echoes, body, tokenizer)
-        shape = Completion(name, tokenizer, body, echoes)
-        return await answer(service, request, job, shape, stream=bool(body.stream))
+        encoder = CompletionEncoder(name, tokenizer, body, echoes)
+        return await answer(service, request, job, encoder, stream=bool(body.stream))
 
     @router.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
@@ -110,10 +112,11 @@ def _anthropic(service: Service) -> APIRouter:
 
     @router.post("/messages")
     async def messages(body: MessagesRequest, request: Request) -> Response:
+        service.slots.check()
         prompt, options = await _prompt(service, anthropic_requests.chat(body))
-        shape = Blocks(service.ids[0], prompt_tokens=len(prompt))
-        job = Job(prompts=[prompt], options=options, voice=Apart, id=shape.id)
-        return await answer(service, request, job, shape, stream=bool(body.stream))
+        encoder = MessageEncoder(service.ids[0], prompt_tokens=len(prompt))
+        job = Job(prompts=[prompt], options=options, rendering=SeparateReasoning, id=encoder.id)
+        return await answer(service, request, job, encoder, stream=bool(body.stream))
 
     @router.post("/messages/count_tokens")
     async def count_tokens(body: CountRequest) -> dict[str, int]:

@@ -11,15 +11,15 @@ from typing import Any
 from magistral_mlx.text.tokenizer import Tokenizer
 from magistral_mlx.wire import TokenLogprob
 
-from .replies import REASONS, Choice, Choices, Ended
-from .voices import Heard
+from .rendering import Delta
+from .replies import REASONS, Choice, ChoiceEnd, OpenAIEncoder
 from .wire import CompletionRequest
 
 _CONTINUATIONS = {b"", *(bytes([byte]) for byte in range(0x80, 0xC0))}
 """How a piece begins that is within a character of UTF-8."""
 
 
-class Completion(Choices):
+class CompletionEncoder(OpenAIEncoder):
     """echoes: what the text of each prompt's choices begins with; none: with what is new."""
 
     kind, piece_kind, prefix = "text_completion", "text_completion", "cmpl"
@@ -35,16 +35,16 @@ class Completion(Choices):
     def opening(self, index: int) -> bytes:
         return self._piece(index, self._echo(index))
 
-    def piece(self, index: int, heard: Heard) -> bytes:
+    def piece(self, index: int, delta: Delta) -> bytes:
         table = self._table(index)
-        return self._piece(index, heard.text, logprobs=json.dumps(table and table.of([heard])))
+        return self._piece(index, delta.text, logprobs=json.dumps(table and table.of([delta])))
 
-    def ending(self, index: int, ended: Ended) -> bytes:
+    def ending(self, index: int, ended: ChoiceEnd) -> bytes:
         return self._piece(index, "", f'"{REASONS[ended.reason]}"')
 
     def choice(self, index: int, choice: Choice) -> dict[str, Any]:
         table = self._table(index)
-        logprobs = table and table.of(choice.heard)
+        logprobs = table and table.of(choice.deltas)
         text = self._echo(index) + choice.text
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": choice.reason}
 
@@ -71,10 +71,10 @@ class _Table:
         self._offset = 0  # of the next id
         self._length = 0  # of the text so far
 
-    def of(self, heard: Sequence[Heard]) -> dict[str, Any]:
+    def of(self, deltas: Sequence[Delta]) -> dict[str, Any]:
         """The rows of ids that brought text; not of those behind a stop string, or of the end of text."""
-        self._length += sum(len(one.text) for one in heard)
-        scored = [(logprob, self._next(logprob.id)) for one in heard for logprob in one.logprobs if logprob]
+        self._length += sum(len(one.text) for one in deltas)
+        scored = [(logprob, self._next(logprob.id)) for one in deltas for logprob in one.logprobs if logprob]
         rows = [(logprob, at) for logprob, at in scored if at < self._length]
         return {
             "tokens": [self._token(one.id) for one, _ in rows],

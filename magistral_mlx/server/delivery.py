@@ -1,6 +1,7 @@
 """A job said whole, or as it comes, to a client that may leave at any time.
 
-Knows slots, the service and HTTP. Does not know what was asked, or how a reply looks: that is a `Shape`'s.
+Knows slots, the service and HTTP. Does not know what was asked, or how a reply looks
+(`ReplyEncoder`).
 """
 
 import asyncio
@@ -17,14 +18,16 @@ from magistral_mlx.talk.stream import Stream
 
 from . import failures
 from .failures import GONE, RefusedError
-from .replies import Ended, Shape
+from .replies import ChoiceEnd, ReplyEncoder
 from .service import Job, Service
 from .slots import Slot
 
 T = TypeVar("T")
 
 
-async def answer(service: Service, request: Request, job: Job, shape: Shape, *, stream: bool) -> Response:
+async def answer(
+    service: Service, request: Request, job: Job, encoder: ReplyEncoder, *, stream: bool
+) -> Response:
     """Wait for a turn, then say it whole, or as it comes."""
     slot = await _while_connected(request, service.slots.take())
     if stream:
@@ -33,29 +36,29 @@ async def answer(service: Service, request: Request, job: Job, shape: Shape, *, 
         except BaseException:
             slot.release()
             raise
-        return _Events(_pieces(service, job, first, shape), slot, first)
+        return _Events(_pieces(service, job, first, encoder), slot, first)
     with slot:
         choices = await _while_connected(request, service.choices(job))
-    return Response(shape.whole(choices), media_type="application/json")
+    return Response(encoder.whole(choices), media_type="application/json")
 
 
-async def _pieces(service: Service, job: Job, first: Stream, shape: Shape) -> AsyncGenerator[bytes]:
+async def _pieces(service: Service, job: Job, first: Stream, encoder: ReplyEncoder) -> AsyncGenerator[bytes]:
     """A job as server-sent events. An error that comes when some were sent is one of them."""
-    ends: dict[int, Ended] = {}
+    ends: dict[int, ChoiceEnd] = {}
     try:
         for index in range(job.choices):
-            yield shape.opening(index)
+            yield encoder.opening(index)
         async with aclosing(service.run(job, first)) as told:
             async for index, said in told:
-                if not isinstance(said, Ended):
-                    yield shape.piece(index, said)
+                if not isinstance(said, ChoiceEnd):
+                    yield encoder.piece(index, said)
                     continue
                 ends[index] = said
-                yield shape.ending(index, said)
-        yield shape.last([ends[index] for index in range(job.choices)])
+                yield encoder.ending(index, said)
+        yield encoder.last([ends[index] for index in range(job.choices)])
     except Exception as error:  # noqa: BLE001 -- the status was sent long ago: this is how it can still be told
         failures.log(error)
-        yield shape.failed(error)
+        yield encoder.failed(error)
 
 
 class _Events(EventSourceResponse):

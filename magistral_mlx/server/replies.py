@@ -15,7 +15,7 @@ from magistral_mlx.text.tokenizer import Tokenizer
 from magistral_mlx.wire import TokenLogprob
 
 from . import failures
-from .voices import Heard
+from .rendering import Delta
 from .wire import Sampled
 
 REASONS: dict[FinishReason, str] = {
@@ -26,7 +26,7 @@ REASONS: dict[FinishReason, str] = {
 }
 
 
-class Ended(NamedTuple):
+class ChoiceEnd(NamedTuple):
     """The end of one choice."""
 
     reason: FinishReason
@@ -38,24 +38,24 @@ class Ended(NamedTuple):
 class Choice(NamedTuple):
     """One choice, whole."""
 
-    heard: Sequence[Heard]
-    ended: Ended
+    deltas: Sequence[Delta]
+    ended: ChoiceEnd
 
     @property
     def text(self) -> str:
-        return "".join(heard.text for heard in self.heard)
+        return "".join(delta.text for delta in self.deltas)
 
     @property
     def thinking(self) -> str:
-        return "".join(heard.thinking for heard in self.heard)
+        return "".join(delta.thinking for delta in self.deltas)
 
     @property
     def reason(self) -> str:
         return REASONS[self.ended.reason]
 
 
-class Shape(Protocol):
-    """One answer. Its kinds say how a piece of a choice looks, and how a whole one."""
+class ReplyEncoder(Protocol):
+    """One answer as bytes: a piece of a choice, or a whole one, in the form of an interface."""
 
     @property
     def id(self) -> str: ...
@@ -64,11 +64,11 @@ class Shape(Protocol):
         """Sent before anything is read."""
         ...
 
-    def piece(self, index: int, heard: Heard) -> bytes: ...
+    def piece(self, index: int, delta: Delta) -> bytes: ...
 
-    def ending(self, index: int, ended: Ended) -> bytes: ...
+    def ending(self, index: int, ended: ChoiceEnd) -> bytes: ...
 
-    def last(self, ends: Sequence[Ended]) -> bytes:
+    def last(self, ends: Sequence[ChoiceEnd]) -> bytes:
         """Sent when all choices have ended."""
         ...
 
@@ -79,8 +79,8 @@ class Shape(Protocol):
     def whole(self, choices: Sequence[Choice]) -> bytes: ...
 
 
-class Choices:
-    """What OpenAI's two shapes have in common."""
+class OpenAIEncoder:
+    """What OpenAI's two forms have in common."""
 
     kind = piece_kind = prefix = ""
 
@@ -103,7 +103,7 @@ class Choices:
     def choice(self, index: int, choice: Choice) -> dict[str, Any]:
         raise NotImplementedError
 
-    def last(self, ends: Sequence[Ended]) -> bytes:
+    def last(self, ends: Sequence[ChoiceEnd]) -> bytes:
         counted = f'{self._head}[], "usage": {json.dumps(self._usage(ends))}}}\n\n'.encode()
         return (counted if self._counted else b"") + b"data: [DONE]\n\n"
 
@@ -116,7 +116,7 @@ class Choices:
         body = {**self._about, "object": self.kind, "choices": told, "usage": used}
         return json.dumps(body, ensure_ascii=False).encode()
 
-    def _usage(self, ends: Sequence[Ended]) -> dict[str, Any]:
+    def _usage(self, ends: Sequence[ChoiceEnd]) -> dict[str, Any]:
         """Tokens of a request; a prompt counts once, however many choices were made of it."""
         stats = [end.stats for end in ends]
         prompts = stats[:: self._n]
@@ -131,25 +131,25 @@ class Choices:
         }
 
 
-class Chat(Choices):
+class ChatEncoder(OpenAIEncoder):
     kind, piece_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
     def opening(self, index: int) -> bytes:
         return self._piece(index, '{"role": "assistant", "content": ""}')
 
-    def piece(self, index: int, heard: Heard) -> bytes:
-        if heard.thinking:
-            text = json.dumps(heard.thinking, ensure_ascii=False)
+    def piece(self, index: int, delta: Delta) -> bytes:
+        if delta.thinking:
+            text = json.dumps(delta.thinking, ensure_ascii=False)
             return self._piece(index, f'{{"reasoning_content": {text}, "reasoning": {text}}}')
-        if heard.call:
-            delta = {"content": heard.text} if heard.text else {}
-            return self._piece(index, json.dumps(delta | {"tool_calls": [_call(heard.call)]}))
-        logprobs = json.dumps(self._logprobs([heard])) if heard.logprobs else "null"
+        if delta.call:
+            content = {"content": delta.text} if delta.text else {}
+            return self._piece(index, json.dumps(content | {"tool_calls": [_call(delta.call)]}))
+        logprobs = json.dumps(self._logprobs([delta])) if delta.logprobs else "null"
         return self._piece(
-            index, f'{{"content": {json.dumps(heard.text, ensure_ascii=False)}}}', logprobs=logprobs
+            index, f'{{"content": {json.dumps(delta.text, ensure_ascii=False)}}}', logprobs=logprobs
         )
 
-    def ending(self, index: int, ended: Ended) -> bytes:
+    def ending(self, index: int, ended: ChoiceEnd) -> bytes:
         return self._piece(index, "{}", f'"{REASONS[ended.reason]}"')
 
     def choice(self, index: int, choice: Choice) -> dict[str, Any]:
@@ -158,16 +158,16 @@ class Chat(Choices):
         message = {"role": "assistant", "content": choice.text or (None if calls else ""), "refusal": None}
         message |= {"reasoning_content": thinking, "reasoning": thinking}
         message |= {"tool_calls": calls} if calls else {}
-        logprobs = self._logprobs(choice.heard)
+        logprobs = self._logprobs(choice.deltas)
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": choice.reason}
 
     def _piece(self, index: int, delta: str, reason: str = "null", *, logprobs: str = "null") -> bytes:
         told = f'[{{"index": {index}, "delta": {delta}, "logprobs": {logprobs}, "finish_reason": {reason}}}]'
         return f"{self._head}{told}}}\n\n".encode()
 
-    def _logprobs(self, heard: Sequence[Heard]) -> dict[str, Any] | None:
+    def _logprobs(self, deltas: Sequence[Delta]) -> dict[str, Any] | None:
         """Of the ids that the text came from; of what was said in the model's place there are none."""
-        found = [logprob for one in heard for logprob in one.logprobs if logprob]
+        found = [logprob for one in deltas for logprob in one.logprobs if logprob]
         return {"content": [self._scored(one) for one in found], "refusal": None} if found else None
 
     def _scored(self, scored: TokenLogprob) -> dict[str, Any]:

@@ -22,12 +22,12 @@ from magistral_mlx.talk.stream import Stream
 
 from . import failures
 from .metrics import Metrics
-from .replies import Choice, Ended
+from .rendering import Delta, Rendering
+from .replies import Choice, ChoiceEnd
 from .slots import ClosingError, Slots
-from .voices import Heard, Voice
 
 T = TypeVar("T")
-Said: TypeAlias = tuple[int, Heard | Ended]
+ChoiceEvent: TypeAlias = tuple[int, Delta | ChoiceEnd]
 """The number of a choice, and what comes next of it."""
 
 
@@ -37,7 +37,7 @@ class Job:
 
     prompts: Sequence[list[int]]
     options: Options
-    voice: Callable[[], Voice]
+    rendering: Callable[[], Rendering]
     n: int = 1
     id: str = ""
     """By which its reasoning can be ended."""
@@ -73,7 +73,7 @@ class Service:
         """The stream of the first choice: whatever is wrong with a job, is told here."""
         return await self._open(job, 0)
 
-    async def run(self, job: Job, first: Stream) -> AsyncGenerator[Said]:
+    async def run(self, job: Job, first: Stream) -> AsyncGenerator[ChoiceEvent]:
         """All choices of a job, side by side: what comes next of any of them."""
         read = [asyncio.Event() for _ in job.prompts]
         choices = [self._choice(job, index, read, None if index else first) for index in range(job.choices)]
@@ -83,15 +83,15 @@ class Service:
 
     async def choices(self, job: Job) -> list[Choice]:
         """The same, waited for."""
-        heard: list[list[Heard]] = [[] for _ in range(job.choices)]
-        ends: dict[int, Ended] = {}
+        deltas: list[list[Delta]] = [[] for _ in range(job.choices)]
+        ends: dict[int, ChoiceEnd] = {}
         async with await self.begin(job) as first, aclosing(self.run(job, first)) as told:
             async for index, said in told:
-                if isinstance(said, Heard):
-                    heard[index].append(said)
+                if isinstance(said, Delta):
+                    deltas[index].append(said)
                 else:
                     ends[index] = said
-        return [Choice(heard[index], ends[index]) for index in range(job.choices)]
+        return [Choice(deltas[index], ends[index]) for index in range(job.choices)]
 
     def stop_thinking(self, id_: str) -> bool:
         """End the reasoning of a job's replies; False: nothing of that id runs."""
@@ -108,9 +108,9 @@ class Service:
 
     async def _choice(
         self, job: Job, index: int, read: Sequence[asyncio.Event], first: Stream | None
-    ) -> AsyncGenerator[Said]:
+    ) -> AsyncGenerator[ChoiceEvent]:
         """One choice. Others of its prompt begin when the first has read it."""
-        voice, here = job.voice(), read[index // job.n]
+        rendering, here = job.rendering(), read[index // job.n]
         leads = index % job.n == 0
         reason: FinishReason | None = None
         try:
@@ -123,14 +123,14 @@ class Service:
                         await self._share(stream)
                         here.set()
                     came += len(event.token_ids)
-                    if any(heard := voice.hear(event)):
-                        logprobs = stream.logprobs[told:came] if heard.text else ()
-                        yield index, heard._replace(logprobs=logprobs) if logprobs else heard
-                    if any(heard) or not voice.late:
+                    if any(delta := rendering.render(event)):
+                        logprobs = stream.logprobs[told:came] if delta.text else ()
+                        yield index, delta._replace(logprobs=logprobs) if logprobs else delta
+                    if any(delta) or not rendering.late:
                         told = came
                     if isinstance(event, Finished):
                         reason = event.reason
-                    elif voice.stopped:
+                    elif rendering.stopped:
                         reason = "stop"
                         break
         finally:
@@ -138,7 +138,7 @@ class Service:
         if reason is None:  # closed by `close`
             raise ClosingError
         reply = stream.reply
-        yield index, Ended(reason, reply.stats, reply.tool_calls, reply.stop_string)
+        yield index, ChoiceEnd(reason, reply.stats, reply.tool_calls, reply.stop_string)
 
     async def _open(self, job: Job, index: int, *, shared: bool = False) -> Stream:
         """A stream behind what was read before; what is kept gives way where memory is short."""

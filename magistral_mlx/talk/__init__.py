@@ -2,13 +2,13 @@
 
     worker        the thread that owns the arrays
     step          one step there, and what it took
+    guard         does it fit into memory?
     options       what one reply is asked for
     reply         one reply, whole or as it grows
     preparation   options → what a reply's ids will say, and how they are drawn
     notebook      a stream in Jupyter
     stream        one reply as it is written
     continuous    replies that take their steps together
-    batch         several replies at once
     answers       what several replies agree on
     talkfile      text and tensors under a seal
     saving        a conversation as text and tensors, and back

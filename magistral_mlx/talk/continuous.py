@@ -6,6 +6,7 @@ two of them. A reply is at most `LEAD` ids ahead of its reader: one that is read
 nobody up. Whoever leaves is in no further turn. Does not know text, nor what a request is.
 """
 
+import math
 import threading
 import time
 from collections.abc import Generator, Sequence
@@ -18,8 +19,8 @@ from magistral_mlx.errors import ClosedError
 from magistral_mlx.wire import AS_BEFORE, Cost, Guide
 
 from . import step
-from .reply import Telling
-from .stream import Say
+from .reply import ReplyBuilder
+from .stream import OnStep
 from .worker import Pending, Worker
 
 LEAD = 4
@@ -29,20 +30,36 @@ and at Magistral's size half a second or so."""
 
 
 class ContinuousBatch:
-    """All replies of one model that are written together. Any thread may `join`."""
+    """All replies of one model that are written together. Any thread may `join`.
 
-    def __init__(self, worker: Worker) -> None:
+    at_once: how many are under way; the others wait for one to end. None: whoever joins has seen to it.
+    followed: replies are read as they grow. If not, all that counts is when the last has ended: they go on
+        without a reader, and prompts are read in one go, so that more replies share a pass.
+    """
+
+    def __init__(self, worker: Worker, *, at_once: int | None = None, followed: bool = True) -> None:
         self.lock = threading.RLock()
+        self.lead = LEAD if followed else math.inf
+        self._at_once = at_once
+        self._followed = followed
         self._worker = worker
         self._members: list[Member] = []  # whose prompt got a piece last comes last
         self._turning = False
 
-    def join(self, generation: Generation, telling: Telling, *, needs: int) -> "Member":
+    def join(
+        self,
+        generation: Generation,
+        builder: ReplyBuilder,
+        *,
+        needs: int = 0,
+        behind: "Member | None" = None,
+    ) -> "Member":
         """One reply more; nothing is computed until it is asked for ids.
 
-        telling: whom it is said to. needs: bytes of its prompt's keys and values.
+        builder: whom it is said to. needs: bytes of its prompt's keys and values, if they are to be `owed`.
+        behind: one of this batch whose prompt is read first, and not again as far as both begin alike.
         """
-        member = Member(self, generation, telling, needs)
+        member = Member(self, generation, builder, needs, behind)
         with self.lock:
             self._members.append(member)
         return member
@@ -66,10 +83,12 @@ class ContinuousBatch:
     def _turn(self) -> None:
         with self.lock:
             here = [member for member in self._members if member.wants]
+        here = sorted(here, key=lambda member: not member.begun)[: self._at_once]
         reader = next((member for member in here if not member.row), None)
         if reader:
-            reader.read(PIECE if any(member.row for member in here) else None)
-        _step([member for member in here if member.row])
+            reader.read(PIECE if self._followed and any(member.row for member in here) else None)
+        if self._followed or not reader:
+            _step([member for member in here if member.row])
         with self.lock:
             self._members.sort(key=lambda member: member is reader)
             self._turning = False
@@ -98,15 +117,23 @@ def _step(members: Sequence["Member"]) -> None:
 class Member:
     """One reply of the batch: the `Source` of its stream."""
 
-    def __init__(self, batch: ContinuousBatch, generation: Generation, telling: Telling, needs: int) -> None:
+    def __init__(
+        self,
+        batch: ContinuousBatch,
+        generation: Generation,
+        builder: ReplyBuilder,
+        needs: int,
+        behind: "Member | None",
+    ) -> None:
         self.model = generation.model
         self.row: Row | None = None  # from when its prompt is read until it ends; the model's thread's own
         self._batch = batch
-        self._generation = generation
-        self._telling = telling
+        self.generation = generation
+        self._builder = builder
         self._needs = needs
+        self._behind = behind  # until its own prompt's turn
         self._reading: Generator[None, object, Row] | None = None
-        self._say: Say | None = None
+        self._on_step: OnStep | None = None
         self._cost = Cost()  # since the last id that was told
         self._pending: Pending[None] | None = None  # whom the next step is told
         self._ahead = 0  # steps that nobody has waited for
@@ -116,27 +143,36 @@ class Member:
     @property
     def wants(self) -> bool:
         """Whether it takes part in the next turn."""
-        return self._say is not None and not self._ended and self._ahead < LEAD
+        asked = self._on_step is not None and not self._ended and self._ahead < self._batch.lead
+        return asked and not (self._behind and self._behind.unread)
+
+    @property
+    def begun(self) -> bool:
+        return self.row is not None or self._reading is not None
+
+    @property
+    def unread(self) -> bool:
+        return self.row is None and not self._ended
 
     @property
     def owed(self) -> int:
-        return max(self._needs - self._generation.prefix.nbytes, 0)
+        return max(self._needs - self.generation.prefix.nbytes, 0)
 
     def reused(self) -> int:
-        return self._generation.reused
+        return self.generation.reused
 
     def passes(self) -> int | None:
         """One for each id."""
 
-    def ask(self, say: Say) -> Pending[None]:
+    def ask(self, on_step: OnStep) -> Pending[None]:
         """A step, if there was none since the last time; each is said before anybody is told of it."""
         with self._batch.lock:
             if not self._ended:
                 self._batch.wake()
-            self._say, self._pending = say, Pending()
+            self._on_step, self._pending = on_step, Pending()
             pending = self._pending
             if self._ahead or self._ended:
-                self._tell()
+                self._notify()
         return pending
 
     def leave(self) -> None:
@@ -147,10 +183,13 @@ class Member:
     def read(self, most: int | None) -> None:
         """A piece of the prompt, of at most so many ids."""
         try:
+            if self._behind:
+                self.generation.follow(self._behind.generation)
+                self._behind = None
             if self._reading is None:
-                self._reading, most = self._generation.row(most), None
+                self._reading, most = self.generation.row(most), None
             _, cost = step.take(self._reading, most)
-            self._hear(None, cost)
+            self._emit(None, cost)
         except StopIteration as read:
             self._reading, self.row = None, read.value
         except Exception as error:  # noqa: BLE001 -- it is raised where the ids are asked for
@@ -165,7 +204,7 @@ class Member:
             self._cost = self._cost.then(Cost(time.perf_counter() - start, mx.get_peak_memory()))
             if token is not None:
                 cost, self._cost = self._cost, Cost()
-                guide = self._hear(token, cost)
+                guide = self._emit(token, cost)
             if not self.row.go_on(None if self._ended else guide or AS_BEFORE):
                 self.row = None
         except Exception as error:  # noqa: BLE001 -- it is raised where the ids are asked for
@@ -174,23 +213,23 @@ class Member:
     def fail(self, error: Exception) -> None:
         """It ends; its arrays may be such whose evaluation failed."""
         self.row = self._reading = None
-        self._generation.prefix.restart()
+        self.generation.prefix.restart()
         self._error = error
         self.leave()
-        self._tell()
+        self._notify()
 
-    def _hear(self, token: int | None, cost: Cost) -> Guide | None:
-        """Say a step, then tell that it is there."""
-        assert self._say
-        guide = self._say(token, cost)
+    def _emit(self, token: int | None, cost: Cost) -> Guide | None:
+        """OnStep a step, then tell that it is there."""
+        assert self._on_step
+        guide = self._on_step(token, cost)
         if token is not None:
-            self._generation.prefix.ids += [token, *(guide.said if guide else ())]
-        if self._telling.reason:
+            self.generation.prefix.ids += [token, *(guide.said if guide else ())]
+        if self._builder.finish_reason:
             self.leave()
-        self._tell()
+        self._notify()
         return guide
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         """Whoever waits, or whoever asks next."""
         with self._batch.lock:
             pending, self._pending = self._pending, None
@@ -200,4 +239,4 @@ class Member:
         elif pending:
             pending.set_result(None)
         if pending:
-            pending.ring()
+            pending.finish()

@@ -24,7 +24,7 @@ from .stream import Stream
 T = TypeVar("T")
 
 
-class Speaker(saving.Home, Protocol):
+class ChatModel(saving.HostModel, Protocol):
     """What a conversation asks of a model; `Magistral` is one."""
 
     @property
@@ -54,10 +54,10 @@ class Conversation:
 
     def __init__(
         self,
-        model: Speaker,
+        model: ChatModel,
         options: Options,
         *,
-        turns: Sequence[tuple[saving.Said, Reply]] = (),
+        turns: Sequence[tuple[saving.UserInput, Reply]] = (),
         prefix: Prefix | None = None,
     ) -> None:
         self.options = options
@@ -72,7 +72,7 @@ class Conversation:
         pairs = ([*_messages(said), reply.message] for said, reply in self._turns)
         return [message for pair in pairs for message in pair]
 
-    def stream(self, message: saving.Said, **options: Unpack[Options]) -> Stream:
+    def stream(self, message: saving.UserInput, **options: Unpack[Options]) -> Stream:
         """Say something; `options` are for this reply only.
 
         message: text, or, after a reply with `tool_calls`, the result of each: `[call.result(…), …]`.
@@ -93,38 +93,40 @@ class Conversation:
         return stream
 
     @overload
-    def ask(self, message: saving.Said, *, schema: type[T], **options: Unpack[Plain]) -> T: ...
+    def ask(self, message: saving.UserInput, *, schema: type[T], **options: Unpack[Plain]) -> T: ...
     @overload
-    def ask(self, message: saving.Said, *, schema: Mapping[str, Any], **options: Unpack[Plain]) -> Any: ...
+    def ask(
+        self, message: saving.UserInput, *, schema: Mapping[str, Any], **options: Unpack[Plain]
+    ) -> Any: ...
     @overload
-    def ask(self, message: saving.Said, *, schema: Regex, **options: Unpack[Plain]) -> str: ...
+    def ask(self, message: saving.UserInput, *, schema: Regex, **options: Unpack[Plain]) -> str: ...
     @overload
-    def ask(self, message: saving.Said, **options: Unpack[Plain]) -> Reply: ...
-    def ask(self, message: saving.Said, **options: Unpack[Options]) -> Any:
+    def ask(self, message: saving.UserInput, **options: Unpack[Plain]) -> Reply: ...
+    def ask(self, message: saving.UserInput, **options: Unpack[Options]) -> Any:
         """The same, waited for; with a `schema`, the value itself (see `Magistral.ask`)."""
         reply = self.stream(message, **options).drain()
         return reply if options.get("schema") is None else reply.parsed
 
-    def astream(self, message: saving.Said, **options: Unpack[Options]) -> Stream:
+    def astream(self, message: saving.UserInput, **options: Unpack[Options]) -> Stream:
         """`stream`, for `async for`."""
         return self.stream(message, **options)
 
     @overload
-    async def aask(self, message: saving.Said, *, schema: type[T], **options: Unpack[Plain]) -> T: ...
+    async def aask(self, message: saving.UserInput, *, schema: type[T], **options: Unpack[Plain]) -> T: ...
     @overload
     async def aask(
-        self, message: saving.Said, *, schema: Mapping[str, Any], **options: Unpack[Plain]
+        self, message: saving.UserInput, *, schema: Mapping[str, Any], **options: Unpack[Plain]
     ) -> Any: ...
     @overload
-    async def aask(self, message: saving.Said, *, schema: Regex, **options: Unpack[Plain]) -> str: ...
+    async def aask(self, message: saving.UserInput, *, schema: Regex, **options: Unpack[Plain]) -> str: ...
     @overload
-    async def aask(self, message: saving.Said, **options: Unpack[Plain]) -> Reply: ...
-    async def aask(self, message: saving.Said, **options: Unpack[Options]) -> Any:
+    async def aask(self, message: saving.UserInput, **options: Unpack[Plain]) -> Reply: ...
+    async def aask(self, message: saving.UserInput, **options: Unpack[Options]) -> Any:
         """`ask`, for `await`."""
         reply = await self.stream(message, **options).adrain()
         return reply if options.get("schema") is None else reply.parsed
 
-    def undo(self) -> saving.Said | None:
+    def undo(self) -> saving.UserInput | None:
         """Forget the last exchange; returns what was said in it, to be said again or otherwise."""
         return self._turns.pop()[0] if self._turns else None
 
@@ -160,7 +162,7 @@ class Conversation:
         """What was read, once more. On the model's thread, where a stream just closed may be in mid-step."""
         return self._model.run(self._prefix.fork) if self._prefix else None
 
-    def _prompt(self, said: saving.Said, options: Options) -> list[int]:
+    def _prompt(self, said: saving.UserInput, options: Options) -> list[int]:
         """Kept reasoning goes on from the ids as they were sampled; encoding its text again could differ.
 
         Reasoning that led to tool calls is kept until they are answered and the next question comes.
@@ -177,7 +179,7 @@ class Conversation:
         return self._model.encode([*self.messages, *messages], **options)
 
 
-def _messages(said: saving.Said) -> list[dict[str, Any]]:
+def _messages(said: saving.UserInput) -> list[dict[str, Any]]:
     if isinstance(said, str):
         return [{"role": "user", "content": said}]
     results = [{**result} for result in said]

@@ -17,7 +17,6 @@ from magistral_mlx.decoder.batch import Request
 from magistral_mlx.decoder.logprobs import Scorer
 from magistral_mlx.decoder.sampling import Sampler, Sampling
 from magistral_mlx.errors import ContextError
-from magistral_mlx.memory import Guard
 from magistral_mlx.structured.callgrammar import with_calls
 from magistral_mlx.structured.constraint import Constraint
 from magistral_mlx.structured.grammar import Vocabulary
@@ -27,8 +26,9 @@ from magistral_mlx.text.tokenizer import Tokenizer
 from magistral_mlx.text.toolcalls import CallParser
 from magistral_mlx.text.transcript import Transcript
 
+from .guard import Guard
 from .options import MAX_TOKENS, Options, forced, offered
-from .reply import Telling
+from .reply import ReplyBuilder
 
 
 class Preparation:
@@ -41,7 +41,7 @@ class Preparation:
 
     def __call__(
         self, prompt: Sequence[int], seed: int, options: Options, *, held: int = 0
-    ) -> tuple[Telling, Request]:
+    ) -> tuple[ReplyBuilder, Request]:
         """Both halves of a reply: for words and for arrays.
 
         held: bytes of active memory that are this reply's own already, less those that others will yet take.
@@ -55,7 +55,7 @@ class Preparation:
         grammar = with_calls(shape and shape.grammar, self._tokenizer, told=told, forced=forced(options))
         constraint = grammar and Constraint(grammar, self._vocabulary, think=options.get("think", True))
         scorer = None if top is None else Scorer(top)
-        telling = Telling(
+        builder = ReplyBuilder(
             Transcript(
                 self._tokenizer,
                 stop=(stop,) if isinstance(stop, str) else tuple(stop),
@@ -79,7 +79,7 @@ class Preparation:
             allowed=constraint and constraint.mask(),
             scorer=scorer,
         )
-        return telling, request
+        return builder, request
 
     @cached_property
     def _vocabulary(self) -> Vocabulary:

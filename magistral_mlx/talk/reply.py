@@ -1,4 +1,4 @@
-"""One reply: `Reply` is the whole, `Telling` is one as it grows, id by id.
+"""One reply: `Reply` is the whole, `ReplyBuilder` is one as it grows, id by id.
 
 Knows text, phases, and when a reply ends. Does not know arrays, threads, or how its ids are had: all it sees
 of the model is ids and what they cost.
@@ -79,7 +79,7 @@ _CUT_OFF: dict[FinishReason, str] = {
 }
 
 
-class Telling:
+class ReplyBuilder:
     """Ids go in (`say`), `events` come out; `reason` is set when the reply has ended of itself."""
 
     def __init__(
@@ -112,7 +112,7 @@ class Telling:
         self._stats = Stats(prompt_tokens=len(prompt_ids))
         self.events: deque[Event] = deque()
         self.logprobs: list[TokenLogprob | None] = []  # of each id so far, where they are asked for
-        self.reason: FinishReason | None = None
+        self.finish_reason: FinishReason | None = None
 
     @property
     def phase(self) -> Phase:
@@ -126,7 +126,7 @@ class Telling:
             answer=self._transcript.answer,
             prompt_ids=self._prompt_ids,
             token_ids=tuple(self._ids),
-            finish_reason=self.reason or "cancelled",
+            finish_reason=self.finish_reason or "cancelled",
             seed=self._seed,
             stats=self._stats,
             tool_calls=self._transcript.tool_calls,
@@ -139,11 +139,11 @@ class Telling:
         """Close the reasoning at the next good place. From any thread."""
         self._closing.ask()
 
-    def read(self, reused: int, cost: Cost) -> None:
+    def prefilled(self, reused: int, cost: Cost) -> None:
         """A piece of the prompt was read; `reused` ids of it had been read before."""
         self._stats = _read(self._stats, reused, cost)
 
-    def say(self, token: int, cost: Cost, passes: int | None = None) -> Guide | None:
+    def add(self, token: int, cost: Cost, passes: int | None = None) -> Guide | None:
         """Account for one id. Returns how it is to go on; None: as the model would.
 
         passes: of the model, since the reply began; None: one for this id.
@@ -199,9 +199,9 @@ class Telling:
 
     def _finish(self, reason: FinishReason) -> None:
         events, leftover = self._transcript.flush()
-        self.reason = "tool_calls" if reason == "stop" and self._transcript.tool_calls else reason
+        self.finish_reason = "tool_calls" if reason == "stop" and self._transcript.tool_calls else reason
         self.events += events
-        self.events.append(Finished(reason=self.reason, stats=self._stats, token_ids=leftover))
+        self.events.append(Finished(reason=self.finish_reason, stats=self._stats, token_ids=leftover))
 
 
 def _read(stats: Stats, reused: int, cost: Cost) -> Stats:

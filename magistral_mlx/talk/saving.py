@@ -49,12 +49,12 @@ from .reply import Reply
 from .talkfile import damage, expect
 
 T = TypeVar("T")
-Said: TypeAlias = str | Sequence[Mapping[str, Any]]
+UserInput: TypeAlias = str | Sequence[Mapping[str, Any]]
 """A question, or the results of tool calls: messages of the role tool."""
-_Turn: TypeAlias = tuple[Said, Reply]
+_Turn: TypeAlias = tuple[UserInput, Reply]
 
 
-class Home(Protocol):
+class HostModel(Protocol):
     """The model that a conversation was held with, or goes on with."""
 
     @property
@@ -75,13 +75,13 @@ class Saved:
     prefix: Prefix | None
 
 
-def save(path: Path, saved: Saved, model: Home) -> None:
+def save(path: Path, saved: Saved, model: HostModel) -> None:
     """Write a file that is there whole or not at all. Beside the cache, memory holds one of its arrays."""
     text = json.dumps(_described(saved, model.fingerprint()), ensure_ascii=False)
     talkfile.write(path, text, model.run(partial(_arrays, saved)), model.run)
 
 
-def load(path: Path, model: Home, *, any_model: bool = False) -> Saved:
+def load(path: Path, model: HostModel, *, any_model: bool = False) -> Saved:
     """Check everything, then read. From another model, if that is wanted, comes what was said and no id."""
     file = talkfile.open_talk(path)
     with damage(path):
@@ -230,7 +230,7 @@ def _reply(turn: dict[str, Any]) -> Reply:
 
 
 def _check_layout(
-    entries: Mapping[str, Entry], turns: int, cache: Mapping[str, Any] | None, model: Home
+    entries: Mapping[str, Entry], turns: int, cache: Mapping[str, Any] | None, model: HostModel
 ) -> None:
     """The tensors are those that the JSON and the model's shape call for, to the last one."""
     expected: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -262,7 +262,7 @@ def _take_ids(arrays: dict[str, mx.array], vocab_size: int) -> dict[str, tuple[i
 
 
 def _prefix(
-    ids: tuple[int, ...], arrays: Mapping[str, mx.array], kind: Mapping[str, Any], model: Home
+    ids: tuple[int, ...], arrays: Mapping[str, mx.array], kind: Mapping[str, Any], model: HostModel
 ) -> Prefix:
     after = kind["quantize_after"]
     expect(type(after) is int and after >= 0, "quantize_after")

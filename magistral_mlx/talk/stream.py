@@ -1,7 +1,7 @@
 """One reply as it is written: `Stream` yields its events, to `for` or to `async for`.
 
 Takes steps that are made on the model's thread: an id, or None while the prompt is read; what is said to it
-tells how the reply goes on. What ids say, and when a reply has ended, is `Telling`'s to know.
+tells how the reply goes on. What ids say, and when a reply has ended, is `ReplyBuilder`'s to know.
 """
 
 import asyncio
@@ -15,17 +15,17 @@ from magistral_mlx.text.thinking import Phase
 from magistral_mlx.wire import Cost, Guide, TokenLogprob
 
 from . import step
-from .reply import Reply, Telling
+from .reply import Reply, ReplyBuilder
 from .worker import Pending, Worker
 
-Say: TypeAlias = Callable[[int | None, Cost], Guide | None]
+OnStep: TypeAlias = Callable[[int | None, Cost], Guide | None]
 """An id (None: a piece of the prompt was read) and its cost → how it goes on."""
 
 
 class Source(Protocol):
     """Where a stream's ids come from."""
 
-    def ask(self, say: Say) -> Pending[None]:
+    def ask(self, on_step: OnStep) -> Pending[None]:
         """Take a step and say it, on the model's thread, where no Ctrl-C arrives."""
         ...
 
@@ -42,7 +42,7 @@ class Source(Protocol):
         ...
 
 
-class Alone:
+class OnDemand:
     """Steps of one generator, each when it is asked for: streams that are open together take turns."""
 
     def __init__(
@@ -59,14 +59,14 @@ class Alone:
         self.reused = reused
         self.passes = passes
 
-    def ask(self, say: Say) -> Pending[None]:
-        return self._worker.submit(partial(self._step, say))
+    def ask(self, on_step: OnStep) -> Pending[None]:
+        return self._worker.submit(partial(self._step, on_step))
 
     def leave(self) -> None:
         """It is not asked again."""
 
-    def _step(self, say: Say) -> None:
-        self._guide = say(*step.take(self._steps, self._guide))
+    def _step(self, on_step: OnStep) -> None:
+        self._guide = on_step(*step.take(self._steps, self._guide))
 
 
 class Stream:
@@ -78,12 +78,19 @@ class Stream:
     """
 
     def __init__(
-        self, source: Source, telling: Telling, *, on_end: Callable[[Reply], None] = lambda _: None
+        self,
+        source: Source,
+        builder: ReplyBuilder,
+        *,
+        on_end: Callable[[Reply], None] = lambda _: None,
+        whole: bool = False,
     ) -> None:
+        """on_end: called once, with what was said. whole: only `reply` is wanted, and no events are kept."""
         self._source: Source | None = source
-        self._telling = telling
-        self._events = telling.events
+        self._builder = builder
+        self._events = builder.events
         self._on_end = on_end
+        self._whole = whole
         self._pending: Pending[None] | None = None
         self._lock = threading.RLock()
 
@@ -131,6 +138,10 @@ class Stream:
         with self:
             show(self)
 
+    def start(self) -> None:
+        """Ask for the first step now, not when the first event is asked for."""
+        self._ask()
+
     def close(self) -> None:
         """Stop now. What was said so far stays in `reply`; nothing more is yielded."""
         self._end(silently=True)
@@ -151,7 +162,7 @@ class Stream:
 
     def stop_thinking(self) -> None:
         """End the reasoning at the next line or sentence and go on to the answer. From any thread."""
-        self._telling.stop_thinking()
+        self._builder.stop_thinking()
 
     @property
     def is_open(self) -> bool:
@@ -161,36 +172,41 @@ class Stream:
     @property
     def phase(self) -> Phase:
         """Where the reply stands: still thinking, or answering."""
-        return self._telling.phase
+        return self._builder.phase
 
     @property
     def reply(self) -> Reply:
         """What has been said so far; the whole reply once the stream has ended."""
-        return self._telling.reply
+        return self._builder.reply
 
     @property
     def logprobs(self) -> Sequence[TokenLogprob | None]:
         """Where they are asked for, of each id so far: in step with the ids of the events, joined."""
-        return self._telling.logprobs
+        return self._builder.logprobs
 
     def _ask(self) -> Pending[None] | None:
         """The step under way, or a new one; None: nothing is to come."""
-        if self._telling.reason is not None:
+        if self._builder.finish_reason is not None:
             self._end()
         with self._lock:
             if self._source is not None and (self._pending is None or _went_well(self._pending)):
-                self._pending = self._source.ask(self._say)
+                self._pending = self._source.ask(self._on_step)
             return self._pending
 
-    def _say(self, token: int | None, cost: Cost) -> Guide | None:
+    def _on_step(self, token: int | None, cost: Cost) -> Guide | None:
         """One step, before anybody is told that it is there: however a wait is interrupted, no id is lost."""
         with self._lock:
             if self._source is None:  # closed while the step ran
                 return None
-            if token is not None:
-                return self._telling.say(token, cost, self._source.passes())
-            self._telling.read(self._source.reused(), cost)
-            return None
+            if token is None:
+                self._builder.prefilled(self._source.reused(), cost)
+                return None
+            guide = self._builder.add(token, cost, self._source.passes())
+        if self._whole:
+            self._events.clear()
+            if self._builder.finish_reason:  # what it holds is given back now, not when it is asked for
+                self._end()
+        return guide
 
     def _receive(self, asked: Pending[None]) -> None:
         """Wait for the step, if it is not done yet."""
@@ -199,7 +215,7 @@ class Stream:
         except Exception:  # the model's, not an interrupt of the wait
             self.close()
             raise
-        if self._telling.reason is not None:
+        if self._builder.finish_reason is not None:
             self._end()
 
     def _end(self, *, silently: bool = False) -> None:
@@ -215,4 +231,4 @@ class Stream:
 
 def _went_well(done: Pending[None]) -> bool:
     """False while it is under way; and after an error, so that whoever asks next is told of it."""
-    return done.here and done.exception() is None
+    return done.finished and done.exception() is None

@@ -32,19 +32,19 @@ class Pending(Future[T]):
 
     def __init__(self) -> None:
         super().__init__()
-        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self.here = False
+        self._finished: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self.finished = False
         """Whether the job is done; the result, or the error, is there."""
 
-    def ring(self) -> None:
+    def finish(self) -> None:
         """The worker has done with it."""
-        self.here = True
-        self._bell.put(None)
+        self.finished = True
+        self._finished.put(None)
 
     def wait(self) -> T:
         """The result, when it is there. May be called again, also after an interrupt."""
-        while not self.here:
-            self._bell.get()
+        while not self.finished:
+            self._finished.get()
         return self.result()
 
 
@@ -87,7 +87,7 @@ def _work(jobs: _Queue) -> None:
             else:
                 future.set_result(result)
                 del result
-        future.ring()
+        future.finish()
         del item, future, job  # nothing is kept alive while waiting for the next
     mx.clear_streams()
 

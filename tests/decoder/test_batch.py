@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from benchmarks.graph_nodes import primitives
 from magistral_mlx.decoder import sampling as sampling_module
-from magistral_mlx.decoder.batch import Request, Row, decode_batch, feed
+from magistral_mlx.decoder.batch import Request, Row, feed
 from magistral_mlx.decoder.cache import Cache, KVCache, QuantizedKVCache, side_by_side, trim_all
 from magistral_mlx.decoder.logprobs import Scorer
 from magistral_mlx.decoder.sampling import Sampler, Sampling
@@ -110,13 +110,21 @@ class Saying:
 
 def all_said(model: Any, wishes: Sequence[Wish]) -> list[list[int]]:
     sayings = [Saying(wish) for wish in wishes]
-    steps, told = decode_batch(model, [wish.row(model) for wish in wishes]), dict[int, Any]()
-    while True:
-        try:
-            drawn = steps.send(told or None)
-        except StopIteration:
-            return [saying.ids for saying in sayings]
-        told = {number: sayings[number].hear(token) for number, token in drawn.items()}
+    going = [(saying, saying.wish.row(model)) for saying in sayings]
+    while going:
+        going = step(model, going)
+    return [saying.ids for saying in sayings]
+
+
+def step(model: Any, going: Sequence[tuple[Saying, Row]]) -> list[tuple[Saying, Row]]:
+    """One step of each; returns who goes on."""
+    feed(model, [row for _, row in going])
+    drawn = [row.take(model) for _, row in going]
+    told = [
+        Guide() if token is None else saying.hear(token)
+        for token, (saying, _) in zip(drawn, going, strict=True)
+    ]
+    return [one for one, how in zip(going, told, strict=True) if one[1].go_on(how)]
 
 
 @pytest.mark.parametrize("sampling", KINDS, ids=["greedy", "sampled", "often unsettled", "penalty"])
@@ -273,13 +281,12 @@ def test_those_who_sample_alike_are_drawn_at_once(real: Any, monkeypatch: pytest
 
 def test_ids_are_read_without_a_new_graph(real: Any, monkeypatch: pytest.MonkeyPatch):
     """An array made behind the next pass would be there when that pass is: the device would stand still."""
-    steps = decode_batch(real, [wish.row(real) for wish in greedy(9, 9, 9)])
-    next(steps)
+    going = step(real, [(Saying(wish), wish.row(real)) for wish in greedy(9, 9, 9)])
     evaluated = list[str]()
     for name in ("eval", "async_eval"):
         known = getattr(mx, name)
         monkeypatch.setattr(mx, name, lambda *a, known=known, name=name: (evaluated.append(name), known(*a)))
     stack = mx.stack
     monkeypatch.setattr(mx, "stack", lambda *a, **k: (evaluated.append("stack"), stack(*a, **k))[1])
-    next(steps)
+    step(real, going)
     assert evaluated == ["stack", "async_eval"]

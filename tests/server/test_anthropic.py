@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from magistral_mlx import Reply, Sampling, Stats, ToolCall, ToolCallToken
 from magistral_mlx.fetch.hub import DEMO
 from magistral_mlx.server import anthropic_requests, requests
-from magistral_mlx.server.anthropic_replies import SIGNATURE, Blocks
+from magistral_mlx.server.anthropic_replies import SIGNATURE, MessageEncoder
 from magistral_mlx.server.anthropic_wire import MessagesRequest
 from magistral_mlx.server.failures import RefusedError
-from magistral_mlx.server.replies import Choice, Ended
+from magistral_mlx.server.rendering import Delta
+from magistral_mlx.server.replies import Choice, ChoiceEnd
 from magistral_mlx.server.safety import Rules
-from magistral_mlx.server.voices import Heard
 from magistral_mlx.text.tokenizer import Tokenizer
 from tests.scripted import scripted
 from tests.serving import HUB_ID, QUESTION, Running, until
@@ -287,10 +287,10 @@ def built(told: bytes) -> list[tuple[str, str]]:
 TEXTS = st.text(st.sampled_from("ab {é😀\n"), min_size=1, max_size=3)
 HEARD = st.lists(
     st.one_of(
-        TEXTS.map(lambda text: Heard(text=text)),
-        TEXTS.map(lambda text: Heard(thinking=text)),
-        st.builds(lambda text, before: Heard(text=before, call=call_piece(text)), TEXTS, st.just("") | TEXTS),
-        st.builds(lambda text: Heard(call=ToolCallToken(text=text, index=0)), TEXTS),
+        TEXTS.map(lambda text: Delta(text=text)),
+        TEXTS.map(lambda text: Delta(thinking=text)),
+        st.builds(lambda text, before: Delta(text=before, call=call_piece(text)), TEXTS, st.just("") | TEXTS),
+        st.builds(lambda text: Delta(call=ToolCallToken(text=text, index=0)), TEXTS),
     )
 )
 
@@ -300,14 +300,14 @@ def call_piece(text: str) -> ToolCallToken:
 
 
 @given(HEARD)
-def test_whatever_is_said_is_in_blocks(heard: list[Heard]):
-    heard = [  # a call goes on only where one is open
+def test_whatever_is_said_is_in_blocks(deltas: list[Delta]):
+    deltas = [  # a call goes on only where one is open
         one
-        for at, one in enumerate(heard)
-        if not one.call or one.call.name or (at and heard[at - 1].call and heard[at - 1].call.name)
+        for at, one in enumerate(deltas)
+        if not one.call or one.call.name or (at and deltas[at - 1].call and deltas[at - 1].call.name)
     ]
     expected: list[tuple[str, str]] = []
-    for one in heard:
+    for one in deltas:
         for kind, text in (("thinking", one.thinking), ("text", one.text)):
             if text and expected and expected[-1][0] == kind:
                 expected[-1] = kind, expected[-1][1] + text
@@ -317,16 +317,16 @@ def test_whatever_is_said_is_in_blocks(heard: list[Heard]):
             expected.append(("tool_use", one.call.text))
         elif one.call:
             expected[-1] = "tool_use", expected[-1][1] + one.call.text
-    blocks = Blocks("demo", prompt_tokens=1)
-    told = b"".join(blocks.piece(0, one) for one in heard) + blocks.ending(0, Ended("stop", Stats()))
+    encoder = MessageEncoder("demo", prompt_tokens=1)
+    told = b"".join(encoder.piece(0, one) for one in deltas) + encoder.ending(0, ChoiceEnd("stop", Stats()))
     assert built(told) == expected
 
 
 def test_half_a_surrogate_pair_in_arguments():
     """It is JSON, and no Unicode."""
     call = ToolCall(id="abcdefghi", name="f", arguments='{"a": "\\ud800"}')
-    choice = Choice([], Ended("tool_calls", Stats(), (call,)))
-    [block] = json.loads(Blocks("demo", prompt_tokens=1).whole([choice]))["content"]
+    choice = Choice([], ChoiceEnd("tool_calls", Stats(), (call,)))
+    [block] = json.loads(MessageEncoder("demo", prompt_tokens=1).whole([choice]))["content"]
     assert block["input"] == {"a": "\ud800"}
 
 

@@ -11,7 +11,7 @@ from magistral_mlx.fetch.hub import DEMO
 from magistral_mlx.server import requests
 from magistral_mlx.server.anthropic_wire import CountRequest
 from magistral_mlx.server.failures import RefusedError
-from magistral_mlx.server.voices import Apart, Heard, Tagged, Verbatim
+from magistral_mlx.server.rendering import Delta, RawText, SeparateReasoning, TaggedReasoning
 from magistral_mlx.server.wire import ChatRequest, CompletionRequest, DetokenizeRequest, Wire
 from magistral_mlx.text.tokenizer import Tokenizer
 
@@ -190,9 +190,9 @@ EVENTS = [
 
 
 def test_apart():
-    heard = [Apart().hear(event) for event in EVENTS]
-    assert "".join(one.thinking for one in heard) == "so 85"
-    assert "".join(one.text for one in heard) == "It is 85."
+    deltas = [SeparateReasoning().render(event) for event in EVENTS]
+    assert "".join(one.thinking for one in deltas) == "so 85"
+    assert "".join(one.text for one in deltas) == "It is 85."
 
 
 @pytest.mark.parametrize(
@@ -206,21 +206,21 @@ def test_apart():
     ],
 )
 def test_tagged(events: list[Any], text: str):
-    voice = Tagged()
-    assert "".join(voice.hear(event).text for event in events) == text
+    rendering = TaggedReasoning()
+    assert "".join(rendering.render(event).text for event in events) == text
 
 
 def test_a_call_closes_the_reasoning():
-    voice, call = Tagged(), ToolCallToken(text="{", index=0, id="abcdefghi", name="f")
-    assert [voice.hear(EVENTS[0]), voice.hear(call)][1] == Heard(text="\n</think>\n\n", call=call)
+    rendering, call = TaggedReasoning(), ToolCallToken(text="{", index=0, id="abcdefghi", name="f")
+    assert [rendering.render(EVENTS[0]), rendering.render(call)][1] == Delta(text="\n</think>\n\n", call=call)
 
 
 @pytest.mark.parametrize("stop", [(), ("x",), ("37",), ("8 + 3",), ("+", "4")])
 def test_verbatim(tokenizer: Tokenizer, stop: tuple[str, ...]):
     text = "48 + 37 = 85 é€😀"
-    ids, voice, told = tokenizer.encode(text), Verbatim(tokenizer, stop), ""
+    ids, rendering, told = tokenizer.encode(text), RawText(tokenizer, stop), ""
     for event in [*(AnswerToken(text="", token_ids=(id_,)) for id_ in ids), Finished(reason="stop")]:
-        told += voice.hear(event).text
+        told += rendering.render(event).text
     cut = min((text.find(s) for s in stop if s in text), default=len(text))
     assert told == text[:cut]
-    assert voice.stopped == (cut < len(text))
+    assert rendering.stopped == (cut < len(text))

@@ -40,8 +40,8 @@ def full(full_tokenizer: Open) -> Vocabulary:
     return Vocabulary(full_tokenizer("v11"))
 
 
-class Telling:
-    """What `reply.Telling` does with the two: each id to both, masks remembered."""
+class Writing:
+    """What `reply.ReplyBuilder` does with the two: each id to both, masks remembered."""
 
     def __init__(self, constraint: Constraint, tokenizer: Tokenizer) -> None:
         self.constraint, self.tokenizer = constraint, tokenizer
@@ -111,18 +111,18 @@ def test_any_reply_ends_in_an_answer_of_its_kind(
         if tags:
             plain = text.replace(OPEN, "").replace(CLOSE, "")
             wish = [tags[0], *tokenizer.encode(plain), *([tags[1]] if CLOSE in text else [])]
-        telling = Telling(Constraint(JSON, words, think=think), tokenizer)
-        while not telling.ids or telling.ids[-1] != EOS:
+        writing = Writing(Constraint(JSON, words, think=think), tokenizer)
+        while not writing.ids or writing.ids[-1] != EOS:
             liked = wish.pop(0) if wish else None
-            if not wish and telling.transcript.can_close and draw.random() < 0.2:
-                telling.close()
+            if not wish and writing.transcript.can_close and draw.random() < 0.2:
+                writing.close()
                 continue
-            token = liked if liked in telling.allowed else draw.choice(sorted(telling.allowed))
-            telling.say(token)
-            assert len(telling.ids) < 900
-        telling.transcript.flush()
-        thought += bool(telling.transcript.thinking)
-        jsonschema.validate(json.loads(telling.transcript.answer), WANTED)
+            token = liked if liked in writing.allowed else draw.choice(sorted(writing.allowed))
+            writing.say(token)
+            assert len(writing.ids) < 900
+        writing.transcript.flush()
+        thought += bool(writing.transcript.thinking)
+        jsonschema.validate(json.loads(writing.transcript.answer), WANTED)
     assert (thought > 8) == think
 
 
@@ -189,12 +189,12 @@ def test_a_reply_that_skips_the_reasoning(full: Vocabulary):
 def test_a_late_tag_is_the_answers(vocabulary: Callable[[str], Vocabulary]):
     """After a forced close it is dropped elsewhere; a string of a schema would lose its middle."""
     words = vocabulary("v11")
-    telling = Telling(Constraint(JSON, words), words.tokenizer)
+    writing = Writing(Constraint(JSON, words), words.tokenizer)
     for token in words.tokenizer.encode(f"{OPEN}a"):
-        telling.say(token)
-    telling.close()
+        writing.say(token)
+    writing.close()
     for token in [*words.tokenizer.encode('{"a": 1, "b": "</think>"}'), EOS]:
-        telling.say(token)
-    telling.transcript.flush()
-    assert json.loads(telling.transcript.answer) == {"a": 1, "b": CLOSE}
-    assert telling.constraint.done
+        writing.say(token)
+    writing.transcript.flush()
+    assert json.loads(writing.transcript.answer) == {"a": 1, "b": CLOSE}
+    assert writing.constraint.done

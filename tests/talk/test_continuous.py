@@ -208,7 +208,7 @@ def test_an_error_in_one_is_its_own(demo: Magistral, alone: list[Reply], monkeyp
     good, bad = joined(demo, batch, 1), joined(demo, batch, 0)
     next(bad)
     next(good)
-    monkeypatch.setattr(bad._telling, "say", lambda *_: 1 / 0)
+    monkeypatch.setattr(bad._builder, "add", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         bad.drain()
     assert not bad.is_open

@@ -17,8 +17,8 @@ import pytest
 
 from magistral_mlx import AnswerToken, Event, Finished, Magistral, Reply, SamplingError, Stream, ThinkToken
 from magistral_mlx.decoder.cache import KVCache
-from magistral_mlx.talk.reply import Telling
-from magistral_mlx.talk.stream import Alone
+from magistral_mlx.talk.reply import ReplyBuilder
+from magistral_mlx.talk.stream import OnDemand
 from magistral_mlx.talk.worker import Pending
 from magistral_mlx.text.closing import GRACE, TEAR, Closing
 from magistral_mlx.text.thinking import CLOSE, OPEN, ThinkParser, parse
@@ -242,7 +242,7 @@ class Inline:
     def submit(self, job: Callable[[], Any]) -> Pending[Any]:
         future: Pending[Any] = Pending()
         future.set_result(job())
-        future.ring()
+        future.finish()
         return future
 
 
@@ -271,8 +271,8 @@ class Model:
 def open_stream(
     tokenizer: Tokenizer, model: Model, *, budget: int | None, max_tokens: int = 10_000
 ) -> Stream:
-    source = Alone(Inline(), model.steps(), reused=lambda: 0)  # type: ignore[arg-type]
-    telling = Telling(
+    source = OnDemand(Inline(), model.steps(), reused=lambda: 0)  # type: ignore[arg-type]
+    builder = ReplyBuilder(
         Transcript(tokenizer),
         tokenizer,
         prompt_ids=(1, 2, 3),
@@ -280,7 +280,7 @@ def open_stream(
         max_tokens=max_tokens,
         think_budget=budget,
     )
-    return Stream(source, telling)
+    return Stream(source, builder)
 
 
 def texts(events: Sequence[Event], kind: type[ThinkToken] | type[AnswerToken]) -> str:

@@ -86,6 +86,20 @@ def test_no_more_at_once_than_asked_for(demo: Magistral, monkeypatch: pytest.Mon
     assert [B for B, L in model.fed if L == 1] == [2] * 6 + [1] * 3
 
 
+def test_when_one_has_ended_the_next_begins(demo: Magistral, monkeypatch: pytest.MonkeyPatch):
+    """A long reply beside short ones: nobody waits for it, and no more than asked for are under way."""
+    questions = ["What is 48 + 37?", *["What is 2 + 2?"] * 4]
+    expected = [demo.ask(question, seed=at, think_budget=12) for at, question in enumerate(questions)]
+    model = Watching(demo._model)
+    monkeypatch.setattr(demo, "_model", model)
+    found = demo.ask_many(questions, at_once=2, seed=0, think_budget=12)
+    assert [said(reply) for reply in found] == [said(reply) for reply in expected]
+    passes = [B for B, L in model.fed if L == 1]
+    assert max(passes) == 2
+    longest_first = sum(len(reply.token_ids) for reply in found) / 2
+    assert len(passes) < 1.2 * longest_first
+
+
 def test_what_neighbours_share_is_read_once(demo: Magistral):
     found = demo.ask_many(QUESTIONS, max_tokens=1)
     lengths = [len(reply.prompt_ids) for reply in found]

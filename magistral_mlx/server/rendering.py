@@ -1,6 +1,6 @@
 """Events → what a client reads of them: reasoning apart, or in the text, or the text as it was written.
 
-Pure: events in, texts and pieces of tool calls out. A voice hears the events of one reply, in order.
+Pure: events in, texts and pieces of tool calls out. A rendering is given the events of one reply, in order.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from magistral_mlx.text.transcript import StopStrings
 from magistral_mlx.wire import TokenLogprob
 
 
-class Heard(NamedTuple):
+class Delta(NamedTuple):
     """What one event brought to be read."""
 
     thinking: str = ""
@@ -22,7 +22,7 @@ class Heard(NamedTuple):
     logprobs: Sequence[TokenLogprob | None] = ()
 
 
-class Voice(Protocol):
+class Rendering(Protocol):
     @property
     def stopped(self) -> bool:
         """Whether the reply is to end here, though the model would go on."""
@@ -33,27 +33,27 @@ class Voice(Protocol):
         """Whether the text of an event may be told with a later one."""
         ...
 
-    def hear(self, event: Event) -> Heard: ...
+    def render(self, event: Event) -> Delta: ...
 
 
-class Apart:
+class SeparateReasoning:
     """The reasoning is one text, the answer another."""
 
     stopped = late = False
 
-    def hear(self, event: Event) -> Heard:
+    def render(self, event: Event) -> Delta:
         match event:
             case ThinkToken(text=text):
-                return Heard(thinking=text)
+                return Delta(thinking=text)
             case AnswerToken(text=text):
-                return Heard(text=text)
+                return Delta(text=text)
             case ToolCallToken():
-                return Heard(call=event)
+                return Delta(call=event)
             case Finished():
-                return Heard()
+                return Delta()
 
 
-class Tagged:
+class TaggedReasoning:
     """One text in the form of the model's template: `<think>`, the reasoning, `</think>`, the answer."""
 
     stopped = late = False
@@ -61,26 +61,26 @@ class Tagged:
     def __init__(self) -> None:
         self._open = False
 
-    def hear(self, event: Event) -> Heard:
+    def render(self, event: Event) -> Delta:
         match event:
             case ThinkToken(text=text) if text and not self._open:
                 self._open = True
-                return Heard(text=f"{OPEN}\n{text}")
+                return Delta(text=f"{OPEN}\n{text}")
             case ThinkToken(text=text):
-                return Heard(text=text)
+                return Delta(text=text)
             case AnswerToken(text=text):
-                return Heard(text=self._closed() + text)
+                return Delta(text=self._closed() + text)
             case ToolCallToken():
-                return Heard(text=self._closed(), call=event)
+                return Delta(text=self._closed(), call=event)
             case Finished(stats=stats):
-                return Heard(text=self._closed() if stats.answer_tokens else "")
+                return Delta(text=self._closed() if stats.answer_tokens else "")
 
     def _closed(self) -> str:
         was_open, self._open = self._open, False
         return f"\n{CLOSE}\n\n" if was_open else ""
 
 
-class Verbatim:
+class RawText:
     """The text of all ids as they come, up to a stop string."""
 
     late = True
@@ -93,8 +93,8 @@ class Verbatim:
     def stopped(self) -> bool:
         return self._stop.met is not None
 
-    def hear(self, event: Event) -> Heard:
+    def render(self, event: Event) -> Delta:
         text = "".join(self._stop.feed(self._detokenizer.feed(id_)) for id_ in event.token_ids)
         if isinstance(event, Finished):
             text += self._stop.feed(self._detokenizer.flush()) + self._stop.flush()
-        return Heard(text=text)
+        return Delta(text=text)
