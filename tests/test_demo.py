@@ -33,7 +33,7 @@ def test_problems_are_held_out_whatever_their_order():
     assert len({problem.language for problem in PROBLEMS}) == 4
 
 
-@pytest.fixture(scope="module", params=["bf16", "4-bit"])
+@pytest.fixture(scope="module", params=[pytest.param("bf16", marks=pytest.mark.slow), "4-bit"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Magistral]:
     path: Path = DEMO
     if request.param == "4-bit":

@@ -457,7 +457,7 @@ def end_somehow(talk: Conversation, way: str, at: int, draw: random.Random) -> N
 
 
 @pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize("points", [60, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("points", [30, pytest.param(200, marks=pytest.mark.slow)])
 def test_ended_at_random_points(tiny: Magistral, points: int):
     """However a stream ends, its memory comes back, and what is said next is right."""
     draw = random.Random(points)
