@@ -90,6 +90,17 @@ def test_a_question_is_answered_kept_and_forgotten(visit, served):
     expect(page.locator("#welcome")).to_be_visible()
     page.reload()
     expect(page.locator("#turns > li")).to_have_count(0)
+    page.get_by_role("button", name="Back to the last chat").click()
+    expect(page.locator(".assistant .text")).to_contain_text("7")
+    expect(page.locator("#welcome")).to_be_hidden()
+    page.reload()
+    expect(page.locator("#turns > li")).to_have_count(2)
+    page.locator("#new").click()
+    page.get_by_role("button", name="Forget it").click()
+    expect(page.locator("#before")).to_be_hidden()
+    page.reload()
+    expect(page.locator("#before")).to_be_hidden()
+    assert QUESTION not in page.evaluate("JSON.stringify({...localStorage})")
 
 
 def test_a_screen_reader_knows_who_speaks(visit, served):

@@ -8,6 +8,7 @@ const list = $('turns');
 const question = $('question');
 
 let turns = stored('turns', []); // {role, content, reasoning, seconds, thought, tokens, rate, problem, note}
+let before = stored('before', []); // the conversation that the last new one replaced
 let settings = stored('settings', {});
 let running = null; // {turn, id, abort, since}: the reply that is being written
 let editing = null; // the turn that the next message replaces, with all behind it
@@ -134,6 +135,7 @@ function draw() {
   });
   while (list.children.length > turns.length) list.lastElementChild.remove();
   $('welcome').hidden = turns.length > 0;
+  $('before').hidden = !before.length;
   $('new').disabled = !turns.length;
   $('send').hidden = running;
   $('stop').hidden = !running;
@@ -315,10 +317,18 @@ $('down').addEventListener('click', () => { pinned = true; follow(); });
 
 $('new').addEventListener('click', () => {
   stop();
-  turns = [];
-  keep('turns', turns);
-  edit(null);
+  begin([], turns);
 });
+
+$('back').addEventListener('click', () => begin(before, []));
+$('forget').addEventListener('click', () => begin([], []));
+
+function begin(now, then) {
+  [turns, before] = [now, then];
+  keep('turns', turns);
+  keep('before', before);
+  edit(null);
+}
 
 $('theme').addEventListener('click', () => {
   const { dataset } = document.documentElement;
