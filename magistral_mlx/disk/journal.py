@@ -135,9 +135,11 @@ def work_directory(target: Path) -> Path:
 
 def flush(fd: int) -> None:
     """To the disk itself: on macOS fsync stops at the drive's cache, F_FULLFSYNC does not."""
-    with suppress(OSError, AttributeError):  # Linux has none; some file systems (network, FAT) refuse it
-        fcntl.fcntl(fd, cast("Any", fcntl).F_FULLFSYNC)
-        return
+    full = getattr(fcntl, "F_FULLFSYNC", None)  # Linux has none
+    if full is not None:
+        with suppress(OSError):  # some file systems (network, FAT) refuse it
+            fcntl.fcntl(fd, full)
+            return
     os.fsync(fd)
 
 

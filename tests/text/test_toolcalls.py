@@ -201,7 +201,6 @@ def test_without_tools_their_tokens_are_like_any_other(tiny_tokenizer: Open):
         "[TOOL_CALLS][1]",
         "[TOOL_CALLS][]",
         f"[TOOL_CALLS]weather[ARGS]{'[' * 5000}",
-        f'[TOOL_CALLS]weather[ARGS]{{"a": {"[" * 2000}{"]" * 2000}}}',
     ],
 )
 def test_what_is_no_call_is_text(tiny_tokenizer: Open, broken: str):
@@ -209,6 +208,14 @@ def test_what_is_no_call_is_text(tiny_tokenizer: Open, broken: str):
     said = f"<think>Hm[TOOL_CALLS]a[ARGS]{{}}{broken.replace('~', '')}"
     expected = ("Hm", re.sub(r"~\[\w+\]", "", broken), ["a {}"])
     assert seen(tiny_tokenizer("v11"), said) == expected
+
+
+def test_arguments_of_any_depth_are_no_error(tiny_tokenizer: Open):
+    """How deep JSON may go is Python's to say, and differs by version: a call, or text, and nothing lost."""
+    arguments = f'{{"a": {"[" * 2000}{"]" * 2000}}}'
+    thinking, answer, calls = seen(tiny_tokenizer("v11"), f"<think>Hm[TOOL_CALLS]a[ARGS]{arguments}")
+    assert thinking == "Hm"
+    assert answer + "".join(calls) in (f"[TOOL_CALLS]a[ARGS]{arguments}", f"a {arguments}")
 
 
 def test_a_broken_call_does_not_take_the_next_one_along(tiny_tokenizer: Open):
