@@ -26,7 +26,7 @@ _QUICK: "Json" = {"lengths": (512,), "tokens": 32, "trials": 2, "reply_tokens": 
     "lengths",
     type=click.IntRange(min=1),
     multiple=True,
-    help="Tokens of prompt. May be repeated. Default: 512, 4096, 16384, 40960.",
+    help="Tokens of prompt, up to the context's end. May be repeated. Default: 512, 4096, 16384, 40960.",
 )
 @click.option("--tokens", type=click.IntRange(min=1), help="Decoded behind each prompt. Default: 128.")
 @click.option("--trials", type=click.IntRange(min=1), help="Each in a process of its own. Default: 5.")

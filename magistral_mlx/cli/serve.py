@@ -140,7 +140,10 @@ def check(options: _Serving) -> str | None:
             "MAGISTRAL_API_KEY or --api-key-file, or keep to 127.0.0.1"
         )
     if key is not None and not (key and key.isascii() and key.isprintable() and key == key.strip()):
-        raise ServerError("a key is printable ASCII without spaces around it, and not empty")
+        raise ServerError(
+            "expected a key of printable ASCII without spaces around it, found "
+            f"{'other characters' if key else 'an empty one'}; give it as text, as in --api-key-file FILE"
+        )
     return key
 
 
