@@ -52,6 +52,8 @@ def plan(
 
     MODEL is a directory, a Hub name, or 'demo'. Reads no weight; of a Hub model that is not here, its config.
     """
+    if quantize_after and kv_bits != "8":
+        raise click.UsageError("--quantize-after says when an 8-bit KV cache begins; give --kv-bits 8 too")
     import mlx.core as mx
 
     from magistral_mlx import memory
@@ -123,7 +125,7 @@ def _tell(plan: "MemoryPlan", machine: str) -> None:
     estimate = ", an estimate" if plan.machine.estimated else ""
     for name, nbytes, what in (
         ("weights", plan.weights, ""),
-        ("KV cache", plan.kv, f"{plan.context:,} tokens in {plan.kv_bits or 8 * plan.itemsize} bit"),
+        ("KV cache", plan.kv, f"{plan.context:,} tokens in {plan.cache_bits} bit"),
         ("computing", plan.transient, "at its peak, while the end of a prompt as long is read"),
         ("together", plan.total, f"{plan.total / plan.machine.budget:.0%} of what {machine} can give"),
         ("can be given", plan.machine.budget, f"by {machine}{estimate}"),
