@@ -2,6 +2,9 @@
 
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -55,3 +58,15 @@ def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"^make (\w+)", "\n".join(blocks("sh")), re.MULTILINE):
         assert f"\n{target}:" in makefile
+
+
+@pytest.mark.parametrize(("word", "code"), [("--help", 0), ("-h", 0), ("demo", 1)])
+def test_the_set_up_does_nothing_where_it_is_given_words(tmp_path: Path, word: str, code: int):
+    script = tmp_path / "scripts" / "bootstrap.py"  # a copy, whose .venv is nobody's
+    script.parent.mkdir()
+    shutil.copy(ROOT / "scripts" / "bootstrap.py", script)
+    done = subprocess.run([sys.executable, script, word], capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    told = done.stderr if code else done.stdout
+    assert ("expected no arguments, found demo" if code else "`make` runs this; so may you.") in told
+    assert not (tmp_path / ".venv").exists()
