@@ -80,7 +80,7 @@ def plan(
     if made.fits:
         return
     if config.quantization is None:
-        click.echo(f"or fewer bits: magistral-mlx convert {model} --out DIR --bits 4 --dry-run")
+        click.echo(f"Fewer bits take less: magistral-mlx convert {model} --out DIR --bits 4 --dry-run")
     if not made.remedies:
         sys.exit(1)
 
