@@ -1,4 +1,4 @@
-"""`magistral-mlx`: the group of all commands, and how their mistakes are told.
+"""`magistral-mlx`: the group of all commands, and how their errors are shown.
 
 Whatever a command does, the library does it; nothing is decided here but what a person is asked and shown.
 """

@@ -87,7 +87,7 @@ def _show(stream: "Stream", terminal: "Terminal") -> None:
 @click.command()
 @reply_options
 def chat(**options: Unpack[ReplyOptions]) -> None:
-    """Talk, with a memory of what was said; /help lists the rest."""
+    """Hold a conversation in the terminal; /help lists its commands."""
     from .repl import Repl
 
     settings = settings_of(options)

@@ -39,7 +39,11 @@ _QUICK: "Json" = {"lengths": (512,), "tokens": 32, "trials": 2, "reply_tokens": 
 @click.option("--greedy", is_flag=True, help="Decode the likeliest ids, not at temperature 0.7.")
 @click.option("--speculate", is_flag=True, help="Ask for the whole reply with speculation, too.")
 @click.option("--against", type=click.Choice(["mlx-lm"]), help="Measure this too, in turn, and compare.")
-@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="What to compute in.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    help="What to compute in. Default: bfloat16 on a GPU, float32 on a CPU.",
+)
 @click.option(
     "--json",
     "file",
