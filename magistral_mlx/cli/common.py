@@ -21,7 +21,8 @@ def chosen(name: str | None) -> str:
     found = last_model.last_used() if name is None else name
     if found is None:
         raise click.UsageError(
-            f"no model was named, and none used before is there: give --model demo, or --model {hub.RECOMMENDED}"
+            "no model was named, and none used before is there: give --model demo, or --model "
+            f"{hub.RECOMMENDED}"
         )
     return found
 
