@@ -22,7 +22,6 @@ from .decoder.model import Transformer
 from .decoder.pace import Pace
 from .decoder.prefix import Prefix
 from .decoder.prefixes import Prefixes
-from .decoder.sampling import Sampling
 from .disk import manifest
 from .disk.checkpoint import Checkpoint, load, open_checkpoint
 from .disk.tensorfile import NAMES
@@ -33,7 +32,7 @@ from .talk import saving
 from .talk.continuous import ContinuousBatch
 from .talk.conversation import Conversation
 from .talk.guard import Guard
-from .talk.options import Options, Plain, offered
+from .talk.options import Options, Plain, check, offered
 from .talk.preparation import Preparation, seed_of
 from .talk.reply import Reply
 from .talk.stream import OnDemand, Stream
@@ -71,7 +70,7 @@ class Magistral:
         self.kv_bits = kv_bits
         self.quantize_after = quantize_after
         self._guard = guard or _guard(checkpoint, None, model.dtype, kv_bits, quantize_after)
-        self._prepare = Preparation(tokenizer, self._guard, self.config.max_context)
+        self._prepare = Preparation(tokenizer, self._guard, self.config)
         self._worker = worker
         self._model: Transformer | None = model
         self._draft = draft
@@ -243,8 +242,7 @@ class Magistral:
             with what was said.
         batch: those it is written with (`new_continuous_batch`); without, it takes turns with others.
         """
-        _check_ids(prompt, self.config.vocab_size)
-        _check_options(options)
+        check(options)
         prefix = prefix or self.new_prefix(self.kv_bits)
         owed = batch.owed if batch else 0
         builder, request = self._prepare(prompt, seed_of(options), options, held=prefix.nbytes - owed)
@@ -327,7 +325,7 @@ class Magistral:
         """Streams that go on without being read. Every mistake is told before anything is computed."""
         if isinstance(questions, str):
             raise PromptError("ask_many takes a list of questions, found one string; ask takes one")
-        _check_options(options)
+        check(options)
         at_once = self.at_once if at_once is None else whole_number("at_once", at_once, least=1)
         seed = seed_of(options)
         prompts = [self.encode(messages, **options) for messages in questions]
@@ -368,29 +366,6 @@ def _guard(
     return Guard(
         checkpoint.config, weights, itemsize=dtype.size, kv_bits=kv_bits, quantize_after=quantize_after
     )
-
-
-def _check_ids(prompt: Sequence[int], vocabulary: int) -> None:
-    """MLX reads whatever memory an id points to."""
-    wrong = [id_ for id_ in prompt if not (isinstance(id_, int) and 0 <= id_ < vocabulary)]  # pyright: ignore[reportUnnecessaryIsInstance]
-    if wrong or not prompt:
-        found = repr(wrong[0]) if wrong else "none"
-        raise PromptError(f"a prompt is ids from 0 to {vocabulary - 1}, and one at least; found {found}")
-
-
-def _check_options(options: Options) -> None:
-    """The names of what came in by `**`, which Python does not check, and the types that nobody else does."""
-    if unknown := sorted(options.keys() - Options.__optional_keys__):
-        known = ", ".join(sorted(Options.__optional_keys__))
-        raise SamplingError(
-            f"there is no option {unknown[0]!r}; the options are {known}; temperature, top_p and the like "
-            "are part of sampling=Sampling(…)"
-        )
-    sampling, stop = options.get("sampling", Sampling()), options.get("stop", ())
-    if not isinstance(sampling, Sampling):  # pyright: ignore[reportUnnecessaryIsInstance] -- users' types
-        raise SamplingError(f"sampling is a Sampling, such as Sampling(temperature=0.7), found {sampling!r}")
-    if not isinstance(stop, Sequence) or not all(isinstance(text, str) for text in stop):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise SamplingError(f"stop is a string, or a list of strings, found {stop!r}")
 
 
 def _check_choice(name: str, value: object, choices: Sequence[object]) -> None:

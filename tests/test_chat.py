@@ -214,6 +214,8 @@ def test_the_context_ends_a_reply_as_length(script: Callable[..., Magistral]):
         (QUESTION, {"stop": [3]}, SamplingError),
         (QUESTION, {"sampling": 0.7}, SamplingError),
         (QUESTION, {"temperature": 0.7}, SamplingError),
+        (QUESTION, {"think": "no"}, SamplingError),
+        (QUESTION, {"speculate": "x"}, SamplingError),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(

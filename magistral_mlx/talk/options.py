@@ -1,9 +1,10 @@
 """What can be set for one reply: the keywords that `stream`, `ask` and the like share."""
 
-from collections.abc import Sequence
-from typing import Any, TypedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict, cast
 
 from magistral_mlx.decoder.sampling import Sampling
+from magistral_mlx.errors import SamplingError
 from magistral_mlx.structured.shape import Schema
 from magistral_mlx.text import tools
 
@@ -61,6 +62,33 @@ class Options(Plain, total=False):
     """
 
     schema: Schema | None
+
+
+_FLAGS = ("think", "loop_guard", "keep_thinking", "speculate", "parallel_tool_calls")
+
+
+def check(given: Mapping[str, Any]) -> None:
+    """The names, which Python does not check in `**options`, and types that nobody else does.
+
+    Raises:
+        SamplingError: what is expected, and what was found.
+    """
+    if unknown := sorted(given.keys() - Options.__optional_keys__):
+        known = ", ".join(sorted(Options.__optional_keys__))
+        raise SamplingError(
+            f"there is no option {unknown[0]!r}; the options are {known}; temperature, top_p and the like "
+            "are part of sampling=Sampling(…)"
+        )
+    sampling, stop = given.get("sampling", Sampling()), given.get("stop", ())
+    if not isinstance(sampling, Sampling):
+        raise SamplingError(f"sampling is a Sampling, such as Sampling(temperature=0.7), found {sampling!r}")
+    if not isinstance(stop, Sequence) or not all(
+        isinstance(text, str) for text in cast("Sequence[Any]", stop)
+    ):
+        raise SamplingError(f"stop is a string, or a list of strings, found {stop!r}")
+    for name in _FLAGS:
+        if not isinstance(given.get(name, False), bool):
+            raise SamplingError(f"{name} is True or False, found {given[name]!r}")
 
 
 def offered(options: Options) -> list[dict[str, Any]]:

@@ -9,14 +9,16 @@ from array import array
 from collections.abc import Sequence
 from functools import cached_property
 from hashlib import sha256
+from typing import Any
 
 import mlx.core as mx
 
 from magistral_mlx.checks import whole_number
+from magistral_mlx.config import ModelConfig
 from magistral_mlx.decoder.batch import Request
 from magistral_mlx.decoder.logprobs import Scorer
 from magistral_mlx.decoder.sampling import Sampler, Sampling
-from magistral_mlx.errors import ContextError
+from magistral_mlx.errors import ContextError, PromptError
 from magistral_mlx.structured.callgrammar import with_calls
 from magistral_mlx.structured.constraint import Constraint
 from magistral_mlx.structured.grammar import Vocabulary
@@ -34,10 +36,10 @@ from .reply import ReplyBuilder
 class Preparation:
     """Prepares the replies of one model."""
 
-    def __init__(self, tokenizer: Tokenizer, guard: Guard, max_context: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, guard: Guard, config: ModelConfig) -> None:
         self._tokenizer = tokenizer
         self._guard = guard
-        self._max_context = max_context
+        self._config = config
 
     def __call__(
         self, prompt: Sequence[int], seed: int, options: Options, *, held: int = 0
@@ -46,6 +48,7 @@ class Preparation:
 
         held: bytes of active memory that are this reply's own already, less those that others will yet take.
         """
+        self._check_ids(prompt)
         limit = self._limit(prompt, options.get("max_tokens", MAX_TOKENS))
         others = mx.get_active_memory() - self._guard.weights - held
         self._guard.check_reply(len(prompt), limit, held=max(others, 0))
@@ -85,13 +88,22 @@ class Preparation:
     def _vocabulary(self) -> Vocabulary:
         return Vocabulary(self._tokenizer)
 
+    def _check_ids(self, prompt: Sequence[Any]) -> None:
+        """MLX reads whatever memory an id points to."""
+        most = self._config.vocab_size - 1
+        wrong = [id_ for id_ in prompt if not (isinstance(id_, int) and 0 <= id_ <= most)]
+        if wrong or not prompt:
+            found = repr(wrong[0]) if wrong else "none"
+            raise PromptError(f"a prompt is ids from 0 to {most}, and one at least; found {found}")
+
     def _limit(self, prompt: Sequence[int], max_tokens: int) -> int:
         """`max_tokens`, or what the context has room for behind the prompt."""
         whole_number("max_tokens", max_tokens, least=1)
-        room = self._max_context - len(prompt)
+        context = self._config.max_context
+        room = context - len(prompt)
         if room < 1:
             raise ContextError(
-                f"the prompt is {len(prompt)} tokens long and the model's context {self._max_context}; "
+                f"the prompt is {len(prompt)} tokens long and the model's context {context}; "
                 "shorten the question or the conversation"
             )
         return min(max_tokens, room)
