@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -166,6 +167,23 @@ def test_a_long_prompt_is_read_by_pieces_between_steps(demo: Magistral, watching
     assert sum(watching.fed[at][1] for at in pieces) == len(prompt)
     assert watching.fed[pieces[0]] == (1, PIECE)  # others were being answered
     assert pieces[1] - pieces[0] > 1  # and went on meanwhile
+
+
+def test_prompts_are_read_in_turns(demo: Magistral, watching: Watching):
+    """A short one that comes later does not wait until a long one is read."""
+    batch, both_asked = demo.new_continuous_batch(), threading.Event()
+    others = both(demo, batch)
+    watching.fed.clear()
+    demo.submit(both_asked.wait)
+    long = demo.stream_ids([7] * 3 * PIECE, batch=batch, max_tokens=2, seed=1)
+    short = demo.stream_ids([7] * 9, batch=batch, max_tokens=2, seed=1)
+    long.start()
+    short.start()
+    both_asked.set()
+    short.drain()
+    assert [L for _, L in watching.fed if L > 1][:2] == [PIECE, 9]
+    for stream in (long, *others):
+        stream.close()
 
 
 # ------------------------------------------------------------------ memory
