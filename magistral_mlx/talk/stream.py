@@ -221,12 +221,13 @@ class Stream:
     def _end(self, *, silently: bool = False) -> None:
         """Let go of the model, and tell whoever waits for the reply: once."""
         with self._lock:
-            source, self._source, self._pending = self._source, None, None
-            if source is not None and silently:
+            if self._source is None:
+                return
+            self._source.leave()  # first: a Ctrl-C behind it leaves nothing that goes on
+            self._source = self._pending = None
+            if silently:
                 self._events.clear()
-        if source is not None:  # not under the lock: what is done then may wait for the model's thread
-            source.leave()
-            self._on_end(self.reply)
+        self._on_end(self.reply)  # not under the lock: what is done then may wait for the model's thread
 
 
 def _went_well(done: Pending[None]) -> bool:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from magistral_mlx import ClosedError, Magistral, MemoryLimitError, Regex, Reply, Sampling
-from magistral_mlx.talk.continuous import LEAD, PIECE, ContinuousBatch
+from magistral_mlx.talk.continuous import LEAD, PIECE, ContinuousBatch, Member
 from magistral_mlx.talk.stream import Stream
 from tests.decoder.test_batch import Watching
 
@@ -232,6 +232,20 @@ def test_an_error_in_one_is_its_own(demo: Magistral, alone: list[Reply], monkeyp
     assert not bad.is_open
     same(good.drain(), alone[1])
     same(joined(demo, batch, 0).drain(), alone[0])
+
+
+def test_an_interrupt_while_closing_leaves_nothing_that_goes_on(
+    demo: Magistral, monkeypatch: pytest.MonkeyPatch
+):
+    stream, other = both(demo, demo.new_continuous_batch())
+    other.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(Member, "leave", lambda _: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            stream.close()
+    assert stream.is_open  # so that whoever closes it again ends it
+    stream.close()
+    assert not stream.is_open
 
 
 def test_an_error_of_the_pass_is_told_to_all(demo: Magistral, alone: list[Reply]):
