@@ -53,7 +53,7 @@ class ContinuousBatch:
     def join(self, generation: Generation, builder: ReplyBuilder, *, needs: int = 0) -> "Member":
         """One reply more; nothing is computed until it is asked for ids.
 
-        builder: whom it is said to. needs: bytes of its prompt's keys and values, if they are to be `owed`.
+        builder: of the reply. needs: bytes of its prompt's keys and values, if they are to be `owed`.
         """
         member = Member(self, generation, builder, needs)
         with self.lock:
@@ -147,8 +147,8 @@ class Member:
         self._needs = needs
         self._reading: Generator[None, object, Row] | None = None
         self._on_step: OnStep | None = None
-        self._cost = Cost()  # since the last id that was told
-        self._pending: Pending[None] | None = None  # whom the next step is told
+        self._cost = Cost()  # since its last id was emitted
+        self._pending: Pending[None] | None = None  # resolved by the next step
         self._ahead = 0  # steps that nobody has waited for
         self._ended = False
         self._error: Exception | None = None
@@ -173,7 +173,7 @@ class Member:
         """One for each id."""
 
     def ask(self, on_step: OnStep) -> Pending[None]:
-        """A step, if there was none since the last time; each is said before anybody is told of it."""
+        """A step, if there was none since the last time; the stream has it before this is done."""
         with self._batch.lock:
             self._on_step, self._pending = on_step, Pending()
             pending = self._pending
@@ -241,7 +241,7 @@ class Member:
         return guide
 
     def _notify(self) -> None:
-        """Whoever waits, or whoever asks next."""
+        """Resolve what is waited for, or count a step that the next request will find."""
         with self._batch.lock:
             pending, self._pending = self._pending, None
             self._ahead = 0 if pending else self._ahead + 1
