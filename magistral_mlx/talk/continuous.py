@@ -183,9 +183,10 @@ class Member:
         return pending
 
     def leave(self) -> None:
-        """No further id is wanted."""
+        """No further id is wanted; whoever waits for one, in another thread, need not."""
         self._ended = True
         self._batch.leave(self)
+        self._notify()
 
     def read(self, most: int | None) -> None:
         """A piece of the prompt, of at most so many ids."""
@@ -227,7 +228,6 @@ class Member:
         self.generation.prefix.restart()
         self._error = error
         self.leave()
-        self._notify()
 
     def _emit(self, token: int | None, cost: Cost) -> Guide | None:
         """Hand a step to the stream, then tell whoever waits that it is there."""
@@ -237,7 +237,8 @@ class Member:
             self.generation.prefix.ids += [token, *(guide.said if guide else ())]
         if self._builder.finish_reason:
             self.leave()
-        self._notify()
+        else:
+            self._notify()
         return guide
 
     def _notify(self) -> None:

@@ -152,6 +152,20 @@ def test_whoever_leaves_is_in_no_further_pass(demo: Magistral, watching: Watchin
     assert {B for B, _ in watching.fed} == {1}
 
 
+def test_a_reader_does_not_wait_for_what_another_thread_has_closed(demo: Magistral):
+    gate = threading.Event()
+    demo.submit(gate.wait)  # the model is busy elsewhere
+    stream = joined(demo, demo.new_continuous_batch(), 0)
+    stream.start()
+    reading = threading.Thread(target=stream.drain, daemon=True)
+    reading.start()
+    reading.join(0.05)
+    stream.close()
+    reading.join(10)
+    gate.set()
+    assert not reading.is_alive()
+
+
 def test_a_long_prompt_is_read_by_pieces_between_steps(demo: Magistral, watching: Watching):
     batch = demo.new_continuous_batch()
     one, other = both(demo, batch)
