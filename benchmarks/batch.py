@@ -16,11 +16,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-import mlx.core as mx
-
 sys.path.append(str(Path(__file__).parent.parent))
 
-from benchmarks.pairs import TRIALS, in_turn, ratio, seconds, told, write
+from benchmarks.pairs import TRIALS, in_turn, ratio, returned, seconds, told, write
 from benchmarks.tokens_per_second import MAGISTRAL, make, narrowed
 from magistral_mlx import Magistral, Reply, memory
 from magistral_mlx.decoder.batch import Request, Row, feed
@@ -110,10 +108,7 @@ def read(model: Magistral, n: int, batch: ContinuousBatch | None) -> float:
 def rate(model: Transformer, n: int) -> float:
     """Tokens per second of all lines together; the first step is not counted."""
     caches = model.new_caches()
-    try:
-        next(prefill(model, PROMPT, caches))
-    except StopIteration as done:
-        logits: mx.array = done.value
+    logits = returned(prefill(model, PROMPT, caches))
     rows = [
         Row(
             Request(prompt=PROMPT, sampler=Sampler(Sampling(), seed), limit=TOKENS + 2),

@@ -24,7 +24,7 @@ from mlx_lm.utils import load_model
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-from benchmarks.pairs import TRIALS, in_turn, ratio, told, write
+from benchmarks.pairs import TRIALS, in_turn, ratio, returned, told, write
 from magistral_mlx.decoder import engine
 from magistral_mlx.decoder.model import Transformer
 from magistral_mlx.decoder.sampling import Sampler, Sampling
@@ -62,11 +62,7 @@ def per_step(ids: Iterator[Any]) -> float:
 
 def ours(model: Transformer) -> float:
     caches = model.new_caches()
-    prefill = engine.prefill(model, PROMPT, caches)
-    try:
-        next(prefill)
-    except StopIteration as done:
-        logits: mx.array = done.value
+    logits = returned(engine.prefill(model, PROMPT, caches))
     return per_step(engine.decode(model, logits, caches, sampler=Sampler(Sampling(), 0), limit=STEPS + 2))
 
 

@@ -5,7 +5,8 @@
 Magistral's 40 layers and 131072 ids at 4 bits, 64 wide, so that arithmetic does not drown host and sampler.
 `graph` is Python and C++ building one step, nothing evaluated; `forward` evaluates the scores; `sampling`
 draws one id from scores that are there. In a real loop the graph is built while the device computes, so parts
-do not add up to a step. What text costs per token is `text.py`. Prints rows of Markdown.
+do not add up to a step. What text costs per token is `text.py`. Prints rows of Markdown, and writes
+`results/decode_step-<dtype>.json`.
 """
 
 import argparse

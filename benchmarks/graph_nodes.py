@@ -34,6 +34,7 @@ from mlx_lm.utils import load_model
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent))
 
+from benchmarks.pairs import returned  # noqa: E402 -- a script beside this one
 from benchmarks.tokens_per_second import MAGISTRAL, make, narrowed  # noqa: E402 -- a script beside this one
 from magistral_mlx import memory  # noqa: E402
 from magistral_mlx.decoder.engine import decode, prefill  # noqa: E402
@@ -50,10 +51,8 @@ STEPS = 4
 def ours(directory: Path, sampling: Sampling) -> Iterator[int]:
     model = load(open_checkpoint(directory), memory.default_dtype())
     caches = model.new_caches()
-    try:
-        next(prefill(model, PROMPT, caches))
-    except StopIteration as done:
-        yield from decode(model, done.value, caches, sampler=Sampler(sampling, 0), limit=STEPS + 2)
+    logits = returned(prefill(model, PROMPT, caches))
+    yield from decode(model, logits, caches, sampler=Sampler(sampling, 0), limit=STEPS + 2)
 
 
 def peers(directory: Path, sampling: Sampling) -> Iterator[int]:

@@ -1,4 +1,4 @@
-"""Does the loop guard cry wolf, and does it see the wolf? False alarms, planted loops caught, and its price.
+"""Does the loop guard raise false alarms, and does it catch loops? Both rates, and what it costs.
 
     python benchmarks/loop_guard.py [--texts 8] [--loops 4000] [--seed 1] [--files FILE …]
 

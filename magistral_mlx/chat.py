@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal, Self, TypeAlias, TypeVar, Unpack, overload
+from typing import Any, Literal, Self, TypeAlias, TypeVar, Unpack, get_args, overload
 
 import mlx.core as mx
 
@@ -22,6 +22,7 @@ from .decoder.model import Transformer
 from .decoder.pace import Pace
 from .decoder.prefix import Prefix
 from .decoder.prefixes import Prefixes
+from .decoder.sampling import Sampling
 from .disk import manifest
 from .disk.checkpoint import Checkpoint, load, open_checkpoint
 from .disk.tensorfile import NAMES
@@ -96,6 +97,8 @@ class Magistral:
             then speculate (see `Options`), and are what they are without it.
         Nothing is downloaded. Refuses before reading what would not fit into this machine's memory.
         """
+        _check_choice("dtype", dtype, get_args(DType))
+        _check_choice("kv_bits", kv_bits, get_args(KVBits))
         if whole_number("quantize_after", quantize_after, least=0) and kv_bits is None:
             raise SamplingError("quantize_after says when an 8-bit KV cache begins; give kv_bits=8 too")
         found = hub.resolve(str(name))
@@ -240,6 +243,8 @@ class Magistral:
             with what was said.
         batch: those it is written with (`new_continuous_batch`); without, it takes turns with others.
         """
+        _check_ids(prompt, self.config.vocab_size)
+        _check_options(options)
         prefix = prefix or self.new_prefix(self.kv_bits)
         owed = batch.owed if batch else 0
         builder, request = self._prepare(prompt, seed_of(options), options, held=prefix.nbytes - owed)
@@ -322,6 +327,7 @@ class Magistral:
         """Streams that go on without being read. Every mistake is told before anything is computed."""
         if isinstance(questions, str):
             raise PromptError("ask_many takes a list of questions, found one string; ask takes one")
+        _check_options(options)
         at_once = self.at_once if at_once is None else whole_number("at_once", at_once, least=1)
         seed = seed_of(options)
         prompts = [self.encode(messages, **options) for messages in questions]
@@ -362,6 +368,34 @@ def _guard(
     return Guard(
         checkpoint.config, weights, itemsize=dtype.size, kv_bits=kv_bits, quantize_after=quantize_after
     )
+
+
+def _check_ids(prompt: Sequence[int], vocabulary: int) -> None:
+    """MLX reads whatever memory an id points to."""
+    wrong = [id_ for id_ in prompt if not (isinstance(id_, int) and 0 <= id_ < vocabulary)]  # pyright: ignore[reportUnnecessaryIsInstance]
+    if wrong or not prompt:
+        found = repr(wrong[0]) if wrong else "none"
+        raise PromptError(f"a prompt is ids from 0 to {vocabulary - 1}, and one at least; found {found}")
+
+
+def _check_options(options: Options) -> None:
+    """The names of what came in by `**`, which Python does not check, and the types that nobody else does."""
+    if unknown := sorted(options.keys() - Options.__optional_keys__):
+        known = ", ".join(sorted(Options.__optional_keys__))
+        raise SamplingError(
+            f"there is no option {unknown[0]!r}; the options are {known}; temperature, top_p and the like "
+            "are part of sampling=Sampling(…)"
+        )
+    sampling, stop = options.get("sampling", Sampling()), options.get("stop", ())
+    if not isinstance(sampling, Sampling):  # pyright: ignore[reportUnnecessaryIsInstance] -- users' types
+        raise SamplingError(f"sampling is a Sampling, such as Sampling(temperature=0.7), found {sampling!r}")
+    if not isinstance(stop, Sequence) or not all(isinstance(text, str) for text in stop):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise SamplingError(f"stop is a string, or a list of strings, found {stop!r}")
+
+
+def _check_choice(name: str, value: object, choices: Sequence[object]) -> None:
+    if value is not None and value not in choices:
+        raise SamplingError(f"{name} is {' or '.join(map(repr, choices))}, or is left out; found {value!r}")
 
 
 def _repeated(messages: Messages, n: int) -> list[Messages]:

@@ -21,6 +21,6 @@ def check_text(text: object, where: str, *, may_be_blank: bool = False) -> str:
     except UnicodeEncodeError as error:
         found = f"the lone surrogate {text[error.start]!r} at character {error.start}"
         raise PromptError(
-            f"Expected {where} to be Unicode, found {found}. Decode its source again."
+            f"Expected {where} to be Unicode, found {found}. Check the encoding of its source."
         ) from None
     return text

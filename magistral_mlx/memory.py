@@ -69,6 +69,11 @@ class MemoryPlan:
         return self._kv(self.context)
 
     @property
+    def cache_bits(self) -> int:
+        """Bits of a key's or value's number at the end."""
+        return self._bits(self.context) or 8 * self.itemsize
+
+    @property
     def transient(self) -> int:
         """Peak bytes besides the weights and the final KV cache."""
         prompt = self.context if self.prompt is None else self.prompt
@@ -124,8 +129,7 @@ class MemoryPlan:
         return f"what would fit: {'; or '.join(found)}" if found else "nothing shorter fits either"
 
     def label(self) -> str:
-        bits = self.kv_bits or 8 * self.itemsize
-        return f"{self.context:,} tokens with {bits}-bit KV cache, {_gb(self.total)}"
+        return f"{self.context:,} tokens with {self.cache_bits}-bit KV cache, {_gb(self.total)}"
 
     def excess(self) -> str:
         """The figures that decide, for a message."""

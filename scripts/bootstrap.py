@@ -84,6 +84,11 @@ def private_uv() -> Path:
 
 
 def main() -> None:
+    if sys.argv[1:]:
+        if sys.argv[1] not in ("-h", "--help"):
+            raise SetupError(f"expected no arguments, found {' '.join(sys.argv[1:])}; run it without")
+        print(__doc__)
+        return
     if sys.version_info < (3, 9):  # noqa: UP036 (says so where a syntax error would not)
         raise SetupError(f"this needs Python 3.9 or newer, found {sys.version.split()[0]}")
     uv = shutil.which("uv")

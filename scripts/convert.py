@@ -8,4 +8,4 @@ import sys
 from magistral_mlx.cli.app import cli
 
 if __name__ == "__main__":
-    cli(["convert", *sys.argv[1:]], prog_name="convert.py")
+    cli(["convert", *sys.argv[1:]], prog_name="magistral-mlx")

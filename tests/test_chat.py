@@ -210,6 +210,10 @@ def test_the_context_ends_a_reply_as_length(script: Callable[..., Magistral]):
         ([{"role": "assistant", "content": "hm"}], {}, PromptError),
         (QUESTION, {"max_tokens": 0}, SamplingError),
         (QUESTION, {"stop": [""]}, SamplingError),
+        (QUESTION, {"stop": 3}, SamplingError),
+        (QUESTION, {"stop": [3]}, SamplingError),
+        (QUESTION, {"sampling": 0.7}, SamplingError),
+        (QUESTION, {"temperature": 0.7}, SamplingError),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(
@@ -217,6 +221,21 @@ def test_mistakes_are_told_before_anything_runs(
 ):
     with pytest.raises(error):
         script().stream(messages, **options)
+    with pytest.raises(error):
+        script().ask_many([messages], **options)
+
+
+@pytest.mark.parametrize("prompt", [[], [-1], [2024], ["1"]])
+def test_ids_that_are_not_the_models_are_refused(demo: Magistral, prompt: list[int]):
+    """MLX would read what lies in memory there, or crash."""
+    with pytest.raises(PromptError, match="ids from 0 to 2023, and one at least"):
+        demo.stream_ids(prompt)
+
+
+@pytest.mark.parametrize("how", [{"dtype": "int8"}, {"kv_bits": 4}])
+def test_what_a_model_cannot_be_loaded_with(how: Any):
+    with pytest.raises(SamplingError, match="or is left out; found"):
+        Magistral.load("demo", **how)
 
 
 def test_what_cannot_be_loaded_says_why():

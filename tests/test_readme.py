@@ -1,7 +1,11 @@
 """What the README and the guide show is run, each in one go, as a reader would type it."""
 
+import json
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,7 +55,41 @@ def test_commands_and_options_exist():
         assert all(word in shown.output for word in words if word.startswith("--")), line
 
 
+def test_what_the_documents_name_is_there():
+    """Every file that they link to, and every benchmark and result that they name."""
+    documents = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    for document in documents:
+        text = document.read_text(encoding="utf-8")
+        linked = [document.parent / found for found in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", text)]
+        named = [ROOT / found for found in re.findall(r"\b(?:benchmarks|scripts)/[\w/-]+\.(?:py|json)", text)]
+        for file in (*linked, *named):
+            assert file.exists(), f"{document.name}: {file}"
+
+
+def test_the_counted_nodes_are_the_results():
+    found = json.loads((ROOT / "benchmarks" / "results" / "graph_nodes.json").read_text(encoding="utf-8"))
+    told = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    for row in found["rows"]:
+        ours, theirs = row["nodes"].values()
+        place = "as on a GPU" if row["as_on"] == "gpu" else "on a CPU"
+        how = "greedy" if row["sampling"] == "greedy" else "temperature 0.7, top_p 0.95"
+        [line] = [line for line in told.splitlines() if line.startswith(f"| {place}, {how} |")]
+        assert line.endswith(f"| {ours} | {theirs} | {row['ratio']:.2f} |")
+
+
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"^make (\w+)", "\n".join(blocks("sh")), re.MULTILINE):
         assert f"\n{target}:" in makefile
+
+
+@pytest.mark.parametrize(("word", "code"), [("--help", 0), ("-h", 0), ("demo", 1)])
+def test_the_set_up_does_nothing_where_it_is_given_words(tmp_path: Path, word: str, code: int):
+    script = tmp_path / "scripts" / "bootstrap.py"  # a copy, whose .venv is nobody's
+    script.parent.mkdir()
+    shutil.copy(ROOT / "scripts" / "bootstrap.py", script)
+    done = subprocess.run([sys.executable, script, word], capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    told = done.stderr if code else done.stdout
+    assert ("expected no arguments, found demo" if code else "`make` runs this; so may you.") in told
+    assert not (tmp_path / ".venv").exists()

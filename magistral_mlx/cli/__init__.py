@@ -11,7 +11,7 @@
     reply_options  what a reply is asked for
     repl           the interactive chat
     ask            ask, chat
-    app            all commands, and how mistakes are told
+    app            all commands, and how errors are shown
 
 Each imports only what stands above it.
 """

@@ -1,8 +1,11 @@
-"""`magistral-mlx`: the group of all commands, and how their mistakes are told.
+"""`magistral-mlx`: the group of all commands, and how their errors are shown.
 
 Whatever a command does, the library does it; nothing is decided here but what a person is asked and shown.
 """
 
+import errno
+import os
+import sys
 import warnings
 from typing import Any
 
@@ -14,7 +17,7 @@ from . import ask, bench, convert, doctor, plan, serve, service
 
 
 class _Group(click.Group):
-    """A user's mistake ends in one line and exit code 1, never in a traceback; commands in our order."""
+    """Mistakes, a full disk and Ctrl-C end in one line, never in a traceback; commands in our order."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 -- click's signature
         return [*self.commands]
@@ -24,12 +27,23 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except MagistralError as error:
             raise click.ClickException(str(error)) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            where = error.filename or "the output"
+            raise click.ClickException(
+                f"{where} cannot be written: the disk is full; make room, then run this again"
+            ) from error
+        except (KeyboardInterrupt, click.Abort):
+            click.echo("interrupted", err=True)
+            ctx.exit(130)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="magistral_mlx", prog_name="magistral-mlx")
 def cli() -> None:
     """Run Mistral's reasoning model Magistral Small on this machine."""
+    _open_streams()
     warnings.showwarning = _show_warning
 
 
@@ -39,6 +53,13 @@ for _command in (
     *(bench.bench, doctor.doctor, service.service),
 ):
     cli.add_command(_command)
+
+
+def _open_streams() -> None:
+    """A standard stream that the shell closed (`>&-`) is None in Python: it becomes an empty one."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115, PTH123 -- stays open
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *_: Any) -> None:

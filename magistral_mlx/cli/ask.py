@@ -18,15 +18,19 @@ if TYPE_CHECKING:  # mlx, mistral_common and rich load when a command needs them
     from magistral_mlx.talk.reply import Reply
     from magistral_mlx.talk.stream import Stream
 
+_QUOTED = 'put it in quotes: magistral-mlx ask "What is 48 + 37?"'
+
 
 @click.command()
-@click.argument("question", required=False)
+@click.argument("question", nargs=-1, metavar="[QUESTION]")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: ids, thinking, answer, statistics.")
 @click.option(
     "--schema", type=click.File(encoding="utf-8"), help="The JSON schema that the answer is held to."
 )
 @reply_options
-def ask(question: str | None, as_json: bool, schema: IO[str] | None, **options: Unpack[ReplyOptions]) -> None:
+def ask(
+    question: tuple[str, ...], as_json: bool, schema: IO[str] | None, **options: Unpack[ReplyOptions]
+) -> None:
     """Ask one question and print the answer.
 
     QUESTION may come from standard input: "-", or nothing.
@@ -53,10 +57,12 @@ def ask(question: str | None, as_json: bool, schema: IO[str] | None, **options: 
             complain(lacking)
 
 
-def _question(given: str | None) -> str:
-    """The question as it was typed, or from standard input; refused where nothing is in it."""
-    text = given or ""
-    if given == "-" or (given is None and not sys.stdin.isatty()):
+def _question(words: tuple[str, ...]) -> str:
+    """The question as it was typed, or from standard input; refused where it is empty or without quotes."""
+    if len(words) > 1:  # not joined: the shell may have put file names in the place of a *
+        raise click.UsageError(f"expected one question, found {len(words)} words; {_QUOTED}")
+    text = "".join(words)
+    if words == ("-",) or (not words and not sys.stdin.isatty()):
         try:
             text = sys.stdin.buffer.read().decode("utf-8")
         except UnicodeDecodeError as error:
@@ -65,19 +71,15 @@ def _question(given: str | None) -> str:
                 "give it text"
             ) from error
     if not text.strip():
-        raise click.UsageError('expected a question: magistral-mlx ask "What is 48 + 37?"')
+        raise click.UsageError(f"expected a question, found none; {_QUOTED}")
     return text
 
 
 def _show(stream: "Stream", terminal: "Terminal") -> None:
     from magistral_mlx.talk.display import summary
 
-    try:
-        with first_interrupt_stops_thinking(stream):
-            finished = terminal.show(stream)
-    except KeyboardInterrupt:
-        click.echo("interrupted", err=True)
-        sys.exit(130)
+    with first_interrupt_stops_thinking(stream):
+        finished = terminal.show(stream)
     if finished:
         terminal.note(summary(finished))
 
@@ -85,7 +87,7 @@ def _show(stream: "Stream", terminal: "Terminal") -> None:
 @click.command()
 @reply_options
 def chat(**options: Unpack[ReplyOptions]) -> None:
-    """Talk, with a memory of what was said; /help lists the rest."""
+    """Hold a conversation in the terminal; /help lists its commands."""
     from .repl import Repl
 
     settings = settings_of(options)

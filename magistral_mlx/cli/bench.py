@@ -26,7 +26,7 @@ _QUICK: "Json" = {"lengths": (512,), "tokens": 32, "trials": 2, "reply_tokens": 
     "lengths",
     type=click.IntRange(min=1),
     multiple=True,
-    help="Tokens of prompt. May be repeated. Default: 512, 4096, 16384, 40960.",
+    help="Tokens of prompt, up to the context's end. May be repeated. Default: 512, 4096, 16384, 40960.",
 )
 @click.option("--tokens", type=click.IntRange(min=1), help="Decoded behind each prompt. Default: 128.")
 @click.option("--trials", type=click.IntRange(min=1), help="Each in a process of its own. Default: 5.")
@@ -39,7 +39,11 @@ _QUICK: "Json" = {"lengths": (512,), "tokens": 32, "trials": 2, "reply_tokens": 
 @click.option("--greedy", is_flag=True, help="Decode the likeliest ids, not at temperature 0.7.")
 @click.option("--speculate", is_flag=True, help="Ask for the whole reply with speculation, too.")
 @click.option("--against", type=click.Choice(["mlx-lm"]), help="Measure this too, in turn, and compare.")
-@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="What to compute in.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    help="What to compute in. Default: bfloat16 on a GPU, float32 on a CPU.",
+)
 @click.option(
     "--json",
     "file",

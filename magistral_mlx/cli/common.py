@@ -20,7 +20,10 @@ def chosen(name: str | None) -> str:
     """The model that was named, or else the one used last."""
     found = last_model.last_used() if name is None else name
     if found is None:
-        raise click.UsageError(f"no model was used yet: give --model demo, or --model {hub.RECOMMENDED}")
+        raise click.UsageError(
+            "no model was named, and none used before is there: give --model demo, or --model "
+            f"{hub.RECOMMENDED}"
+        )
     return found
 
 

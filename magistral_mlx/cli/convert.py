@@ -34,9 +34,13 @@ _MACS = (16, 24, 32, 48, 64)
 @click.option(
     "--override", "overrides", multiple=True, help="PATTERN=RECIPE for some matrices. May be repeated."
 )
-@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="Of what is not packed.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    help="Of what is not quantized. Default: as in SOURCE.",
+)
 @click.option("--download", is_flag=True, help="Download SOURCE if it is not here yet.")
-@click.option("--dry-run", is_flag=True, help="Tell sizes and what fits; write nothing, read no weight.")
+@click.option("--dry-run", is_flag=True, help="Show sizes and what fits; write nothing, read no weights.")
 @click.option("--dequantize", is_flag=True, help="Take a SOURCE that is quantized already.")
 @click.option("--allow-nonfinite", is_flag=True, help="Take weights that are NaN or Inf.")
 @click.option("--no-verify", is_flag=True, help="Leave out hashes and quantization errors; a little faster.")

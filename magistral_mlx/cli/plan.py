@@ -48,10 +48,13 @@ def plan(
     quantize_after: int,
     all_macs: bool,
 ) -> None:
-    """What a model takes, and whether it fits.
+    """How much memory a model takes, and whether it fits.
 
-    MODEL is a directory, a Hub name, or 'demo'. Reads no weight; of a Hub model that is not here, its config.
+    MODEL is a directory, a Hub name, or 'demo'. Reads no weights; of a Hub model that is not here, only its
+    config.
     """
+    if quantize_after and kv_bits != "8":
+        raise click.UsageError("--quantize-after says when an 8-bit KV cache begins; give --kv-bits 8 too")
     import mlx.core as mx
 
     from magistral_mlx import memory
@@ -78,7 +81,7 @@ def plan(
     if made.fits:
         return
     if config.quantization is None:
-        click.echo(f"or fewer bits: magistral-mlx convert {model} --out DIR --bits 4 --dry-run")
+        click.echo(f"Fewer bits take less: magistral-mlx convert {model} --out DIR --bits 4 --dry-run")
     if not made.remedies:
         sys.exit(1)
 
@@ -123,8 +126,8 @@ def _tell(plan: "MemoryPlan", machine: str) -> None:
     estimate = ", an estimate" if plan.machine.estimated else ""
     for name, nbytes, what in (
         ("weights", plan.weights, ""),
-        ("KV cache", plan.kv, f"{plan.context:,} tokens in {plan.kv_bits or 8 * plan.itemsize} bit"),
-        ("computing", plan.transient, "at its peak, while the end of a prompt as long is read"),
+        ("KV cache", plan.kv, f"{plan.context:,} tokens in {plan.cache_bits} bit"),
+        ("computing", plan.transient, "at its peak, while the end of a prompt of that length is read"),
         ("together", plan.total, f"{plan.total / plan.machine.budget:.0%} of what {machine} can give"),
         ("can be given", plan.machine.budget, f"by {machine}{estimate}"),
     ):

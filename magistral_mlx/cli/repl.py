@@ -130,7 +130,11 @@ class Repl:
         try:
             with path.open("x", encoding="utf-8") as file:  # never over something that is there
                 json.dump(self._talk.messages, file, ensure_ascii=False, indent=1)
+        except FileExistsError:
+            return complain(f"error: {path} exists and nothing is overwritten; choose another name")
         except OSError as error:
+            with suppress(OSError):
+                path.unlink()  # the half of it that was written
             return complain(f"error: {path} cannot be written: {error.strerror}")
         return self._say(f"wrote {len(self._talk.messages)} messages to {path}")
 

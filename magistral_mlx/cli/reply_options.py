@@ -46,16 +46,20 @@ _OPTIONS = (
     click.option("--model", "-m", help="A directory, a Hub name, or 'demo'. Default: the last one used."),
     click.option("--download", is_flag=True, help="Download the model if it is not here yet."),
     click.option(
-        "--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), help="What to compute in."
+        "--dtype",
+        type=click.Choice(["bfloat16", "float16", "float32"]),
+        help="What to compute in. Default: bfloat16 on a GPU, float32 on a CPU.",
     ),
-    click.option("--kv-bits", type=click.Choice(["16", "8"]), default="16", help="8: half the KV cache."),
+    click.option(
+        "--kv-bits", type=click.Choice(["16", "8"]), default="16", help="8: a KV cache of half the size."
+    ),
     click.option(
         "--quantize-after",
         type=click.IntRange(0),
         default=0,
         help="With --kv-bits 8: tokens up to which the KV cache stays in 16 bit.",
     ),
-    click.option("--draft-model", help="A smaller model of the same vocabulary, which guesses ahead."),
+    click.option("--draft-model", help="A smaller model with the same vocabulary, which guesses ahead."),
     click.option(
         "--speculate/--no-speculate",
         default=None,
@@ -68,7 +72,9 @@ _OPTIONS = (
         help="The same, in a file.",
     ),
     click.option("--think-budget", type=int, help="Tokens of reasoning, then the answer. Default: no limit."),
-    click.option("--loop-guard", is_flag=True, help="End what goes round in circles. Experimental."),
+    click.option(
+        "--loop-guard", is_flag=True, help="End reasoning or an answer that repeats itself. Experimental."
+    ),
     click.option("--no-think", is_flag=True, help="Answer at once, without reasoning."),
     click.option("--hide-thinking", is_flag=True, help="Think, but show the answer only."),
     click.option("--max-tokens", type=int, help="Of reasoning and answer together. Default: 40960."),
@@ -147,8 +153,8 @@ def _choose() -> str:
 
     choices = f"--model demo, or --model {hub.RECOMMENDED} --download ({hub.RECOMMENDED_GB} GB)"
     if not sys.stdin.isatty():
-        raise click.UsageError(f"no model was used yet: give {choices}")
-    click.echo("No model was used yet.")
+        raise click.UsageError(f"no model was named, and none used before is there: give {choices}")
+    click.echo("No model was named, and none used before is there.")
     click.echo("  1  the demo model: small arithmetic, nothing to download")
     click.echo(f"  2  {hub.RECOMMENDED}, {hub.RECOMMENDED_GB} GB")
     return "demo" if click.prompt("Which", type=click.IntRange(1, 2), default=1) == 1 else hub.RECOMMENDED

@@ -51,37 +51,56 @@ class _Serving(TypedDict):
 @click.option("--model", "-m", help="A directory, a Hub name, or 'demo'. Default: the last one used.")
 @click.option("--download", is_flag=True, help="Download the model if it is not here yet.")
 @click.option(
-    "--host", default="127.0.0.1", show_default=True, help="Any other than this machine's own needs a key."
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on; any but this machine's own needs a key.",
 )
-@click.option("--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any.")
+@click.option(
+    "--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any that is free."
+)
 @click.option(
     "--api-key",
     envvar="MAGISTRAL_API_KEY",
-    help="What clients must send. Or MAGISTRAL_API_KEY, unseen by `ps`.",
+    help="The key that clients must send. In MAGISTRAL_API_KEY, `ps` does not show it.",
 )
 @click.option(
     "--api-key-file",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="A file that holds it.",
+    help="A file that holds the key.",
 )
 @click.option(
     "--max-running", type=click.IntRange(1), help="Replies at once. Default: by the memory, at most 8."
 )
-@click.option("--queue", default=32, show_default=True, type=click.IntRange(0), help="Requests that wait.")
+@click.option(
+    "--queue",
+    default=32,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Requests that may wait; more are refused.",
+)
 @click.option(
     "--prefix-cache",
     callback=_bytes,
-    help="Kept of what prompts have read, such as 1GB. Default: by the memory.",
+    help="Memory for the KV cache of earlier prompts, such as 1GB. Default: by the memory.",
 )
-@click.option("--kv-bits", type=click.Choice(["16", "8"]), default="16", help="8: half the KV cache.")
+@click.option(
+    "--kv-bits", type=click.Choice(["16", "8"]), default="16", help="8: a KV cache of half the size."
+)
 @click.option(
     "--quantize-after",
     type=click.IntRange(0),
     default=0,
     help="With --kv-bits 8: tokens up to which the KV cache stays in 16 bit.",
 )
-@click.option("--allow-host", multiple=True, help="A name by which it is called, besides its address.")
-@click.option("--allow-origin", multiple=True, help="A site whose pages may ask, such as https://my.site.")
+@click.option(
+    "--allow-host", multiple=True, help="A further name of this server in requests. May be given again."
+)
+@click.option(
+    "--allow-origin",
+    multiple=True,
+    help="A site whose pages may send requests, such as https://my.site. May be given again.",
+)
 def serve(**options: Unpack[_Serving]) -> None:
     """Serve a model to OpenAI-style clients and a page, until Ctrl-C."""
     key = check(options)
@@ -140,7 +159,10 @@ def check(options: _Serving) -> str | None:
             "MAGISTRAL_API_KEY or --api-key-file, or keep to 127.0.0.1"
         )
     if key is not None and not (key and key.isascii() and key.isprintable() and key == key.strip()):
-        raise ServerError("a key is printable ASCII without spaces around it, and not empty")
+        raise ServerError(
+            "expected a key of printable ASCII without spaces around it, found "
+            f"{'other characters' if key else 'an empty one'}; give it as text, as in --api-key-file FILE"
+        )
     return key
 
 

@@ -68,7 +68,9 @@ def status() -> None:
 
 def _only_on_a_mac() -> None:
     if platform.system() != "Darwin":
-        raise ServerError("launchd is macOS's; on Linux use deploy/Dockerfile (--print shows the agent)")
+        raise ServerError(
+            "launchd is macOS's; on Linux use deploy/Dockerfile (`service install --print` shows the agent)"
+        )
 
 
 def _words(options: tuple[str, ...]) -> list[str]:

@@ -1,6 +1,6 @@
 """Several sequences a pass: each has its caches, its seed and its limit, and goes on as if it were alone.
 
-Nothing ties one to another but that they are fed together: whoever is in this pass need not be in the next.
+Nothing ties one to another but that they are fed together: one that is in this pass need not be in the next.
 Knows the model and the sampler. Does not know text, or who asks.
 
 Invariant, between a `feed` and the next one: each row's caches hold all ids that it has handed out.

@@ -1,7 +1,7 @@
 """What was read for earlier prompts, kept for later ones, within a bound of memory.
 
-A prompt takes the `Prefix` that it has most of its beginning in common with, and whoever read it puts it
-back; the one that was used longest ago goes first. Knows ids and bytes; not whose prompts they are.
+A prompt takes the `Prefix` with which it shares the longest beginning; it is put back after the reply. The
+one that was used longest ago is dropped first. Knows ids and bytes; not whose prompts they are.
 """
 
 import threading

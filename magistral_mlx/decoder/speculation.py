@@ -62,7 +62,7 @@ class Speculation:
     ) -> Generator[int, Guide | None, None]:
         """As `engine.decode`, without constraints; and at a yield the caches may hold more than was yielded.
 
-        What they hold of that is right, and lacks at most the last id; whoever goes on trims the rest.
+        What they hold of that is right, and lacks at most the last id; the caller trims the rest.
         """
         drawing, drafter = Drawing(sampler, None, scorer), self._drafter
         passes = _Passes(model, caches, drawing)

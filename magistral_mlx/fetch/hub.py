@@ -97,8 +97,8 @@ def _here(name: str) -> Local | None:
         return Local(weights=found, words=found)
     if not HUB_NAME.fullmatch(name) or name.startswith("."):
         raise CheckpointError(
-            f'Expected a directory, a Hub name such as "{RECOMMENDED}", or "demo"; found no directory '
-            f"{name!r}."
+            f'Expected a directory, a Hub name such as "{RECOMMENDED}", or "demo"; found '
+            f"{'the file' if _is_file(name) else 'no directory'} {name!r}."
         )
     return None
 
@@ -157,6 +157,12 @@ def directory(name: str) -> Path | None:
         found = Path(name).expanduser()
         return found if name and found.is_dir() else None  # Path("") is the working directory
     return None
+
+
+def _is_file(name: str) -> bool:
+    with suppress(OSError, ValueError, RuntimeError):
+        return Path(name).expanduser().is_file()
+    return False
 
 
 def _cached(name: str, patterns: tuple[str, ...] | None) -> Path:

@@ -1,4 +1,4 @@
-"""What can be set for one reply: the keywords of `stream`, `ask` and their kin, said once."""
+"""What can be set for one reply: the keywords that `stream`, `ask` and the like share."""
 
 from collections.abc import Sequence
 from typing import Any, TypedDict
@@ -15,10 +15,10 @@ class Plain(TypedDict, total=False):
     """What can be set for one reply; whatever is left out is the model card's or the checkpoint's.
 
     sampling: how ids are drawn (`Sampling()`: temperature 0.7, top_p 0.95).
-    seed: the same seed gives the same reply; left out, a new one is drawn and told in `Reply.seed`.
+    seed: the same seed gives the same reply; left out, a new one is drawn and kept in `Reply.seed`.
     max_tokens: of reasoning and answer together, 40960; never more than the context has room for.
     think_budget: tokens of reasoning, after which it is closed at the next line or sentence; None: no limit.
-    loop_guard: notice reasoning or an answer that goes round in circles, and end it. Off unless asked for: it
+    loop_guard: notice reasoning or an answer that repeats itself, and end it. Off unless asked for: it
         misses some, and may take a table of a strict pattern for a loop.
     think: False leaves out the prompt that makes the model think: quicker, and worse at hard questions.
     system: placed before the checkpoint's system prompt.
@@ -29,10 +29,11 @@ class Plain(TypedDict, total=False):
     stop: a string, or several, that ends the answer and is not part of it; reasoning may contain it.
     tools: functions that the model may call: `{"type": "function", "function": {"name", "description",
         "parameters"}}`, as OpenAI has them. Calls are in `Reply.tool_calls`.
-    tool_choice: "auto": the model calls or answers, as it likes; "none": it is not told of the tools;
+    tool_choice: "auto": the model calls or answers, as it likes; "none": the prompt does not hold the tools;
         "required": it has to call; or the name of the one that it has to call.
-    parallel_tool_calls: False ends a reply behind its first call, if it calls at all.
-    logprobs: keep the log-probability of each id in `Reply.logprobs`, and of so many likeliest ones, 0 to 20.
+    parallel_tool_calls: False ends a reply after its first call, if it calls at all.
+    logprobs: a number from 0 to 20: keep the log-probability of each id, and of that many likeliest ones, in
+        `Reply.logprobs`.
     """
 
     sampling: Sampling

@@ -89,7 +89,7 @@ def open_talk(path: Path) -> TalkFile:
     try:
         entries, metadata = read_whole_header(path)
     except CheckpointError as error:
-        raise ConversationError(f"this is no whole saved conversation: {error}") from error
+        raise ConversationError(f"expected a saved conversation: {error}") from error
     _check_version(path, metadata)
     with damage(path):
         return TalkFile(entries=entries, text=metadata["conversation"], sha256=metadata["sha256"])

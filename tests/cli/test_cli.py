@@ -1,5 +1,6 @@
 """The command line as its user meets it: pipes, a terminal, mistakes."""
 
+import errno
 import json
 import os
 import pty
@@ -13,11 +14,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
 from magistral_mlx import AnswerToken
+from magistral_mlx.cli import repl
 from magistral_mlx.cli.app import cli
 from magistral_mlx.cli.common import first_interrupt_stops_thinking
 from magistral_mlx.fetch import hub
@@ -113,6 +117,7 @@ def test_without_a_model_both_choices_are_named(run: Run):
         (("ask", "--model", "./nowhere", QUESTION), "no directory"),
         (("ask", "--model", "no/such-model", QUESTION), "hf download"),
         (("ask", "--model", "no/such-model", "--download", QUESTION), "HF_HUB_OFFLINE"),
+        (("ask", "--model", __file__, QUESTION), f"or \"demo\"; found the file '{__file__}'"),
         (("info", "."), "holds no checkpoint"),
         (("convert", "demo", "--out", "out", "--bits", "7"), "bits"),
         (("convert", "demo", "--out", "out", "--mode", "int3"), "int3"),
@@ -132,6 +137,7 @@ def test_a_mistake_is_one_message_and_no_traceback(run: Run, words: tuple[str, .
     ("words", "stdin", "says"),
     [
         ((*ASK, ""), "", "expected a question"),
+        ((*ASK, *QUESTION.split()), "", "expected one question, found 5 words; put it in quotes"),
         ((*ASK, "-"), " \n", "expected a question"),
         (ASK, b"What is \xff?", "expected a question in UTF-8 on standard input, found other bytes at 8"),
         (("doctor", "--json", "file/doctor.json"), "", "file/doctor.json cannot be written"),
@@ -193,6 +199,8 @@ def test_convert_then_ask_then_refuse_to_overwrite(run: Run, tmp_path: Path):
 
 def test_the_script_is_the_command(tmp_path: Path):
     script = Path(__file__).parents[2] / "scripts" / "convert.py"
+    shown = subprocess.run([sys.executable, script, "-h"], capture_output=True, text=True, check=True)
+    assert shown.stdout.startswith("Usage: magistral-mlx convert [OPTIONS] SOURCE\n")
     command = [sys.executable, str(script), "demo", "--out", str(tmp_path / "out"), "--mode", "mxfp4"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "4.26 bits per weight (mxfp4)" in done.stdout
@@ -319,7 +327,7 @@ def test_what_goes_wrong_in_a_piped_chat_is_said(run: Run):
         "expected a file name",
         "expected a number of tokens",
     ]
-    assert "cannot be written" in told[3]
+    assert told[3].endswith("/ exists and nothing is overwritten; choose another name")
     assert told[4] == "no such command; /help lists them"
     assert told[8] == "error: expected on or off, found 'maybe'"
 
@@ -425,6 +433,48 @@ def test_ctrl_c_ends_ask_cleanly(tmp_path: Path):
     assert terminal.ends() == 130
     assert "interrupted" in terminal.screen
     assert "Traceback" not in terminal.screen
+
+
+@pytest.mark.parametrize(
+    ("problem", "code", "says"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (click.Abort(), 130, "interrupted\n"),
+        (OSError(errno.ENOSPC, "full", "a.json"), 1, "Error: a.json cannot be written: the disk is full"),
+        (OSError(errno.ENOSPC, "full"), 1, "Error: the output cannot be written: the disk is full"),
+    ],
+)
+def test_what_stops_any_command_is_one_line(
+    run: Run, monkeypatch: pytest.MonkeyPatch, problem: BaseException, code: int, says: str
+):
+    def fail(*_: object, **__: object) -> None:
+        raise problem
+
+    monkeypatch.setattr(hub, "resolve", fail)
+    done = run("info", "demo")
+    assert (done.exit_code, done.stdout) == (code, "")
+    assert done.stderr.startswith(says)
+
+
+def test_standard_streams_may_be_closed(tmp_path: Path):
+    command = f'"{sys.executable}" -m magistral_mlx ask -m demo --max-tokens 3'
+    for closed in ('"48 + 37" >&-', '"48 + 37" 2>&-', "<&-"):
+        done = subprocess.run(
+            f"{command} {closed}", shell=True, capture_output=True, text=True, cwd=tmp_path, check=False
+        )
+        assert done.returncode == (2 if closed == "<&-" else 0)
+        assert "Traceback" not in done.stderr
+
+
+def test_half_an_export_is_not_left(run: Run, monkeypatch: pytest.MonkeyPatch):
+    def full(_: object, file: Any, **__: object) -> None:
+        file.write("[")
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(repl.json, "dump", full)
+    done = run("chat", *ASK[1:], stdin="/export talk.json")
+    assert "talk.json cannot be written: full" in done.stderr
+    assert not Path("talk.json").exists()
 
 
 def test_a_chat_in_a_terminal(tmp_path: Path):

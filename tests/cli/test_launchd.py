@@ -141,7 +141,7 @@ def test_paths_become_whole(run: Run, home: Path):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ((), "no model was used yet"),
+        ((), "no model was named, and none used before is there"),
         (("--model", "no/where"), "no/where"),
         (("--model", "demo", "--prot", "1"), "No such option"),
         (("--model", "demo", "--port", "x"), "'x' is not a valid integer"),

@@ -55,6 +55,12 @@ def test_figures_are_the_librarys(run: Run, big: Path):
     assert "by a Mac with 16 GB, an estimate" in done.output
 
 
+@pytest.mark.parametrize(("after", "bits"), [(4095, 8), (4096, 16)])
+def test_a_cache_that_is_packed_later_is_named_by_what_it_is_at_the_end(run: Run, after: int, bits: int):
+    done = run("demo", "--memory", "16GB", "--kv-bits", 8, "--quantize-after", after)
+    assert f"4,096 tokens in {bits} bit\n" in done.output
+
+
 def test_what_does_not_fit_comes_with_what_would(run: Run, big: Path, monkeypatch: pytest.MonkeyPatch):
     small = memory.Machine(memory=7 * 2**30, budget=1_300_000_000, estimated=True)
     monkeypatch.setattr(memory, "mac", lambda _: small)
@@ -82,6 +88,7 @@ def test_refused_with_exit_code_1(run: Run, monkeypatch: pytest.MonkeyPatch):
         (("--memory", "much"), "a size such as 32GB"),
         (("--memory", "0GB"), "a size such as 32GB"),
         (("--kv-bits", "4"), "'16', '8'"),
+        (("--quantize-after", "9"), "give --kv-bits 8 too"),
     ],
 )
 def test_what_cannot_be_asked(run: Run, words: tuple[str, ...], said: str):
