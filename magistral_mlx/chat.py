@@ -330,13 +330,13 @@ class Magistral:
         seed = seed_of(options)
         prompts = [self.encode(messages, **options) for messages in questions]
         begun = [self._prepare(prompt, seed + at, options) for at, prompt in enumerate(prompts)]
-        batch, last = ContinuousBatch(self._worker, at_once=at_once, followed=False), None
+        batch = ContinuousBatch(self._worker, at_once=at_once, followed=False)
         with ExitStack() as open_streams:
             streams = list[Stream]()
             for builder, request in begun:
                 generation = Generation(self.transformer, request, self.new_prefix(self.kv_bits))
-                last = batch.join(generation, builder, behind=last)
-                streams.append(open_streams.enter_context(Stream(last, builder, whole=True)))
+                stream = Stream(batch.join(generation, builder), builder, whole=True)
+                streams.append(open_streams.enter_context(stream))
             for stream in streams:
                 stream.start()
             yield streams

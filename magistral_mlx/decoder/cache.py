@@ -13,6 +13,7 @@ Shapes: B sequences, L new positions, T = offset positions so far, H query heads
 """
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Self, TypeAlias
@@ -36,6 +37,9 @@ class KVCache:
 
     Arrays are values in MLX: a fork shares them until one side writes, so a fork costs nothing.
     """
+
+    after: float = math.inf
+    """Positions up to which they are kept as they were computed."""
 
     def __init__(self) -> None:
         self.offset = 0

@@ -17,7 +17,7 @@ from .cache import KVCache
 from .drafts import Drafter, DraftModel, PromptLookup
 from .model import Transformer
 from .pace import Pace
-from .prefix import Prefix
+from .prefix import Prefix, common
 from .speculation import Speculation
 
 
@@ -72,9 +72,16 @@ class Generation:
             prefix.ids += guide.said if guide else ()
 
     def follow(self, other: "Generation") -> None:
-        """Go on from what another one has read: the beginning that both prompts have is not read again."""
+        """Take over, from one that has just read its prompt, the beginning that both prompts have.
+
+        Not where a cache would be packed for one of them only: this reply is to say what it says alone.
+        """
+        ours, theirs, after = self.request.prompt, other.request.prompt, self.prefix.caches[0].after
+        if (len(ours) > after) != (len(theirs) > after):
+            return
         self.prefix = other.prefix.fork()
-        if other.request.prompt == self.request.prompt:
+        self.prefix.cut(common(ours, theirs))
+        if ours == theirs:
             self.logits = other.logits
 
     def row(self, chunk: int | None) -> Generator[None, object, Row]:

@@ -6,6 +6,8 @@ reply, and the state at the end of that prompt is had back by trimming. Knows id
 
 from collections.abc import Sequence
 
+import mlx.core as mx
+
 from .cache import KVCache, trim_all
 
 
@@ -41,6 +43,7 @@ class Prefix:
         for cache in self.caches:
             cache.trim(cache.offset - len(self.ids))
             cache.shrink()
+        mx.eval([array for cache in self.caches for array in cache.arrays()])  # or the old room is still held
         if self.draft:
             self.draft.cut(length)
 

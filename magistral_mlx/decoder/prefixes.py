@@ -7,8 +7,6 @@ one that was used longest ago is dropped first. Knows ids and bytes; not whose p
 import threading
 from collections.abc import Callable, Sequence
 
-import mlx.core as mx
-
 from .prefix import Prefix, common
 
 
@@ -52,7 +50,6 @@ class Prefixes:
     def put(self, prefix: Prefix, length: int) -> None:
         """Keep the first `length` ids of what was read, unless another one holds them too."""
         prefix.cut(length)
-        mx.eval([array for cache in prefix.caches for array in cache.arrays()])
         ids = prefix.ids
         with self._lock:
             if not ids or any(other.ids[: len(ids)] == ids for other in self._kept):

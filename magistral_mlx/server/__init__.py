@@ -2,7 +2,7 @@
 
     wire                what requests may hold, as the interface is published
     anthropic_wire      the same of Anthropic's interface
-    slots               who may run now, who waits, who is sent away
+    slots               what may run now, what waits, what is refused
     failures            errors in the shapes that clients know
     requests            a request → messages, options, prompts of the library
     anthropic_requests  Anthropic's requests → those of `wire`
@@ -12,8 +12,8 @@
     anthropic_replies   the same as Anthropic's blocks
     metrics             what happened, in Prometheus' text
     service             the model behind it all: streams that share what was read
-    delivery            a job said whole or as it comes, while the client is there
-    safety              who may ask at all, and with how much
+    delivery            a job answered whole or as it comes, while the client is there
+    safety              which requests are let in, and how large
     web                 the page and its policy
     app                 the routes
     connection          one client's line, and how long it may keep silent

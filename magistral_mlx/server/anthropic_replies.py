@@ -1,4 +1,4 @@
-"""What was said, in Anthropic's shape: a message of blocks, whole or as events that build it.
+"""Replies in Anthropic's shape: a message of blocks, whole or as events that build it.
 
 Does not know how replies are had. A block is of one kind: reasoning, text, or a call of a tool.
 """
@@ -49,21 +49,21 @@ class MessageEncoder:
         return _event("message_start", message={**self._message, **nothing_yet, "usage": used})
 
     def piece(self, index: int, delta: Delta) -> bytes:  # noqa: ARG002
-        said = b""
+        events = b""
         if delta.thinking:
-            said += self._within({"type": "thinking", "thinking": "", "signature": ""})
-            said += self._delta("thinking_delta", "thinking", delta.thinking)
+            events += self._within({"type": "thinking", "thinking": "", "signature": ""})
+            events += self._delta("thinking_delta", "thinking", delta.thinking)
         if delta.text:
-            said += self._within({"type": "text", "text": ""})
-            said += self._delta("text_delta", "text", delta.text)
+            events += self._within({"type": "text", "text": ""})
+            events += self._delta("text_delta", "text", delta.text)
         if delta.call:
-            said += self._call(delta.call)
-        return said
+            events += self._call(delta.call)
+        return events
 
     def ending(self, index: int, ended: ChoiceEnd) -> bytes:  # noqa: ARG002
         delta = {"stop_reason": _reason(ended), "stop_sequence": ended.stop_string}
-        told = _event("message_delta", delta=delta, usage=_usage(ended.stats))
-        return self._close() + told + _event("message_stop")
+        event = _event("message_delta", delta=delta, usage=_usage(ended.stats))
+        return self._close() + event + _event("message_stop")
 
     def last(self, ends: Sequence[ChoiceEnd]) -> bytes:  # noqa: ARG002
         return b""
@@ -85,14 +85,14 @@ class MessageEncoder:
 
     def _call(self, piece: ToolCallToken) -> bytes:
         """A piece of a call; only the first one says which tool it calls."""
-        said = b""
+        events = b""
         if piece.name is not None:
             block: dict[str, Any] = {"type": "tool_use", "id": piece.id, "name": piece.name, "input": {}}
-            said = self._close() + self._within(block)
-        return said + self._delta("input_json_delta", "partial_json", piece.text)
+            events = self._close() + self._within(block)
+        return events + self._delta("input_json_delta", "partial_json", piece.text)
 
     def _within(self, block: dict[str, Any]) -> bytes:
-        """What has to be said to be within a block like this."""
+        """The events that have to come to be within a block like this."""
         if self._open == block["type"]:
             return b""
         closed = self._close()
@@ -110,8 +110,8 @@ class MessageEncoder:
 
 
 def _event(kind: str, **fields: Any) -> bytes:
-    told = json.dumps({"type": kind, **fields}, ensure_ascii=False)
-    return f"event: {kind}\ndata: {told}\n\n".encode()
+    data = json.dumps({"type": kind, **fields}, ensure_ascii=False)
+    return f"event: {kind}\ndata: {data}\n\n".encode()
 
 
 def _reason(ended: ChoiceEnd) -> str:

@@ -1,4 +1,4 @@
-"""The routes. Each turns a request into a job of the service, and what is said into a response."""
+"""The routes. Each turns a request into a job of the service, and its reply into a response."""
 
 import asyncio
 from functools import partial
@@ -168,12 +168,12 @@ class _Counted:
 async def _failed(request: Request, error: Exception) -> Response:
     match error:
         case RequestValidationError():
-            told = failures.of_validation(error.errors())
+            refused = failures.of_validation(error.errors())
         case HTTPException():
-            told = RefusedError(error.status_code, str(error.detail), headers=error.headers)
+            refused = RefusedError(error.status_code, str(error.detail), headers=error.headers)
         case _:
-            told = failures.of(error)
-    return told.response(request.url.path)
+            refused = failures.of(error)
+    return refused.response(request.url.path)
 
 
 def _model(service: Service, id_: str) -> dict[str, Any]:
@@ -185,7 +185,7 @@ def _object(**properties: Any) -> dict[str, Any]:
     return {"type": "object", "required": [*properties], "properties": properties}
 
 
-def _told(**body: Any) -> dict[str, Any]:
+def _response(**body: Any) -> dict[str, Any]:
     """How the published interface says what an error looks like."""
     content = {"application/json": {"schema": _object(**body)}}
     return {"description": "what was expected, and what was found", "content": content}
@@ -193,5 +193,5 @@ def _told(**body: Any) -> dict[str, Any]:
 
 _TEXT = {"type": "string"}
 _MAYBE = {"type": ["string", "null"]}
-_ERROR = _told(error=_object(message=_TEXT, type=_TEXT, param=_MAYBE, code=_MAYBE))
-_ANTHROPIC_ERROR = _told(type={"const": "error"}, error=_object(type=_TEXT, message=_TEXT))
+_ERROR = _response(error=_object(message=_TEXT, type=_TEXT, param=_MAYBE, code=_MAYBE))
+_ANTHROPIC_ERROR = _response(type={"const": "error"}, error=_object(type=_TEXT, message=_TEXT))

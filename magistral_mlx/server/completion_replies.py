@@ -1,4 +1,4 @@
-"""What was said in a plain completion, in OpenAI's older shape: log-probabilities are a table of columns.
+"""Plain completions in OpenAI's older shape: log-probabilities are a table of columns.
 
 Does not know how replies are had.
 """
@@ -57,9 +57,9 @@ class CompletionEncoder(OpenAIEncoder):
         return self._tables.setdefault(index, _Table(self._tokenizer))
 
     def _piece(self, index: int, text: str, reason: str = "null", *, logprobs: str = "null") -> bytes:
-        said = json.dumps(text, ensure_ascii=False)
-        told = f'[{{"index": {index}, "text": {said}, "logprobs": {logprobs}, "finish_reason": {reason}}}]'
-        return f"{self._head}{told}}}\n\n".encode()
+        text = json.dumps(text, ensure_ascii=False)
+        one = f'[{{"index": {index}, "text": {text}, "logprobs": {logprobs}, "finish_reason": {reason}}}]'
+        return f"{self._head}{one}}}\n\n".encode()
 
 
 class _Table:

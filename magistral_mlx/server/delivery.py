@@ -1,4 +1,4 @@
-"""A job said whole, or as it comes, to a client that may leave at any time.
+"""A job answered whole, or as it comes, to a client that may leave at any time.
 
 Knows slots, the service and HTTP. Does not know what was asked, or how a reply looks
 (`ReplyEncoder`).
@@ -28,7 +28,7 @@ T = TypeVar("T")
 async def answer(
     service: Service, request: Request, job: Job, encoder: ReplyEncoder, *, stream: bool
 ) -> Response:
-    """Wait for a turn, then say it whole, or as it comes."""
+    """Wait for a turn, then answer whole, or as it comes."""
     slot = await _while_connected(request, service.slots.take())
     if stream:
         try:
@@ -48,15 +48,15 @@ async def _pieces(service: Service, job: Job, first: Stream, encoder: ReplyEncod
     try:
         for index in range(job.choices):
             yield encoder.opening(index)
-        async with aclosing(service.run(job, first)) as told:
-            async for index, said in told:
-                if not isinstance(said, ChoiceEnd):
-                    yield encoder.piece(index, said)
+        async with aclosing(service.run(job, first)) as events:
+            async for index, event in events:
+                if not isinstance(event, ChoiceEnd):
+                    yield encoder.piece(index, event)
                     continue
-                ends[index] = said
-                yield encoder.ending(index, said)
+                ends[index] = event
+                yield encoder.ending(index, event)
         yield encoder.last([ends[index] for index in range(job.choices)])
-    except Exception as error:  # noqa: BLE001 -- the status was sent long ago: this is how it can still be told
+    except Exception as error:  # noqa: BLE001 -- the status was sent long ago: an event can still say it
         failures.log(error)
         yield encoder.failed(error)
 

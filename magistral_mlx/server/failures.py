@@ -81,21 +81,21 @@ def of(error: Exception) -> RefusedError:
     """What a client is told about any error."""
     match error:
         case RefusedError():
-            told = error
+            refused = error
         case FullError():
             wait = {"Retry-After": str(error.retry_after)}
-            told = RefusedError(429, str(error), code="queue_full", headers=wait)
+            refused = RefusedError(429, str(error), code="queue_full", headers=wait)
         case ClosingError() | ClosedError():
-            told = RefusedError(503, "the server is shutting down", code="shutting_down")
+            refused = RefusedError(503, "the server is shutting down", code="shutting_down")
         case ContextError():
-            told = RefusedError(400, str(error), param="messages", code="context_length_exceeded")
+            refused = RefusedError(400, str(error), param="messages", code="context_length_exceeded")
         case MemoryLimitError():
-            told = RefusedError(413, str(error), code="memory_limit")
+            refused = RefusedError(413, str(error), code="memory_limit")
         case MagistralError():
-            told = RefusedError(400, str(error), code="invalid_value")
+            refused = RefusedError(400, str(error), code="invalid_value")
         case _:
-            told = RefusedError(500, "internal error; the server's log says where", code="internal_error")
-    return told
+            refused = RefusedError(500, "internal error; the server's log says where", code="internal_error")
+    return refused
 
 
 def of_validation(errors: Sequence[Any]) -> RefusedError:

@@ -30,7 +30,7 @@ class Rendering(Protocol):
 
     @property
     def late(self) -> bool:
-        """Whether the text of an event may be told with a later one."""
+        """Whether the text of an event may come with a later one."""
         ...
 
     def render(self, event: Event) -> Delta: ...

@@ -1,4 +1,4 @@
-"""What was said, in the shapes that clients read: JSON objects, and the same in pieces as server-sent events.
+"""Replies in the shapes that clients read: JSON objects, and the same in pieces as server-sent events.
 
 Pieces are put together from text: one is sent for every id, and a model of its shape would cost more than
 all the rest of the server. Does not know how replies are had.
@@ -111,9 +111,9 @@ class OpenAIEncoder:
         return b"data: " + failures.of(error).body + b"\n\n"
 
     def whole(self, choices: Sequence[Choice]) -> bytes:
-        told = [self.choice(index, choice) for index, choice in enumerate(choices)]
+        encoded = [self.choice(index, choice) for index, choice in enumerate(choices)]
         used = self._usage([choice.ended for choice in choices])
-        body = {**self._about, "object": self.kind, "choices": told, "usage": used}
+        body = {**self._about, "object": self.kind, "choices": encoded, "usage": used}
         return json.dumps(body, ensure_ascii=False).encode()
 
     def _usage(self, ends: Sequence[ChoiceEnd]) -> dict[str, Any]:
@@ -121,11 +121,11 @@ class OpenAIEncoder:
         stats = [end.stats for end in ends]
         prompts = stats[:: self._n]
         prompt = sum(one.prompt_tokens for one in prompts)
-        said = sum(one.thinking_tokens + one.answer_tokens for one in stats)
+        completion = sum(one.thinking_tokens + one.answer_tokens for one in stats)
         return {
             "prompt_tokens": prompt,
-            "completion_tokens": said,
-            "total_tokens": prompt + said,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": sum(one.cached_tokens for one in prompts)},
             "completion_tokens_details": {"reasoning_tokens": sum(one.thinking_tokens for one in stats)},
         }
@@ -162,11 +162,11 @@ class ChatEncoder(OpenAIEncoder):
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": choice.reason}
 
     def _piece(self, index: int, delta: str, reason: str = "null", *, logprobs: str = "null") -> bytes:
-        told = f'[{{"index": {index}, "delta": {delta}, "logprobs": {logprobs}, "finish_reason": {reason}}}]'
-        return f"{self._head}{told}}}\n\n".encode()
+        one = f'[{{"index": {index}, "delta": {delta}, "logprobs": {logprobs}, "finish_reason": {reason}}}]'
+        return f"{self._head}{one}}}\n\n".encode()
 
     def _logprobs(self, deltas: Sequence[Delta]) -> dict[str, Any] | None:
-        """Of the ids that the text came from; of what was said in the model's place there are none."""
+        """Of the ids that the text came from; of those forced in the model's place there are none."""
         found = [logprob for one in deltas for logprob in one.logprobs if logprob]
         return {"content": [self._scored(one) for one in found], "refusal": None} if found else None
 

@@ -84,13 +84,13 @@ def dialogue(messages: Sequence[Message], tokenizer: Tokenizer) -> tuple[str | N
     """
     system = [_text(m, at) for at, m in enumerate(messages) if m.role in ("system", "developer")]
     own = any(map(tokenizer.has_think_template, system))
-    said = [
+    kept = [
         _message(message, at)
         for at, message in enumerate(messages)
         if own or message.role not in ("system", "developer")
     ]
     before = "\n\n".join(text for text in system if text.strip())
-    return (None if own else before or None), [message for message in said if message]
+    return (None if own else before or None), [message for message in kept if message]
 
 
 def _message(message: Message, at: int) -> dict[str, Any]:
@@ -98,10 +98,10 @@ def _message(message: Message, at: int) -> dict[str, Any]:
     text = _text(message, at)
     match message.role:
         case "assistant":
-            said: dict[str, Any] = {"thinking": message.reasoning_content or message.reasoning}
-            said |= {"content": text, "tool_calls": message.tool_calls}
-            said = {name: value for name, value in said.items() if value}
-            return said and {"role": "assistant", **said}
+            parts: dict[str, Any] = {"thinking": message.reasoning_content or message.reasoning}
+            parts |= {"content": text, "tool_calls": message.tool_calls}
+            parts = {name: value for name, value in parts.items() if value}
+            return parts and {"role": "assistant", **parts}
         case "tool":
             return {"role": "tool", "content": text, "tool_call_id": message.tool_call_id}
         case role:

@@ -70,27 +70,27 @@ class Service:
         self._lent: WeakKeyDictionary[Stream, list[Prefix]] = WeakKeyDictionary()
 
     async def begin(self, job: Job) -> Stream:
-        """The stream of the first choice: whatever is wrong with a job, is told here."""
+        """The stream of the first choice: whatever is wrong with a job is raised here."""
         return await self._open(job, 0)
 
     async def run(self, job: Job, first: Stream) -> AsyncGenerator[ChoiceEvent]:
         """All choices of a job, side by side: what comes next of any of them."""
         read = [asyncio.Event() for _ in job.prompts]
         choices = [self._choice(job, index, read, None if index else first) for index in range(job.choices)]
-        async with aclosing(_merged(choices)) as told:
-            async for said in told:
-                yield said
+        async with aclosing(_merged(choices)) as events:
+            async for event in events:
+                yield event
 
     async def choices(self, job: Job) -> list[Choice]:
         """The same, waited for."""
         deltas: list[list[Delta]] = [[] for _ in range(job.choices)]
         ends: dict[int, ChoiceEnd] = {}
-        async with await self.begin(job) as first, aclosing(self.run(job, first)) as told:
-            async for index, said in told:
-                if isinstance(said, Delta):
-                    deltas[index].append(said)
+        async with await self.begin(job) as first, aclosing(self.run(job, first)) as events:
+            async for index, event in events:
+                if isinstance(event, Delta):
+                    deltas[index].append(event)
                 else:
-                    ends[index] = said
+                    ends[index] = event
         return [Choice(deltas[index], ends[index]) for index in range(job.choices)]
 
     def stop_thinking(self, id_: str) -> bool:
@@ -117,17 +117,17 @@ class Service:
             if not leads:
                 await here.wait()
             async with first or await self._open(job, index, shared=not leads) as stream:
-                came = told = 0  # ids
+                received = sent = 0  # ids
                 async for event in stream:
                     if leads and job.n > 1 and not here.is_set():
                         await self._share(stream)
                         here.set()
-                    came += len(event.token_ids)
+                    received += len(event.token_ids)
                     if any(delta := rendering.render(event)):
-                        logprobs = stream.logprobs[told:came] if delta.text else ()
+                        logprobs = stream.logprobs[sent:received] if delta.text else ()
                         yield index, delta._replace(logprobs=logprobs) if logprobs else delta
                     if any(delta) or not rendering.late:
-                        told = came
+                        sent = received
                     if isinstance(event, Finished):
                         reason = event.reason
                     elif rendering.stopped:
@@ -163,8 +163,8 @@ class Service:
             self._rows.release()
             self.metrics.replied(reply)
             # The next prompt of this conversation holds the answer, but no reasoning that led to no call.
-            said = 0 if reply.thinking and not reply.tool_calls else len(reply.token_ids)
-            self._keep(lent.pop(), len(prompt) + said)
+            kept = 0 if reply.thinking and not reply.tool_calls else len(reply.token_ids)
+            self._keep(lent.pop(), len(prompt) + kept)
 
         try:
             begin = partial(
@@ -202,7 +202,7 @@ def _log(kept: Future[None]) -> None:
 
 
 def _seeded(options: Options, index: int) -> Options:
-    """Each choice has its own seed, told by the first one's."""
+    """Each choice has its own seed, counted from the first one's."""
     seed = options.get("seed")
     return options if seed is None else {**options, "seed": seed + index}
 
@@ -216,9 +216,9 @@ async def _merged(sources: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[T]:
             for task in done:
                 source = coming.pop(task)
                 with suppress(StopAsyncIteration):
-                    said = task.result()
+                    item = task.result()
                     coming[asyncio.ensure_future(anext(source))] = source
-                    yield said
+                    yield item
     finally:
         for task in coming:
             task.cancel()

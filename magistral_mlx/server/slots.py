@@ -1,4 +1,4 @@
-"""Who may run now: so many at once, so many waiting behind them; all others are told when to come back.
+"""Slots to run in: so many at once, so many requests waiting behind them; all others learn when to come back.
 
 Knows asyncio, and nothing of what a slot is used for. All of it happens on one event loop.
 """

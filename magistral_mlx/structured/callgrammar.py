@@ -21,19 +21,19 @@ def with_calls(
     grammar: Grammar | None,
     tokenizer: Tokenizer,
     *,
-    told: Sequence[Mapping[str, Any]],
+    offered: Sequence[Mapping[str, Any]],
     forced: Sequence[Mapping[str, Any]],
 ) -> Grammar | None:
     """What an answer is held to; None: it is free.
 
     grammar: what it is, if it is no call.
-    told, forced: the tools that may be called, and those of which one has to be.
+    offered, forced: the tools that may be called, and those of which one has to be.
     """
     if forced:
         return Grammar.from_lark(f"start: LEAD? calls\n{LEAD}\n{_calls(forced, tokenizer)}")
-    if grammar and told:
+    if grammar and offered:
         either = grammar.lark.replace("start: LEAD? ", "start: LEAD? calls | LEAD? ", 1)
-        return Grammar.from_lark(f"{either}\n{_calls(told, tokenizer)}")
+        return Grammar.from_lark(f"{either}\n{_calls(offered, tokenizer)}")
     return grammar
 
 

@@ -9,7 +9,9 @@ nobody up. Whoever leaves is in no further turn. Does not know text, nor what a 
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Generator, Sequence
+from itertools import chain
 
 import mlx.core as mx
 
@@ -32,41 +34,41 @@ and at Magistral's size half a second or so."""
 class ContinuousBatch:
     """All replies of one model that are written together. Any thread may `join`.
 
-    at_once: how many are under way; the others wait for one to end. None: whoever joins has seen to it.
+    at_once: how many are under way; the others wait for one to end. By default whoever joins has seen to it.
     followed: replies are read as they grow. If not, all that counts is when the last has ended: they go on
-        without a reader, and prompts are read in one go, so that more replies share a pass.
+        without a reader, and prompts are read one after another, so that more replies share a pass; what a
+        prompt has in common with the one before it is not read again.
     """
 
-    def __init__(self, worker: Worker, *, at_once: int | None = None, followed: bool = True) -> None:
+    def __init__(self, worker: Worker, *, at_once: float = math.inf, followed: bool = True) -> None:
         self.lock = threading.RLock()
         self.lead = LEAD if followed else math.inf
         self._at_once = at_once
         self._followed = followed
         self._worker = worker
-        self._members: list[Member] = []  # whose prompt got a piece last comes last
+        self._members: list[Member] = []  # under way; whose prompt is to get a piece next comes first
+        self._waiting = deque[Member]()
         self._turning = False
 
-    def join(
-        self,
-        generation: Generation,
-        builder: ReplyBuilder,
-        *,
-        needs: int = 0,
-        behind: "Member | None" = None,
-    ) -> "Member":
+    def join(self, generation: Generation, builder: ReplyBuilder, *, needs: int = 0) -> "Member":
         """One reply more; nothing is computed until it is asked for ids.
 
-        builder: whom it is said to. needs: bytes of its prompt's keys and values, if they are to be `owed`.
-        behind: one of this batch whose prompt is read first, and not again as far as both begin alike.
+        builder: of the reply. needs: bytes of its prompt's keys and values, if they are to be `owed`.
         """
-        member = Member(self, generation, builder, needs, behind)
+        member = Member(self, generation, builder, needs)
         with self.lock:
-            self._members.append(member)
+            self._waiting.append(member)
+            self._admit()
         return member
 
     def leave(self, member: "Member") -> None:
         with self.lock:
-            self._members = [other for other in self._members if other is not member]
+            if member in self._members:
+                self._members.remove(member)
+            elif member in self._waiting:
+                self._waiting.remove(member)
+            self._admit()
+            self.wake()
 
     @property
     def owed(self) -> int:
@@ -75,29 +77,46 @@ class ContinuousBatch:
             return sum(member.owed for member in self._members)
 
     def wake(self) -> None:
-        """Somebody may want ids. Under the lock."""
-        if not self._turning:
+        """Go on, if anybody wants ids. Under the lock."""
+        if self._turning or not any(member.wants for member in self._members):
+            return
+        try:
             self._worker.submit(self._turn)
             self._turning = True
+        except ClosedError as error:
+            left = [*self._members, *self._waiting]
+            self._members.clear()
+            self._waiting.clear()
+            for member in left:
+                member.fail(error)
+
+    def _admit(self) -> None:
+        while self._waiting and len(self._members) < self._at_once:
+            self._members.append(self._waiting.popleft())
 
     def _turn(self) -> None:
         with self.lock:
             here = [member for member in self._members if member.wants]
-        here = sorted(here, key=lambda member: not member.begun)[: self._at_once]
         reader = next((member for member in here if not member.row), None)
-        if reader:
-            reader.read(PIECE if self._followed and any(member.row for member in here) else None)
+        if reader and self._followed:
+            reader.read(PIECE if any(member.row for member in here) else None)
+            with self.lock:
+                self._members.sort(key=lambda member: member is reader)
+        elif reader:
+            reader.read(None)
+            self._pass_on(reader)
         if self._followed or not reader:
             _step([member for member in here if member.row])
         with self.lock:
-            self._members.sort(key=lambda member: member is reader)
             self._turning = False
-            if any(member.wants for member in self._members):
-                try:
-                    self.wake()
-                except ClosedError as error:
-                    for member in [*self._members]:
-                        member.fail(error)
+            self.wake()
+
+    def _pass_on(self, reader: "Member") -> None:
+        """What a prompt has read, as soon as it is read, to the one that is read next."""
+        with self.lock:
+            heir = next((other for other in chain(self._members, self._waiting) if not other.begun), None)
+        if heir and reader.row:
+            heir.follow(reader)
 
 
 def _step(members: Sequence["Member"]) -> None:
@@ -118,12 +137,7 @@ class Member:
     """One reply of the batch: the `Source` of its stream."""
 
     def __init__(
-        self,
-        batch: ContinuousBatch,
-        generation: Generation,
-        builder: ReplyBuilder,
-        needs: int,
-        behind: "Member | None",
+        self, batch: ContinuousBatch, generation: Generation, builder: ReplyBuilder, needs: int
     ) -> None:
         self.model = generation.model
         self.row: Row | None = None  # from when its prompt is read until it ends; the model's thread's own
@@ -131,11 +145,10 @@ class Member:
         self.generation = generation
         self._builder = builder
         self._needs = needs
-        self._behind = behind  # until its own prompt's turn
         self._reading: Generator[None, object, Row] | None = None
         self._on_step: OnStep | None = None
-        self._cost = Cost()  # since the last id that was told
-        self._pending: Pending[None] | None = None  # whom the next step is told
+        self._cost = Cost()  # since its last id was emitted
+        self._pending: Pending[None] | None = None  # resolved by the next step
         self._ahead = 0  # steps that nobody has waited for
         self._ended = False
         self._error: Exception | None = None
@@ -143,16 +156,11 @@ class Member:
     @property
     def wants(self) -> bool:
         """Whether it takes part in the next turn."""
-        asked = self._on_step is not None and not self._ended and self._ahead < self._batch.lead
-        return asked and not (self._behind and self._behind.unread)
+        return self._on_step is not None and not self._ended and self._ahead < self._batch.lead
 
     @property
     def begun(self) -> bool:
         return self.row is not None or self._reading is not None
-
-    @property
-    def unread(self) -> bool:
-        return self.row is None and not self._ended
 
     @property
     def owed(self) -> int:
@@ -165,33 +173,37 @@ class Member:
         """One for each id."""
 
     def ask(self, on_step: OnStep) -> Pending[None]:
-        """A step, if there was none since the last time; each is said before anybody is told of it."""
+        """A step, if there was none since the last time; the stream has it before this is done."""
         with self._batch.lock:
-            if not self._ended:
-                self._batch.wake()
             self._on_step, self._pending = on_step, Pending()
             pending = self._pending
             if self._ahead or self._ended:
                 self._notify()
+            self._batch.wake()
         return pending
 
     def leave(self) -> None:
-        """No further id is wanted."""
+        """No further id is wanted; whoever waits for one, in another thread, need not."""
         self._ended = True
         self._batch.leave(self)
+        self._notify()
 
     def read(self, most: int | None) -> None:
         """A piece of the prompt, of at most so many ids."""
         try:
-            if self._behind:
-                self.generation.follow(self._behind.generation)
-                self._behind = None
             if self._reading is None:
                 self._reading, most = self.generation.row(most), None
             _, cost = step.take(self._reading, most)
             self._emit(None, cost)
         except StopIteration as read:
             self._reading, self.row = None, read.value
+        except Exception as error:  # noqa: BLE001 -- it is raised where the ids are asked for
+            self.fail(error)
+
+    def follow(self, other: "Member") -> None:
+        """Its prompt comes next: what both begin with is not read again."""
+        try:
+            self.generation.follow(other.generation)
         except Exception as error:  # noqa: BLE001 -- it is raised where the ids are asked for
             self.fail(error)
 
@@ -216,21 +228,21 @@ class Member:
         self.generation.prefix.restart()
         self._error = error
         self.leave()
-        self._notify()
 
     def _emit(self, token: int | None, cost: Cost) -> Guide | None:
-        """OnStep a step, then tell that it is there."""
+        """Hand a step to the stream, then tell whoever waits that it is there."""
         assert self._on_step
         guide = self._on_step(token, cost)
         if token is not None:
             self.generation.prefix.ids += [token, *(guide.said if guide else ())]
         if self._builder.finish_reason:
             self.leave()
-        self._notify()
+        else:
+            self._notify()
         return guide
 
     def _notify(self) -> None:
-        """Whoever waits, or whoever asks next."""
+        """Resolve what is waited for, or count a step that the next request will find."""
         with self._batch.lock:
             pending, self._pending = self._pending, None
             self._ahead = 0 if pending else self._ahead + 1

@@ -69,7 +69,7 @@ class Conversation:
     @property
     def messages(self) -> list[dict[str, Any]]:
         """What was said so far, as `Magistral.stream` takes it."""
-        pairs = ([*_messages(said), reply.message] for said, reply in self._turns)
+        pairs = ([*_messages(message), reply.message] for message, reply in self._turns)
         return [message for pair in pairs for message in pair]
 
     def stream(self, message: saving.UserInput, **options: Unpack[Options]) -> Stream:
@@ -162,27 +162,28 @@ class Conversation:
         """What was read, once more. On the model's thread, where a stream just closed may be in mid-step."""
         return self._model.run(self._prefix.fork) if self._prefix else None
 
-    def _prompt(self, said: saving.UserInput, options: Options) -> list[int]:
+    def _prompt(self, message: saving.UserInput, options: Options) -> list[int]:
         """Kept reasoning goes on from the ids as they were sampled; encoding its text again could differ.
 
         Reasoning that led to tool calls is kept until they are answered and the next question comes.
         """
         tokenizer, last = self._model.tokenizer, self._turns[-1][1] if self._turns else None
-        messages = _messages(said)
-        keeps = options.get("keep_thinking") or not isinstance(said, str)
+        messages = _messages(message)
+        keeps = options.get("keep_thinking") or not isinstance(message, str)
         if keeps and last and last.token_ids:
             end = [] if last.token_ids[-1] == tokenizer.eos_id else [tokenizer.eos_id]
             behind = [*last.prompt_ids, *last.token_ids, *end]
-            turn = tokenizer.encode_turn(said, calls=last.tool_calls, tools=offered(options), behind=behind)
+            tools = offered(options)
+            turn = tokenizer.encode_turn(message, calls=last.tool_calls, tools=tools, behind=behind)
             if turn is not None:
                 return behind + turn
         return self._model.encode([*self.messages, *messages], **options)
 
 
-def _messages(said: saving.UserInput) -> list[dict[str, Any]]:
-    if isinstance(said, str):
-        return [{"role": "user", "content": said}]
-    results = [{**result} for result in said]
+def _messages(message: saving.UserInput) -> list[dict[str, Any]]:
+    if isinstance(message, str):
+        return [{"role": "user", "content": message}]
+    results = [{**result} for result in message]
     if not results or any(result.get("role") != "tool" for result in results):
         raise PromptError("Expected a question, or results of tool calls, found other messages.")
     return results

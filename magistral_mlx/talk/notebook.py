@@ -25,7 +25,7 @@ def show(events: Iterable[Event]) -> None:
 
     def redraw() -> None:
         thinking.update(ipython.HTML(view.thinking()))
-        answer.update(ipython.Markdown(view.said()))
+        answer.update(ipython.Markdown(view.markdown()))
 
     try:
         for event in events:
@@ -63,15 +63,15 @@ class _View:
             case Finished(stats=stats):
                 self._tokens, self._seconds = stats.thinking_tokens, stats.thinking_seconds
 
-    def said(self) -> str:
+    def markdown(self) -> str:
         """The answer, and the tool calls below it, as code."""
         return self.answer + (f"\n\n```{self.calls}\n```" if self.calls else "")
 
     def thinking(self) -> str:
         """A block that is open while the model thinks and folded from the answer on."""
         if not self._thoughts:
-            return "" if self.said() or self.over else "<i>thinking …</i>"
-        thinks = not self.said() and not self.over
+            return "" if self.markdown() or self.over else "<i>thinking …</i>"
+        thinks = not self.markdown() and not self.over
         took = f"{self._seconds:.0f} s" if self._seconds >= 1 else "a moment"
         title = "Thinking …" if thinks else f"Thought for {took} · {self._tokens:,} tokens"
         return (

@@ -1,4 +1,4 @@
-"""One reply, prepared: options become what its token ids will say, and how they are drawn.
+"""One reply, prepared: options become a builder of its events, and a request for its ids.
 
 Every mistake in the options, a prompt without room in the context, and a reply without room in memory show
 here, before anything is computed.
@@ -54,15 +54,15 @@ class Preparation:
         self._guard.check_reply(len(prompt), limit, held=max(others, 0))
         stop, schema, top = options.get("stop", ()), options.get("schema"), options.get("logprobs")
         shape = None if schema is None else shape_of(schema)
-        told, several = offered(options), options.get("parallel_tool_calls", True)
-        grammar = with_calls(shape and shape.grammar, self._tokenizer, told=told, forced=forced(options))
+        tools, several = offered(options), options.get("parallel_tool_calls", True)
+        grammar = with_calls(shape and shape.grammar, self._tokenizer, offered=tools, forced=forced(options))
         constraint = grammar and Constraint(grammar, self._vocabulary, think=options.get("think", True))
         scorer = None if top is None else Scorer(top)
         builder = ReplyBuilder(
             Transcript(
                 self._tokenizer,
                 stop=(stop,) if isinstance(stop, str) else tuple(stop),
-                calls=CallParser(_key(prompt, seed), most=None if several else 1) if told else None,
+                calls=CallParser(_key(prompt, seed), most=None if several else 1) if tools else None,
             ),
             self._tokenizer,
             prompt_ids=tuple(prompt),

@@ -23,7 +23,7 @@ from magistral_mlx.wire import Cost, Guide, TokenLogprob
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """What was said: all of it, or what there was when it was stopped.
+    """All of a reply, or what there was when it was stopped.
 
     logprobs: where they were asked for, one for each of `token_ids`; None of those that were said in the
         model's place.
@@ -80,7 +80,7 @@ _CUT_OFF: dict[FinishReason, str] = {
 
 
 class ReplyBuilder:
-    """Ids go in (`say`), `events` come out; `reason` is set when the reply has ended of itself."""
+    """Ids go in (`add`), `events` come out; `finish_reason` is set when the reply has ended of itself."""
 
     def __init__(
         self,
@@ -107,7 +107,7 @@ class ReplyBuilder:
         self._shape = shape
         self._constraint = constraint  # holds the answer to its shape
         self._logprob = logprob  # of the id that was drawn last
-        self._watch = watch  # told how long the context is, as it grows
+        self._watch = watch  # called with the length of the context, as it grows
         self._ids: list[int] = []
         self._stats = Stats(prompt_tokens=len(prompt_ids))
         self.events: deque[Event] = deque()
@@ -120,7 +120,7 @@ class ReplyBuilder:
 
     @property
     def reply(self) -> Reply:
-        """What has been said so far."""
+        """The reply so far."""
         return Reply(
             thinking=self._transcript.thinking,
             answer=self._transcript.answer,
@@ -141,7 +141,7 @@ class ReplyBuilder:
 
     def prefilled(self, reused: int, cost: Cost) -> None:
         """A piece of the prompt was read; `reused` ids of it had been read before."""
-        self._stats = _read(self._stats, reused, cost)
+        self._stats = _prefilled(self._stats, reused, cost)
 
     def add(self, token: int, cost: Cost, passes: int | None = None) -> Guide | None:
         """Account for one id. Returns how it is to go on; None: as the model would.
@@ -154,7 +154,7 @@ class ReplyBuilder:
             self.logprobs.append(self._logprob())
         self.events += self._transcript.feed(token)
         passes = self._stats.forward_passes + 1 if passes is None else passes
-        self._stats = _said(self._stats, self._transcript.phase, cost, passes)
+        self._stats = _added(self._stats, self._transcript.phase, cost, passes)
         if token == self._tokenizer.eos_id or self._transcript.stopped:
             self._finish("stop")
             return None
@@ -204,7 +204,7 @@ class ReplyBuilder:
         self.events.append(Finished(reason=self.finish_reason, stats=self._stats, token_ids=leftover))
 
 
-def _read(stats: Stats, reused: int, cost: Cost) -> Stats:
+def _prefilled(stats: Stats, reused: int, cost: Cost) -> Stats:
     """A piece of the prompt was read."""
     return replace(
         stats,
@@ -214,8 +214,8 @@ def _read(stats: Stats, reused: int, cost: Cost) -> Stats:
     )
 
 
-def _said(stats: Stats, phase: Phase, cost: Cost, passes: int) -> Stats:
-    """An id was said; it counts for the phase that it led to. Once an id: one value is made, not three."""
+def _added(stats: Stats, phase: Phase, cost: Cost, passes: int) -> Stats:
+    """An id was added; it counts for the phase that it led to. Once an id: one value is made, not three."""
     now = stats.prefill_seconds + stats.decode_seconds + cost.seconds
     thought, first_answer = phase == "thinking", stats.first_answer_seconds
     return replace(

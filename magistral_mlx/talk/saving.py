@@ -89,7 +89,7 @@ def load(path: Path, model: HostModel, *, any_model: bool = False) -> Saved:
         was: dict[str, Any] = {**found["model"]}
         options, cache = _options(found["options"]), found["cache"]
         turns = tuple((turn["said"], _reply(turn)) for turn in found["turns"])
-        expect(all(map(_is_said, (said for said, _ in turns))), "turns")
+        expect(all(map(_is_input, (message for message, _ in turns))), "turns")
     differences = _differences(was, model.fingerprint())
     if differences and not any_model:
         raise ConversationError(
@@ -105,10 +105,11 @@ def load(path: Path, model: HostModel, *, any_model: bool = False) -> Saved:
         ids = model.run(partial(_take_ids, arrays, model.config.vocab_size))
         prefix = _prefix(ids["cache.ids"], arrays, cache, model) if cache else None
     numbered = (
-        (said, replace(reply, prompt_ids=ids[f"turns.{n}.prompt_ids"], token_ids=ids[f"turns.{n}.token_ids"]))
-        for n, (said, reply) in enumerate(turns)
+        replace(reply, prompt_ids=ids[f"turns.{n}.prompt_ids"], token_ids=ids[f"turns.{n}.token_ids"])
+        for n, (_, reply) in enumerate(turns)
     )
-    return Saved(options=options, turns=tuple(numbered), prefix=prefix)
+    messages = (message for message, _ in turns)
+    return Saved(options=options, turns=tuple(zip(messages, numbered, strict=True)), prefix=prefix)
 
 
 # ------------------------------------------------------------------ what is written
@@ -128,7 +129,7 @@ def _described(saved: Saved, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
         "options": options,
         "turns": [
             {
-                "said": said,
+                "said": message,
                 "thinking": reply.thinking,
                 "answer": reply.answer,
                 "finish_reason": reply.finish_reason,
@@ -136,7 +137,7 @@ def _described(saved: Saved, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
                 "tool_calls": [asdict(call) for call in reply.tool_calls],
                 "stats": asdict(reply.stats),
             }
-            for said, reply in saved.turns
+            for message, reply in saved.turns
         ],
         "cache": _kind(saved.prefix),
     }
@@ -202,10 +203,10 @@ def _fits(value: object, hint: Any) -> bool:
     return isinstance(value, origin or hint)
 
 
-def _is_said(said: object) -> bool:
-    if isinstance(said, str):
+def _is_input(value: object) -> bool:
+    if isinstance(value, str):
         return True
-    return isinstance(said, list) and all(isinstance(result, dict) for result in cast("list[object]", said))
+    return isinstance(value, list) and all(isinstance(result, dict) for result in cast("list[object]", value))
 
 
 def _reply(turn: dict[str, Any]) -> Reply:

@@ -1,7 +1,7 @@
 """One reply as it is written: `Stream` yields its events, to `for` or to `async for`.
 
-Takes steps that are made on the model's thread: an id, or None while the prompt is read; what is said to it
-tells how the reply goes on. What ids say, and when a reply has ended, is `ReplyBuilder`'s to know.
+Takes steps that are made on the model's thread: an id, or None while the prompt is read; a `Guide` in return
+says how the reply goes on. What ids mean, and when a reply has ended, is `ReplyBuilder`'s to know.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ class Source(Protocol):
     """Where a stream's ids come from."""
 
     def ask(self, on_step: OnStep) -> Pending[None]:
-        """Take a step and say it, on the model's thread, where no Ctrl-C arrives."""
+        """Take a step and call `on_step`, on the model's thread, where no Ctrl-C arrives."""
         ...
 
     def leave(self) -> None:
@@ -34,7 +34,7 @@ class Source(Protocol):
         ...
 
     def reused(self) -> int:
-        """How many ids of the prompt were read before; known when the first step is said."""
+        """How many ids of the prompt were read before; known at the first step."""
         ...
 
     def passes(self) -> int | None:
@@ -85,7 +85,7 @@ class Stream:
         on_end: Callable[[Reply], None] = lambda _: None,
         whole: bool = False,
     ) -> None:
-        """on_end: called once, with what was said. whole: only `reply` is wanted, and no events are kept."""
+        """on_end: called once, with the reply. whole: only `reply` is wanted, and no events are kept."""
         self._source: Source | None = source
         self._builder = builder
         self._events = builder.events
@@ -143,7 +143,7 @@ class Stream:
         self._ask()
 
     def close(self) -> None:
-        """Stop now. What was said so far stays in `reply`; nothing more is yielded."""
+        """Stop now. What there is so far stays in `reply`; nothing more is yielded."""
         self._end(silently=True)
 
     def drain(self) -> Reply:
@@ -176,7 +176,7 @@ class Stream:
 
     @property
     def reply(self) -> Reply:
-        """What has been said so far; the whole reply once the stream has ended."""
+        """The reply so far; the whole one once the stream has ended."""
         return self._builder.reply
 
     @property
@@ -194,7 +194,7 @@ class Stream:
             return self._pending
 
     def _on_step(self, token: int | None, cost: Cost) -> Guide | None:
-        """One step, before anybody is told that it is there: however a wait is interrupted, no id is lost."""
+        """One step, before whoever waits for it is woken: however a wait is interrupted, no id is lost."""
         with self._lock:
             if self._source is None:  # closed while the step ran
                 return None
@@ -219,16 +219,17 @@ class Stream:
             self._end()
 
     def _end(self, *, silently: bool = False) -> None:
-        """Let go of the model, and tell whoever waits for the reply: once."""
+        """Let go of the model, and call `on_end`: once."""
         with self._lock:
-            source, self._source, self._pending = self._source, None, None
-            if source is not None and silently:
+            if self._source is None:
+                return
+            self._source.leave()  # first: a Ctrl-C behind it leaves nothing that goes on
+            self._source = self._pending = None
+            if silently:
                 self._events.clear()
-        if source is not None:  # not under the lock: what is done then may wait for the model's thread
-            source.leave()
-            self._on_end(self.reply)
+        self._on_end(self.reply)  # not under the lock: what is done then may wait for the model's thread
 
 
 def _went_well(done: Pending[None]) -> bool:
-    """False while it is under way; and after an error, so that whoever asks next is told of it."""
+    """False while it is under way; and after an error, so that whoever asks next gets it too."""
     return done.finished and done.exception() is None

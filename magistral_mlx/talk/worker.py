@@ -58,17 +58,19 @@ class Worker:
 
     def __init__(self, name: str) -> None:
         self._jobs: _Queue = queue.SimpleQueue()
+        self._lock = threading.Lock()  # no job comes behind the end of the queue, where nobody would do it
         thread = threading.Thread(target=_work, args=(self._jobs,), name=name, daemon=True)
         thread.start()
-        self.close = weakref.finalize(self, _stop, self._jobs, thread)
+        self.close = weakref.finalize(self, _stop, self._jobs, self._lock, thread)
         """Finish the jobs in the queue and end the thread. May be called again."""
 
     def submit(self, job: Callable[[], T]) -> "Pending[T]":
         """Queue a job; what it returns or raises is the future's."""
-        if not self.close.alive:
-            raise ClosedError("this model was closed; load it again")
         future: Pending[T] = Pending()
-        self._jobs.put((future, job))
+        with self._lock:
+            if not self.close.alive:
+                raise ClosedError("this model was closed; load it again")
+            self._jobs.put((future, job))
         return future
 
     def run(self, job: Callable[[], T]) -> T:
@@ -92,7 +94,8 @@ def _work(jobs: _Queue) -> None:
     mx.clear_streams()
 
 
-def _stop(jobs: _Queue, thread: threading.Thread) -> None:
-    jobs.put(None)
+def _stop(jobs: _Queue, lock: threading.Lock, thread: threading.Thread) -> None:
+    with lock:
+        jobs.put(None)
     if thread is not threading.current_thread():  # the last reference may be dropped by a job
         thread.join()

@@ -3,14 +3,20 @@
 import asyncio
 import gc
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from magistral_mlx import ClosedError, Magistral, PromptError, Reply, Sampling, SamplingError
+from magistral_mlx import ClosedError, Magistral, PromptError, Regex, Reply, Sampling, SamplingError
+from magistral_mlx.talk.continuous import Member
+from magistral_mlx.talk.reply import ReplyBuilder
 from tests.decoder.test_batch import Watching
 
 # ------------------------------------------------------------------ from outside
@@ -64,6 +70,50 @@ def test_many_questions_are_answered_as_one_by_one(demo: Magistral, options: Any
         assert {reply.finish_reason for reply in found} == {"stop"}
 
 
+ANY = ["Hi", "Hi", "Hi there", "What is 48 + 37?", "Compute 12 * 3 for me, please, and tell me what it is."]
+HOW: list[dict[str, Any]] = [
+    {"sampling": HOT, "think_budget": 3, "max_tokens": 14},
+    {"sampling": Sampling(repetition_penalty=1.3), "max_tokens": 8, "think": False},
+    {"sampling": HOT, "logprobs": 2, "max_tokens": 5},
+    {"sampling": Sampling(temperature=0), "stop": ["="], "max_tokens": 12, "system": "Be brief."},
+    {"sampling": HOT, "schema": Regex("[0-9]{2,4}"), "max_tokens": 6, "think": False},
+    {"max_tokens": 1},
+]
+
+
+@pytest.fixture(scope="module")
+def alone(demo: Magistral) -> Callable[[str, int, int], Reply]:
+    return cache(lambda question, how, seed: demo.stream(question, seed=seed, **HOW[how]).drain())
+
+
+@given(st.lists(st.sampled_from(ANY), max_size=5), st.integers(0, len(HOW) - 1), st.integers(1, 3))
+@settings(max_examples=20)
+def test_any_questions_with_any_options(
+    demo: Magistral, alone: Callable[[str, int, int], Reply], questions: list[str], how: int, at_once: int
+):
+    found = demo.ask_many(questions, seed=7, at_once=at_once, **HOW[how])
+    for at, (question, reply) in enumerate(zip(questions, found, strict=True)):
+        expected = alone(question, how, 7 + at)
+        assert said(replace(reply, logprobs=None)) == said(replace(expected, logprobs=None))
+        for one, other in zip(reply.logprobs or (), expected.logprobs or (), strict=True):
+            assert (one and one.logprob) == pytest.approx(other and other.logprob, abs=1e-4)
+
+
+def test_a_cache_is_packed_when_it_would_be_alone():
+    """Not because the reply before, whose prompt begins alike, has outgrown `quantize_after`."""
+    options: Any = {"sampling": HOT, "max_tokens": 16, "logprobs": 0}
+    with Magistral.load("demo", dtype="float32", kv_bits=8, quantize_after=64) as model:
+        found = model.ask_many(QUESTIONS, at_once=1, seed=0, **options)
+        lengths = [len(reply.prompt_ids) for reply in found]
+        assert min(lengths) < 64 < max(lengths)
+        assert min(lengths) + 16 > 64
+        for at, (question, reply) in enumerate(zip(QUESTIONS, found, strict=True)):
+            expected = model.stream(question, seed=at, **options).drain()
+            assert reply.token_ids == expected.token_ids
+            pairs = zip(reply.logprobs or (), expected.logprobs or (), strict=True)
+            assert max(abs(one.logprob - other.logprob) for one, other in pairs if one and other) < 1e-4
+
+
 def test_eight_replies_to_one_question(demo: Magistral):
     found = demo.ask(QUESTIONS[1], n=8, seed=3, sampling=Sampling(temperature=2), max_tokens=25)
     expected = [
@@ -98,6 +148,14 @@ def test_when_one_has_ended_the_next_begins(demo: Magistral, monkeypatch: pytest
     assert max(passes) == 2
     longest_first = sum(len(reply.token_ids) for reply in found) / 2
     assert len(passes) < 1.2 * longest_first
+
+
+def test_those_who_wait_take_no_time_of_a_turn(demo: Magistral, monkeypatch: pytest.MonkeyPatch):
+    looks = list[Member]()
+    wants = Member.wants.fget
+    monkeypatch.setattr(Member, "wants", property(lambda member: looks.append(member) or wants(member)))  # type: ignore[misc]
+    demo.ask_many(["Hi"] * 40, at_once=1, max_tokens=1, think=False)
+    assert len(looks) < 40 * 20  # not 40 in every turn
 
 
 def test_what_neighbours_share_is_read_once(demo: Magistral):
@@ -171,6 +229,55 @@ def test_a_closed_model_says_so():
 def level(model: Magistral) -> int:
     gc.collect()
     return model._worker.run(mx.get_active_memory)
+
+
+def test_a_model_that_is_closed_meanwhile_says_so():
+    begun, errors = threading.Event(), list[Exception]()
+
+    def ask() -> None:
+        try:
+            model.ask_many(QUESTIONS * 50, at_once=2, sampling=HOT)
+        except ClosedError as error:
+            errors.append(error)
+
+    with pytest.MonkeyPatch.context() as patch, Magistral.load("demo") as model:
+        patch.setattr(ReplyBuilder, "prefilled", lambda *_: begun.set())
+        asking = threading.Thread(target=ask)
+        asking.start()
+        begun.wait()
+        model.close()
+        asking.join()
+    assert len(errors) == 1
+
+
+def test_a_prompt_longer_than_all_others_is_not_held_by_those_behind_it(
+    demo: Magistral, monkeypatch: pytest.MonkeyPatch
+):
+    held = list[int]()
+    leave = Member.leave
+
+    def measured(member: Member) -> None:
+        held.append(member.generation.prefix.nbytes)
+        leave(member)
+
+    monkeypatch.setattr(Member, "leave", measured)
+    demo.ask_many(["long " * 300, "Hi", "What is 2 + 2?"], at_once=1, max_tokens=2)
+    assert max(held) > 2 * held[-1]
+
+
+def test_an_error_in_one_is_told_and_ends_them_all(demo: Magistral, monkeypatch: pytest.MonkeyPatch):
+    demo.ask(QUESTIONS[0], n=2, max_tokens=2)
+    before = level(demo)
+    add = ReplyBuilder.add
+
+    def failing(builder: ReplyBuilder, *step: Any) -> Any:
+        return 1 / 0 if builder.reply.seed == 6 else add(builder, *step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ReplyBuilder, "add", failing)
+        with pytest.raises(ZeroDivisionError):
+            demo.ask_many(QUESTIONS, at_once=2, seed=5, max_tokens=4)
+    assert level(demo) - before < 100_000
 
 
 def test_nothing_stays_behind_however_it_ends(demo: Magistral, monkeypatch: pytest.MonkeyPatch):

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from magistral_mlx import ClosedError, Magistral, MemoryLimitError, Regex, Reply, Sampling
-from magistral_mlx.talk.continuous import LEAD, PIECE, ContinuousBatch
+from magistral_mlx.talk.continuous import LEAD, PIECE, ContinuousBatch, Member
 from magistral_mlx.talk.stream import Stream
 from tests.decoder.test_batch import Watching
 
@@ -151,6 +152,20 @@ def test_whoever_leaves_is_in_no_further_pass(demo: Magistral, watching: Watchin
     assert {B for B, _ in watching.fed} == {1}
 
 
+def test_a_reader_does_not_wait_for_what_another_thread_has_closed(demo: Magistral):
+    gate = threading.Event()
+    demo.submit(gate.wait)  # the model is busy elsewhere
+    stream = joined(demo, demo.new_continuous_batch(), 0)
+    stream.start()
+    reading = threading.Thread(target=stream.drain, daemon=True)
+    reading.start()
+    reading.join(0.05)
+    stream.close()
+    reading.join(10)
+    gate.set()
+    assert not reading.is_alive()
+
+
 def test_a_long_prompt_is_read_by_pieces_between_steps(demo: Magistral, watching: Watching):
     batch = demo.new_continuous_batch()
     one, other = both(demo, batch)
@@ -166,6 +181,23 @@ def test_a_long_prompt_is_read_by_pieces_between_steps(demo: Magistral, watching
     assert sum(watching.fed[at][1] for at in pieces) == len(prompt)
     assert watching.fed[pieces[0]] == (1, PIECE)  # others were being answered
     assert pieces[1] - pieces[0] > 1  # and went on meanwhile
+
+
+def test_prompts_are_read_in_turns(demo: Magistral, watching: Watching):
+    """A short one that comes later does not wait until a long one is read."""
+    batch, both_asked = demo.new_continuous_batch(), threading.Event()
+    others = both(demo, batch)
+    watching.fed.clear()
+    demo.submit(both_asked.wait)
+    long = demo.stream_ids([7] * 3 * PIECE, batch=batch, max_tokens=2, seed=1)
+    short = demo.stream_ids([7] * 9, batch=batch, max_tokens=2, seed=1)
+    long.start()
+    short.start()
+    both_asked.set()
+    short.drain()
+    assert [L for _, L in watching.fed if L > 1][:2] == [PIECE, 9]
+    for stream in (long, *others):
+        stream.close()
 
 
 # ------------------------------------------------------------------ memory
@@ -214,6 +246,20 @@ def test_an_error_in_one_is_its_own(demo: Magistral, alone: list[Reply], monkeyp
     assert not bad.is_open
     same(good.drain(), alone[1])
     same(joined(demo, batch, 0).drain(), alone[0])
+
+
+def test_an_interrupt_while_closing_leaves_nothing_that_goes_on(
+    demo: Magistral, monkeypatch: pytest.MonkeyPatch
+):
+    stream, other = both(demo, demo.new_continuous_batch())
+    other.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(Member, "leave", lambda _: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            stream.close()
+    assert stream.is_open  # so that whoever closes it again ends it
+    stream.close()
+    assert not stream.is_open
 
 
 def test_an_error_of_the_pass_is_told_to_all(demo: Magistral, alone: list[Reply]):

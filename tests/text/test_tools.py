@@ -429,7 +429,7 @@ def test_a_notebook_shows_calls(model: Magistral):
     with model.stream("a", tools=TOOLS) as stream:
         for event in stream:
             view.take(event)
-    assert view.said().strip() == f"```\nweather {PARIS}\nweather {ROME}\n```"
+    assert view.markdown().strip() == f"```\nweather {PARIS}\nweather {ROME}\n```"
     assert "Thought for" in view.thinking()
 
 

@@ -1,0 +1,31 @@
+"""Jobs on the model's thread: every one is done or refused, also while it ends."""
+
+import queue
+import threading
+from typing import Any
+
+import pytest
+
+from magistral_mlx import ClosedError
+from magistral_mlx.talk.worker import Worker
+
+
+def test_a_job_that_comes_while_the_thread_ends_is_done_or_refused():
+    """Between the question whether it is open and the queue, another thread begins to close it."""
+    worker = Worker("short-lived")
+    closing = threading.Thread(target=worker.close)
+    jobs = worker._jobs
+
+    class Slow(queue.SimpleQueue[Any]):
+        def put(self, item: Any, *_: Any) -> None:
+            closing.start()
+            closing.join(0.05)
+            jobs.put(item)
+
+    worker._jobs = Slow()
+    job = worker.submit(lambda: 7)
+    closing.join()
+    assert job.finished
+    assert job.wait() == 7
+    with pytest.raises(ClosedError):
+        worker.submit(lambda: 7)
