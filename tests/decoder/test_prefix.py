@@ -489,7 +489,7 @@ def test_ended_at_random_points(tiny: Magistral, points: int):
 
 
 def test_ten_threads_take_fair_turns(tiny_tokenizer: Open):
-    """When the first has done, everybody else has had most of theirs."""
+    """When the first has done, everybody else has had half of theirs."""
     with scripted(tiny_tokenizer("v11"), "a" * 40, step_seconds=0.002) as model:
         counts, at_first_end = [0] * 10, list[int]()
         together = threading.Barrier(10)
@@ -508,7 +508,7 @@ def test_ten_threads_take_fair_turns(tiny_tokenizer: Open):
         for thread in threads:
             thread.join()
     assert counts == [40] * 10
-    assert min(at_first_end) >= 30
+    assert min(at_first_end) >= 20
 
 
 def test_in_a_running_event_loop(tiny: Magistral):
