@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-from benchmarks.pairs import TRIALS, in_turn, ratio, returned, seconds, told, write
+from benchmarks.pairs import TRIALS, in_turn, ratio, seconds, told, write
 from benchmarks.tokens_per_second import MAGISTRAL, make, narrowed
 from magistral_mlx import Magistral, Reply, memory
 from magistral_mlx.decoder.batch import Request, Row, feed
@@ -28,6 +28,7 @@ from magistral_mlx.decoder.sampling import Sampler, Sampling
 from magistral_mlx.disk.checkpoint import load, open_checkpoint
 from magistral_mlx.measure.bench import place_of
 from magistral_mlx.measure.figures import Json, spread
+from magistral_mlx.measure.trial import returned
 from magistral_mlx.talk.continuous import ContinuousBatch
 from magistral_mlx.wire import AS_BEFORE
 

@@ -24,13 +24,14 @@ from mlx_lm.utils import load_model
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-from benchmarks.pairs import TRIALS, in_turn, ratio, returned, told, write
+from benchmarks.pairs import TRIALS, in_turn, ratio, told, write
 from magistral_mlx.decoder import engine
 from magistral_mlx.decoder.model import Transformer
 from magistral_mlx.decoder.sampling import Sampler, Sampling
 from magistral_mlx.disk.checkpoint import load, open_checkpoint
 from magistral_mlx.measure.bench import place_of
 from magistral_mlx.measure.figures import spread
+from magistral_mlx.measure.trial import returned
 
 STEPS = 64
 PROMPT = list(range(1000, 1064))

@@ -34,12 +34,12 @@ from mlx_lm.utils import load_model
 HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent))
 
-from benchmarks.pairs import returned  # noqa: E402 -- a script beside this one
 from benchmarks.tokens_per_second import MAGISTRAL, make, narrowed  # noqa: E402 -- a script beside this one
 from magistral_mlx import memory  # noqa: E402
 from magistral_mlx.decoder.engine import decode, prefill  # noqa: E402
 from magistral_mlx.decoder.sampling import Sampler, Sampling  # noqa: E402
 from magistral_mlx.disk.checkpoint import load, open_checkpoint  # noqa: E402
+from magistral_mlx.measure.trial import returned  # noqa: E402
 
 OUT = HERE / "results" / "graph_nodes.json"
 PROMPT = [1, 7, 9, 4]

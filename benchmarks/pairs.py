@@ -6,7 +6,7 @@ Each benchmark is one question and writes `results/<question>.json`: what it ran
 import gc
 import json
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,15 +37,6 @@ def in_turn(engines: Mapping[K, Callable[[], T]], trials: int) -> dict[K, list[T
             if trial:
                 found[name].append(figure)
     return found
-
-
-def returned(steps: Generator[Any, Any, T]) -> T:
-    """What a generator returns, whatever it yields: the scores behind a prompt that is fed by pieces."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as done:
-            return done.value
 
 
 def ratio(above: list[float], below: list[float]) -> Json:

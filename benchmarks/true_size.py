@@ -3,9 +3,9 @@
     python benchmarks/true_size.py [--keep DIR]
 
 All 40 layers, 5120 wide, 131072 ids, random weights at 4 bit: 13.3 GB, written to a temporary directory (or
-to DIR, and kept there). A prompt is read and a few ids are decoded, greedily, in bfloat16 as on a Mac; by us,
-then by mlx-lm, each in a process of its own. Needs 16 GB of memory; minutes an engine on a CPU, which is no
-statement about a Mac. Writes `benchmarks/results/true_size.json`.
+to DIR, and kept there). A prompt is read and two ids are decoded, greedily; by us, then by mlx-lm, each in a
+process of its own. On a CPU in float32, where scales take twice the room: 15 GB, and minutes an engine, which
+says nothing about a Mac. Writes `benchmarks/results/true_size.json`.
 """
 
 import argparse
@@ -25,14 +25,15 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-from benchmarks.pairs import returned, write
+from benchmarks.pairs import write
 from magistral_mlx.config import MAGISTRAL
 from magistral_mlx.convert.plan import plan
 from magistral_mlx.convert.recipe import named
 from magistral_mlx.decoder.engine import decode, prefill
 from magistral_mlx.decoder.sampling import Sampler, Sampling
 from magistral_mlx.disk.checkpoint import load, open_checkpoint
-from magistral_mlx.memory import MemoryPlan, this_machine
+from magistral_mlx.measure.trial import returned
+from magistral_mlx.memory import MemoryPlan, default_dtype, this_machine
 
 PROMPT = [1, 3, 22177]
 IDS = 2
@@ -65,7 +66,7 @@ def _random(name: str, shape: tuple[int, ...], seed: int) -> mx.array:
 
 
 def ours(directory: Path) -> dict[str, Any]:
-    model = load(open_checkpoint(directory), mx.bfloat16)
+    model = load(open_checkpoint(directory), default_dtype())
     loaded, caches, start = mx.get_peak_memory(), model.new_caches(), time.perf_counter()
     logits = returned(prefill(model, PROMPT, caches))
     steps = decode(model, logits, caches, sampler=Sampler(Sampling(temperature=0), 0), limit=IDS)
@@ -77,6 +78,8 @@ def peers(directory: Path) -> dict[str, Any]:
     from mlx_lm.utils import load_model
 
     model: Any = load_model(directory)[0]
+    model.set_dtype(default_dtype())
+    mx.eval(model.parameters())
     loaded, start = mx.get_peak_memory(), time.perf_counter()
     steps = islice(generate_step(mx.array(PROMPT), model, max_tokens=IDS), IDS)
     found = [(token, logprobs) for token, logprobs in steps]
@@ -108,10 +111,11 @@ def measured(directory: Path) -> None:
     checkpoint = open_checkpoint(directory)
     memory = MemoryPlan(
         config=checkpoint.config,
-        weights=checkpoint.nbytes(mx.bfloat16),
+        weights=checkpoint.nbytes(default_dtype()),
         context=len(PROMPT) + IDS,
         prompt=len(PROMPT),
         machine=this_machine(),
+        itemsize=default_dtype().size,
     )
     found = {engine: run(engine, directory) for engine in ENGINES}
     for engine, row in found.items():

@@ -16,12 +16,13 @@ from collections.abc import Callable, Generator
 from contextlib import suppress
 from dataclasses import asdict
 from importlib import import_module
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from magistral_mlx.errors import MagistralError
 
 from .figures import Json
 
+T = TypeVar("T")
 OURS, PEER = "magistral_mlx", "mlx-lm"
 QUESTION = "What is 48 + 37?"
 WARM_UP = 512
@@ -85,7 +86,7 @@ def _ours(job: Json) -> Json:
 
         def generate(ids: list[int], limit: int) -> Generator[int, Any, None]:
             caches = model.transformer.new_caches()
-            logits = _returned(prefill(model.transformer, ids, caches))
+            logits = returned(prefill(model.transformer, ids, caches))
             sampler = Sampler(Sampling(temperature=job["temperature"]), job["seed"])
             yield from decode(model.transformer, logits, caches, sampler=sampler, limit=limit)
 
@@ -179,7 +180,8 @@ def _reply(model: Any, max_tokens: int, *, speculate: bool = False) -> Json | No
     return said | asdict(reply.stats) | rates | {"seconds": seconds}
 
 
-def _returned(steps: Generator[Any, None, Any]) -> Any:
+def returned(steps: Generator[Any, Any, T]) -> T:
+    """What a generator returns, whatever it yields: the scores behind a prompt that is read by pieces."""
     while True:
         try:
             next(steps)
