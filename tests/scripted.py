@@ -60,6 +60,7 @@ def scripted(
     """A `Magistral` with the demo's shape, this tokenizer, and one thing to say."""
     ids = tokenizer.encode(reply) if isinstance(reply, str) else reply
     checkpoint = open_checkpoint(Path(DEMO))
-    checkpoint = replace(checkpoint, config=replace(checkpoint.config, max_context=max_context))
+    config = replace(checkpoint.config, max_context=max_context, vocab_size=tokenizer.vocab_size)
+    checkpoint = replace(checkpoint, config=config)
     script = kind(ids, tokenizer, step_seconds)
     return Magistral(checkpoint, tokenizer, Worker("scripted"), script)  # type: ignore[arg-type]
