@@ -163,7 +163,7 @@ def test_a_seed_is_a_reply(demo: Magistral):
 
 
 def test_a_loop_is_ended_if_it_is_asked_for(script: Callable[..., Magistral]):
-    circles = "round and round it goes, where it stops. " * 60
+    circles = "round and round it goes, where it stops. " * 16
     asked = script("<think>\n" + circles).ask(QUESTION, loop_guard=True)
     assert (asked.stats.forced_tokens > 0, asked.finish_reason) == (True, "loop")
     assert len(asked.token_ids) < len(script(circles).ask(QUESTION).token_ids)

@@ -44,7 +44,11 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         yield loaded
 
 
-@pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling()], ids=["greedy", "recommended"])
+@pytest.mark.parametrize(
+    "sampling",
+    [pytest.param(Sampling(temperature=0), marks=pytest.mark.slow), Sampling()],
+    ids=["greedy", "recommended"],
+)
 def test_it_thinks_and_is_right_about_what_it_never_saw(model: Magistral, sampling: Sampling):
     """A sample; `benchmarks/demo_accuracy.py` asks 500."""
 

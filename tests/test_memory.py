@@ -102,8 +102,16 @@ SHAPES = {  # by what is large: config, prompt, reply, chunk
 }
 
 
-@pytest.mark.parametrize("kv_bits", [None, 8])
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(
+    ("name", "kv_bits"),
+    [
+        *(("feed-forward", None), ("scores", 8), ("cache", 8), ("vocabulary", None)),
+        *(
+            pytest.param(name, kv_bits, marks=pytest.mark.slow)
+            for name, kv_bits in (("feed-forward", 8), ("scores", None), ("cache", None), ("vocabulary", 8))
+        ),
+    ],
+)
 def test_the_plan_is_within_10_percent_of_the_measured_peak(name: str, kv_bits: int | None):
     config, prompt, reply, chunk = SHAPES[name]
     weights, measured = peak(config, prompt, reply, chunk=chunk, kv_bits=kv_bits)

@@ -87,7 +87,7 @@ def alone(demo: Magistral) -> Callable[[str, int, int], Reply]:
 
 
 @given(st.lists(st.sampled_from(ANY), max_size=5), st.integers(0, len(HOW) - 1), st.integers(1, 3))
-@settings(max_examples=20)
+@settings(max_examples=10)
 def test_any_questions_with_any_options(
     demo: Magistral, alone: Callable[[str, int, int], Reply], questions: list[str], how: int, at_once: int
 ):
