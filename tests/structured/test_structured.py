@@ -49,7 +49,8 @@ class Noise(Script):
 
 def noise(tokenizer: Tokenizer, seed: int) -> Magistral:
     checkpoint = open_checkpoint(Path(DEMO))
-    checkpoint = replace(checkpoint, config=replace(checkpoint.config, max_context=100_000))
+    config = replace(checkpoint.config, max_context=100_000, vocab_size=tokenizer.vocab_size)
+    checkpoint = replace(checkpoint, config=config)
     return Magistral(checkpoint, tokenizer, Worker("noise"), Noise(tokenizer, seed))  # type: ignore[arg-type]
 
 
