@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import resolve, size, writable
+from .common import download_option, dtype_option, resolve, size, writable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -39,11 +39,7 @@ _QUICK: "Json" = {"lengths": (512,), "tokens": 32, "trials": 2, "reply_tokens": 
 @click.option("--greedy", is_flag=True, help="Decode the likeliest ids, not at temperature 0.7.")
 @click.option("--speculate", is_flag=True, help="Ask for the whole reply with speculation, too.")
 @click.option("--against", type=click.Choice(["mlx-lm"]), help="Measure this too, in turn, and compare.")
-@click.option(
-    "--dtype",
-    type=click.Choice(["bfloat16", "float16", "float32"]),
-    help="What to compute in. Default: bfloat16 on a GPU, float32 on a CPU.",
-)
+@dtype_option
 @click.option(
     "--json",
     "file",
@@ -51,7 +47,7 @@ _QUICK: "Json" = {"lengths": (512,), "tokens": 32, "trials": 2, "reply_tokens": 
     help="Where the figures go, and the chart beside. Default: named after the machine, here.",
 )
 @click.option("--no-chart", is_flag=True, help="Draw no chart.")
-@click.option("--download", is_flag=True, help="Download the model if it is not here yet.")
+@download_option
 def bench(
     *,
     model: str,

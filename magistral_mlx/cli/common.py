@@ -1,4 +1,4 @@
-"""What the commands share: model names, files that a user names, Ctrl-C, readable sizes."""
+"""What the commands share: options, model names, files that a user names, Ctrl-C, readable sizes."""
 
 import signal
 import sys
@@ -15,15 +15,32 @@ from magistral_mlx.fetch import hub, last_model
 if TYPE_CHECKING:
     from magistral_mlx.talk.stream import Stream
 
+DTYPES = click.Choice(["bfloat16", "float16", "float32"])
+model_option = click.option(
+    "--model", "-m", help="A directory, a Hub name, or 'demo'. Default: the last one used."
+)
+download_option = click.option("--download", is_flag=True, help="Download the model if it is not here yet.")
+dtype_option = click.option(
+    "--dtype", type=DTYPES, help="What to compute in. Default: bfloat16 on a GPU, float32 on a CPU."
+)
+kv_bits_option = click.option(
+    "--kv-bits", type=click.Choice(["16", "8"]), default="16", help="8: a KV cache of half the size."
+)
+quantize_after_option = click.option(
+    "--quantize-after",
+    type=click.IntRange(0),
+    default=0,
+    help="With --kv-bits 8: tokens up to which the KV cache stays in 16 bit.",
+)
+
+NO_MODEL = "no model was named, and none used before is there"
+
 
 def chosen(name: str | None) -> str:
     """The model that was named, or else the one used last."""
     found = last_model.last_used() if name is None else name
     if found is None:
-        raise click.UsageError(
-            "no model was named, and none used before is there: give --model demo, or --model "
-            f"{hub.RECOMMENDED}"
-        )
+        raise click.UsageError(f"{NO_MODEL}: give --model demo, or --model {hub.RECOMMENDED}")
     return found
 
 

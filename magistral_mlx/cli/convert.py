@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import resolve, size
+from .common import DTYPES, resolve, size
 
 if TYPE_CHECKING:  # mlx loads when a command runs, not for --help
     from magistral_mlx.config import Quantization
@@ -34,11 +34,7 @@ _MACS = (16, 24, 32, 48, 64)
 @click.option(
     "--override", "overrides", multiple=True, help="PATTERN=RECIPE for some matrices. May be repeated."
 )
-@click.option(
-    "--dtype",
-    type=click.Choice(["bfloat16", "float16", "float32"]),
-    help="Of what is not quantized. Default: as in SOURCE.",
-)
+@click.option("--dtype", type=DTYPES, help="Of what is not quantized. Default: as in SOURCE.")
 @click.option("--download", is_flag=True, help="Download SOURCE if it is not here yet.")
 @click.option("--dry-run", is_flag=True, help="Show sizes and what fits; write nothing, read no weights.")
 @click.option("--dequantize", is_flag=True, help="Take a SOURCE that is quantized already.")

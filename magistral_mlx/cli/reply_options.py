@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 import click
 
-from .common import read_text, resolve
+from .common import (
+    NO_MODEL,
+    download_option,
+    dtype_option,
+    kv_bits_option,
+    model_option,
+    quantize_after_option,
+    read_text,
+    resolve,
+)
 
 if TYPE_CHECKING:  # mlx and mistral_common load when a command needs them, not for --help
     from magistral_mlx.chat import Magistral
@@ -43,22 +52,7 @@ class ReplyOptions(TypedDict):
 
 
 _OPTIONS = (
-    click.option("--model", "-m", help="A directory, a Hub name, or 'demo'. Default: the last one used."),
-    click.option("--download", is_flag=True, help="Download the model if it is not here yet."),
-    click.option(
-        "--dtype",
-        type=click.Choice(["bfloat16", "float16", "float32"]),
-        help="What to compute in. Default: bfloat16 on a GPU, float32 on a CPU.",
-    ),
-    click.option(
-        "--kv-bits", type=click.Choice(["16", "8"]), default="16", help="8: a KV cache of half the size."
-    ),
-    click.option(
-        "--quantize-after",
-        type=click.IntRange(0),
-        default=0,
-        help="With --kv-bits 8: tokens up to which the KV cache stays in 16 bit.",
-    ),
+    *(model_option, download_option, dtype_option, kv_bits_option, quantize_after_option),
     click.option("--draft-model", help="A smaller model with the same vocabulary, which guesses ahead."),
     click.option(
         "--speculate/--no-speculate",
@@ -153,8 +147,8 @@ def _choose() -> str:
 
     choices = f"--model demo, or --model {hub.RECOMMENDED} --download ({hub.RECOMMENDED_GB} GB)"
     if not sys.stdin.isatty():
-        raise click.UsageError(f"no model was named, and none used before is there: give {choices}")
-    click.echo("No model was named, and none used before is there.")
+        raise click.UsageError(f"{NO_MODEL}: give {choices}")
+    click.echo(f"{NO_MODEL.capitalize()}.")
     click.echo("  1  the demo model: small arithmetic, nothing to download")
     click.echo(f"  2  {hub.RECOMMENDED}, {hub.RECOMMENDED_GB} GB")
     return "demo" if click.prompt("Which", type=click.IntRange(1, 2), default=1) == 1 else hub.RECOMMENDED

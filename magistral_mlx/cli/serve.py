@@ -11,7 +11,7 @@ import click
 
 from magistral_mlx.errors import ServerError
 
-from .common import chosen, resolve
+from .common import chosen, download_option, kv_bits_option, model_option, quantize_after_option, resolve
 
 _NEEDED = ("fastapi", "uvicorn", "sse_starlette", "prometheus_client")
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -48,8 +48,8 @@ class _Serving(TypedDict):
 
 
 @click.command()
-@click.option("--model", "-m", help="A directory, a Hub name, or 'demo'. Default: the last one used.")
-@click.option("--download", is_flag=True, help="Download the model if it is not here yet.")
+@model_option
+@download_option
 @click.option(
     "--host",
     default="127.0.0.1",
@@ -84,15 +84,8 @@ class _Serving(TypedDict):
     callback=_bytes,
     help="Memory for the KV cache of earlier prompts, such as 1GB. Default: by the memory.",
 )
-@click.option(
-    "--kv-bits", type=click.Choice(["16", "8"]), default="16", help="8: a KV cache of half the size."
-)
-@click.option(
-    "--quantize-after",
-    type=click.IntRange(0),
-    default=0,
-    help="With --kv-bits 8: tokens up to which the KV cache stays in 16 bit.",
-)
+@kv_bits_option
+@quantize_after_option
 @click.option(
     "--allow-host", multiple=True, help="A further name of this server in requests. May be given again."
 )

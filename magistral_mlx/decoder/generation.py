@@ -93,14 +93,13 @@ class Generation:
         return Row(self.request, logits, self.prefix.caches)
 
     def _read(self, chunk: int | None = None) -> Generator[None, object, mx.array]:
-        prompt, prefix = self.request.prompt, self.prefix
-        if self.logits is not None and prefix.length >= len(prompt):
-            prefix.ids, self.reused = [*prompt], len(prompt)
-            prefix.trim()
+        prompt = self.request.prompt
+        if self.logits is not None:  # taken over, with all of the prompt
+            self.reused = len(prompt)
             yield None
             return self.logits
-        self.reused = prefix.rewind(prompt)
-        self.logits = yield from _read(self.model, prompt[self.reused :], prefix.caches, chunk)
+        self.reused = self.prefix.rewind(prompt)
+        self.logits = yield from _read(self.model, prompt[self.reused :], self.prefix.caches, chunk)
         return self.logits
 
     def _decode(self, logits: mx.array) -> Generator[None, object, Generator[int, Guide | None, None]]:
@@ -128,8 +127,8 @@ class Generation:
         if model is None:
             return PromptLookup(prompt)
         prefix = self.prefix.draft = self.prefix.draft or Prefix(model.new_caches())
-        common = prefix.rewind(prompt)
-        yield from _read(model, prompt[common:], prefix.caches)
+        reused = prefix.rewind(prompt)
+        yield from _read(model, prompt[reused:], prefix.caches)
         return DraftModel(model, prefix, self.request.sampler)
 
 
