@@ -11,12 +11,12 @@ from dataclasses import dataclass
 class Guide:
     """How a reply continues after the token id that was just sampled.
 
-    said: ids that are forced next, instead of sampled ones.
+    forced: ids that come next, instead of sampled ones.
     allowed: mask of the ids that may be sampled from then on (id i: bit i % 8 of byte i // 8); None: the mask
         stays as it is.
     """
 
-    said: Sequence[int] = ()
+    forced: Sequence[int] = ()
     allowed: bytes | None = None
 
 

@@ -94,7 +94,7 @@ class Row:
             return False
         if guide.allowed is not None:
             self._drawing.allow(guide.allowed)
-        self._forced += guide.said
+        self._forced += guide.forced
         self._position += 1
         step, self._ahead = self._ahead, None
         self._said = bool(self._forced)

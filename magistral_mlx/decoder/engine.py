@@ -96,7 +96,7 @@ def decode(
         # 3. Hand it out; go on from it, or from what the caller would rather have said.
         drawing.note(token, step)
         guide = (yield token) or AS_BEFORE
-        said = [*guide.said]
+        said = [*guide.forced]
         left -= 1 + len(said)
         if ahead is None or left <= 0:
             return

@@ -69,7 +69,7 @@ class Generation:
                 return
             prefix.ids.append(token)
             guide = yield token
-            prefix.ids += guide.said if guide else ()
+            prefix.ids += guide.forced if guide else ()
 
     def follow(self, other: "Generation") -> None:
         """Take over, from one that has just read its prompt, the beginning that both prompts have.

@@ -94,7 +94,7 @@ class Speculation:
                 with watch.held():
                     guide = yield token
                 assert guide is None or guide.allowed is None
-                said = [*guide.said] if guide else []
+                said = [*guide.forced] if guide else []
                 position += 1
                 left -= 1 + len(said)
                 if left <= 0:

@@ -104,7 +104,7 @@ class Saying:
         self.drawn += 1
         how = guide(self.wish.sent, self.drawn)
         if len(self.ids) < min(self.wish.limit, self.wish.ends):
-            self.ids += how.said
+            self.ids += how.forced
         return how if len(self.ids) < self.wish.ends else None
 
 

@@ -268,7 +268,7 @@ Sent: TypeAlias = Mapping[int, list[int] | Guide]
 
 def guide(sent: Sent, drawn: int) -> Guide:
     found = sent.get(drawn, [])
-    return found if isinstance(found, Guide) else Guide(said=found)
+    return found if isinstance(found, Guide) else Guide(forced=found)
 
 
 def only(*ids: int) -> bytes:
@@ -292,7 +292,7 @@ def say(
         drawn += 1
         told = guide(sent, drawn)
         if len(ids) < limit:
-            ids += told.said
+            ids += told.forced
 
 
 def pieced(model: Any, prompt: Sequence[int], sampler: Sampler, sent: Sent, limit: int) -> list[int]:
@@ -307,7 +307,7 @@ def pieced(model: Any, prompt: Sequence[int], sampler: Sampler, sent: Sent, limi
                 model, logits, caches, sampler=sampler, prompt=so_far, limit=wanted, allowed=allowed
             )
         drawn, told = after, guide(sent, after)
-        ids += told.said if len(ids) < limit else []
+        ids += told.forced if len(ids) < limit else []
         allowed = told.allowed or allowed
     return ids
 
@@ -317,7 +317,7 @@ FEW, ODD = only(4, 8, 15, 16, 23, 42), only(*range(1, V, 2))
 MASKS: list[Sent] = [
     {2: Guide(allowed=FEW)},
     {1: Guide(allowed=FEW), 2: Guide(allowed=ODD), 3: Guide(allowed=FEW), 9: Guide(allowed=b"\xff" * 40)},
-    {3: Guide(said=FORCED, allowed=FEW), 5: [5], 6: Guide(allowed=only(3))},
+    {3: Guide(forced=FORCED, allowed=FEW), 5: [5], 6: Guide(allowed=only(3))},
 ]
 
 
@@ -331,7 +331,7 @@ MASKS: list[Sent] = [
 )
 def test_guides_sent_in_are_as_if_read(real: Any, sampling: Sampling, sent: Sent):
     """Caches, positions, noise and penalties: all as in a fresh run over prompt + said + sent."""
-    limit = 18 + sum(len(guide(sent, at).said) for at in sent)
+    limit = 18 + sum(len(guide(sent, at).forced) for at in sent)
     found, caches = say(real, PROMPT, Sampler(sampling, 9), sent, limit)
     assert found == pieced(real, PROMPT, Sampler(sampling, 9), sent, limit)
     assert len(found) == limit
@@ -349,7 +349,7 @@ def test_guides_sent_in_are_as_if_read(real: Any, sampling: Sampling, sent: Sent
     sent=st.dictionaries(
         st.integers(1, 9),
         st.lists(st.integers(0, V - 1), min_size=1, max_size=6)
-        | st.builds(Guide, said=st.sampled_from([[], FORCED]), allowed=st.sampled_from([None, FEW, ODD])),
+        | st.builds(Guide, forced=st.sampled_from([[], FORCED]), allowed=st.sampled_from([None, FEW, ODD])),
         max_size=3,
     ),
     limit=st.integers(1, 20),

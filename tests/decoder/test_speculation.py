@@ -97,7 +97,7 @@ def say(
         check(ids, caches)
         drawn += 1
         forced = (sent or {}).get(drawn, [])
-        guide = Guide(said=forced) if forced else None
+        guide = Guide(forced=forced) if forced else None
         if len(ids) < limit:
             ids += forced
 
