@@ -1,15 +1,16 @@
-"""A grammar for the answer alone: the reasoning before it stays free.
+"""Applies a grammar to the answer only: the reasoning before it stays free.
 
-Follows the ids of a reply as `thinking.ThinkParser` follows their text, by the same rules, and says before
-each draw which ids may come. Does not know why a reply ends, or how ids are drawn.
+Follows the ids of a reply by the same rules as `thinking.ThinkParser` follows their text, and gives the mask
+of allowed ids before each draw. Does not know why a reply ends, or how ids are sampled.
 
-Three things would bring text into the answer that no grammar has seen, or leave it without one:
+Three cases would let text into the answer that the grammar has not checked, or leave no answer at all:
 
-- A reply that skips the reasoning: its first ids may open a tag or begin an answer; both are followed, until
-  it is clear which.
-- An id that ends the reasoning and begins the answer (`>The`): allowed only where the grammar takes its end.
-- The end of text amid the reasoning, or another control token that would end it: not allowed, unless the
-  grammar begins with it, as where a tool is called.
+- A reply that skips the reasoning: its first ids may open the tag or begin the answer. Both are followed
+  until it is clear which.
+- An id that ends the reasoning and begins the answer (`>The`): allowed only if the grammar accepts what
+  follows the tag.
+- End of text, or another control token that would end the reasoning: not allowed, unless the grammar begins
+  with it, as for a tool call.
 """
 
 import codecs
@@ -24,9 +25,9 @@ _OPEN, _CLOSE = OPEN.encode(), CLOSE.encode()
 
 
 class Constraint:
-    """`mask` before each draw; `accept` every id that was drawn, except the end of text.
+    """Call `mask` before each draw, and `accept` with every sampled id except the end of text.
 
-    think: whether the reply may begin with reasoning. False: its first id is the answer's.
+    think: whether the reply may begin with reasoning. False: its first id belongs to the answer.
     """
 
     def __init__(self, grammar: Grammar, vocabulary: Vocabulary, *, think: bool = True) -> None:
@@ -35,13 +36,13 @@ class Constraint:
         self._think_ids = vocabulary.tokenizer.think_ids
         self._think = think
         self._state: Literal["start", "thinking", "answer"] = "start"
-        self._said = b""  # at the start all of it, while thinking what may be half a tag
-        self._matches = True  # whether what was said at the start could be an answer's beginning
+        self._said = b""  # at the start all bytes so far, while thinking what may be half a tag
+        self._matches = True  # whether the bytes at the start could begin an answer
         self._free = vocabulary.text | bits(self._think_ids or ())
         self._last: int | None = None
 
     def mask(self) -> bytes | None:
-        """The ids that may come next (`wire.Guide.allowed`); None: the same as the last time."""
+        """The ids that may come next (`wire.Guide.allowed`); None: the same as in the last call."""
         allowed = self._allowed()
         if allowed == self._last:
             return None
@@ -49,7 +50,7 @@ class Constraint:
         return self._vocabulary.to_bytes(allowed)
 
     def accept(self, token: int) -> None:
-        """An id was drawn, of those that were allowed."""
+        """Record a sampled id, which the mask allowed."""
         if self._state == "answer":
             accepted = self._matcher.accept(token)
             assert accepted
@@ -78,7 +79,7 @@ class Constraint:
     # ---------------------------------------------------------------- the start
 
     def _opens(self) -> int:
-        """The ids with which what was said may still become the opening tag."""
+        """The ids with which the text so far may still become the opening tag."""
         said = self._said.lstrip()
         if not self._think_ids:
             return self._vocabulary.opening(said) if _OPEN.startswith(said) else 0
@@ -108,11 +109,11 @@ class Constraint:
 
     @cached_property
     def _calls(self) -> int:
-        """The control tokens that the grammar may begin with; asked for while it has not begun."""
+        """The control tokens that the grammar may begin with; evaluated before it has consumed anything."""
         return self._matcher.mask() & ~self._vocabulary.text & ~bits([self._vocabulary.eos_id])
 
     def _ends_badly(self) -> list[int]:
-        """The ids that would end the reasoning with text that cannot begin the answer."""
+        """The ids that would end the reasoning and continue with bytes that cannot begin the answer."""
         if self._think_ids:
             return []
         half = unfinished(self._said.decode("latin-1"), CLOSE)
