@@ -46,11 +46,11 @@ class Row:
         self.left = request.limit
         self._drawing = Drawing(request.sampler, request.allowed, request.scorer)
         self._position = len(request.prompt)  # of the current id
-        self._said = False  # the current id was not sampled
+        self._is_forced = False  # the current id was not sampled
         self._forced = deque[int]()
         self._ahead: Step | None = None  # follows the current id
         seen = seen_in(request.sampler, request.prompt, logits)
-        self._step = _begun(self._drawing.draw(logits, self._position, seen))
+        self._step = _dispatched(self._drawing.draw(logits, self._position, seen))
 
     @property
     def id(self) -> mx.array:
@@ -71,12 +71,12 @@ class Row:
         """The step after the current id, from the `(V,)` logits that follow it."""
         return self._drawing.draw(logits, self.next, marked(self._step.seen, self.id))
 
-    def fed(self, ahead: Step) -> None:
+    def set_ahead(self, ahead: Step) -> None:
         self._ahead = ahead
 
     def take(self, model: Transformer) -> int | None:
         """Wait for the current id; None if it was forced. What this raises concerns this row only."""
-        if self._said:
+        if self._is_forced:
             return None
         token = cast("int", self.id.item())
         if token == UNSETTLED:  # rare: sample by sorting, and undo the step ahead
@@ -98,11 +98,11 @@ class Row:
         self._forced += guide.forced
         self._position += 1
         step, self._ahead = self._ahead, None
-        self._said = bool(self._forced)
-        if self._said:
+        self._is_forced = bool(self._forced)
+        if self._is_forced:
             step = step._replace(id=mx.array(self._forced.popleft(), mx.int32))
         elif guide.allowed is not None:  # the mask has changed since it was sampled
-            step = _begun(self._drawing.draw(step.logits, self._position, step.seen))
+            step = _dispatched(self._drawing.draw(step.logits, self._position, step.seen))
         self._step = step
         return True
 
@@ -121,25 +121,25 @@ def feed(model: Transformer, rows: Sequence[Row]) -> None:
     steps = _draw(rows, model.logits(hidden)[:, 0])
     mx.async_eval([(step.id, step.scores) for step in steps])
     for row, step in zip(rows, steps, strict=True):
-        row.fed(step)
+        row.set_ahead(step)
 
 
 def _draw(rows: Sequence[Row], logits: mx.array) -> list[Step]:
     """The next step of each row from `(B, V)`: rows with equal `Sampling` at once, the others one by one."""
-    alike: dict[Sampling, dict[int, Sampler]] = {}
+    groups: dict[Sampling, dict[int, Sampler]] = {}
     for at, row in enumerate(rows):
         if sampler := row.plain:
-            alike.setdefault(sampler.sampling, {})[at] = sampler
+            groups.setdefault(sampler.sampling, {})[at] = sampler
     steps: dict[int, Step] = {}
-    for group in alike.values():
+    for group in groups.values():
         first, *_ = group.values()
-        theirs = logits if len(group) == len(rows) else logits[mx.array([*group])]
+        selected = logits if len(group) == len(rows) else logits[mx.array([*group])]
         places = [(sampler.seed, rows[at].next) for at, sampler in group.items()]
-        steps |= zip(group, draw_alike(first, theirs, places), strict=True)
+        steps |= zip(group, draw_alike(first, selected, places), strict=True)
     return [steps.get(at) or row.draw(logits[at]) for at, row in enumerate(rows)]
 
 
-def _begun(step: Step) -> Step:
+def _dispatched(step: Step) -> Step:
     """Evaluate separately from the next pass: an array is available only with all dispatched together."""
     mx.async_eval(step.id, step.scores)
     return step

@@ -25,7 +25,7 @@ from magistral_mlx.errors import ConfigError
 STEP = 256
 """Positions allocated at a time: 40 layers x 256 positions are 40 MiB at Magistral's shape."""
 _PLAIN = ("keys", "values")
-_PACKED = tuple(f"{array}.{part}" for array in _PLAIN for part in ("codes", "scales", "biases"))
+_QUANTIZED = tuple(f"{array}.{part}" for array in _PLAIN for part in ("codes", "scales", "biases"))
 FEW = 8
 """Up to this many queries at once (decoding, verifying drafts), quantized keys and values are multiplied
 as they are. For more (prefill), a layer's are dequantized first: MLX's fused attention then never holds the
@@ -70,8 +70,8 @@ class KVCache:
 
     def shrink(self) -> None:
         """Release the capacity that trimming left unused."""
-        if self._arrays and self._arrays[0].shape[2] > _room(self.offset):
-            kept, self._arrays = self._arrays, [_room_for(array, self.offset) for array in self._arrays]
+        if self._arrays and self._arrays[0].shape[2] > _capacity(self.offset):
+            kept, self._arrays = self._arrays, [_zeros(array, self.offset) for array in self._arrays]
             for array, old in zip(self._arrays, kept, strict=True):
                 array[:, :, : self.offset] = old[:, :, : self.offset]
             self._shared = False
@@ -93,12 +93,12 @@ class KVCache:
 
     def state(self, positions: int) -> dict[str, mx.array]:
         """The arrays of the first `positions`, by the names of `state_layout`."""
-        names = _PACKED if len(self._arrays) > 2 else _PLAIN
+        names = _QUANTIZED if len(self._arrays) > 2 else _PLAIN
         return {name: array[:, :, :positions] for name, array in zip(names, self._arrays, strict=True)}
 
     def restore(self, state: Mapping[str, mx.array]) -> None:
         """Take over the contents that `state` returned."""
-        self._arrays = [state[name] for name in (_PACKED if len(state) > 2 else _PLAIN)]
+        self._arrays = [state[name] for name in (_QUANTIZED if len(state) > 2 else _PLAIN)]
         self.offset = self._arrays[0].shape[2]
 
     @property
@@ -109,10 +109,10 @@ class KVCache:
         """Append `parts`, `(B, K, L, …)` each; returns everything so far, `(B, K, T, …)`."""
         start, end = self.offset, self.offset + parts[0].shape[2]
         if not self._arrays:
-            self._arrays = [_room_for(part, end) for part in parts]
+            self._arrays = [_zeros(part, end) for part in parts]
         elif end > self._arrays[0].shape[2]:
             self._arrays = [
-                mx.concatenate([array[:, :, :start], _room_for(part, end - start)], axis=2)
+                mx.concatenate([array[:, :, :start], _zeros(part, end - start)], axis=2)
                 for array, part in zip(self._arrays, parts, strict=True)
             ]
         elif self._shared:  # item assignment mutates the array handle: make our own handles first
@@ -140,36 +140,36 @@ class QuantizedKVCache(KVCache):
         self.after = after
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
-        if queries.shape[2] > FEW or not self._packs(keys.shape[2]):
+        if queries.shape[2] > FEW or not self._quantizes(keys.shape[2]):
             return super().attend(queries, keys, values, scale)
-        parts = self._append_packed(keys, values)
-        return self._attend_packed(queries * scale, parts[:3], parts[3:])
+        parts = self._append_quantized(keys, values)
+        return self._attend_quantized(queries * scale, parts[:3], parts[3:])
 
     def update(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """As `KVCache.update`, dequantizing everything: for prefill, not for every decode step."""
-        if not self._packs(keys.shape[2]):
+        if not self._quantizes(keys.shape[2]):
             return super().update(keys, values)
-        parts = self._append_packed(keys, values)
-        return self._unpack(*parts[:3]), self._unpack(*parts[3:])
+        parts = self._append_quantized(keys, values)
+        return self._dequantize(*parts[:3]), self._dequantize(*parts[3:])
 
-    def _packs(self, L: int) -> bool:
+    def _quantizes(self, L: int) -> bool:
         """Whether the cache is quantized once `L` more positions are in it."""
         return len(self._arrays) > 2 or self.offset + L > self.after
 
-    def _append_packed(self, keys: mx.array, values: mx.array) -> list[mx.array]:
+    def _append_quantized(self, keys: mx.array, values: mx.array) -> list[mx.array]:
         """Append; returns codes, scales and biases of all keys, then those of all values."""
         if len(self._arrays) == 2:  # not quantized yet
-            self._arrays = self._pack(*self._arrays)
-        return self._append(self._pack(keys, values))
+            self._arrays = self._quantize(*self._arrays)
+        return self._append(self._quantize(keys, values))
 
-    def _pack(self, *arrays: mx.array) -> list[mx.array]:
-        pack = partial(mx.quantize, group_size=self._group, bits=self.bits)
-        return [part for array in arrays for part in pack(array)]
+    def _quantize(self, *arrays: mx.array) -> list[mx.array]:
+        quantize = partial(mx.quantize, group_size=self._group, bits=self.bits)
+        return [part for array in arrays for part in quantize(array)]
 
-    def _unpack(self, codes: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
+    def _dequantize(self, codes: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
         return mx.dequantize(codes, scales, biases, group_size=self._group, bits=self.bits)
 
-    def _attend_packed(
+    def _attend_quantized(
         self, queries: mx.array, keys: Sequence[mx.array], values: Sequence[mx.array]
     ) -> mx.array:
         """Query heads that share a key head are rows of one product, so its quantized keys are read once."""
@@ -180,8 +180,8 @@ class QuantizedKVCache(KVCache):
         scores = multiply(rows, *keys, transpose=True)
         if L > 1:
             places = mx.arange(T)
-            seen = places[T - L :, None] >= places  # (L, T): the query at l stands at position T - L + l
-            scores = mx.where(seen, scores.reshape(B, K, H // K, L, T), -mx.inf).reshape(scores.shape)
+            visible = places[T - L :, None] >= places  # (L, T): the query at l stands at position T - L + l
+            scores = mx.where(visible, scores.reshape(B, K, H // K, L, T), -mx.inf).reshape(scores.shape)
         weights = mx.softmax(scores, axis=-1, precise=True)  # (B, K, H / K * L, T)
         return multiply(weights, *values, transpose=False).reshape(B, H, L, D)
 
@@ -198,9 +198,9 @@ class SideBySide:
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
         """As `KVCache.attend`, `(B, …)`, one row per sequence."""
-        apart = (mx.split(array, len(self._rows)) for array in (queries, keys, values))
+        split = (mx.split(array, len(self._rows)) for array in (queries, keys, values))
         return mx.concatenate(
-            [row.attend(q, k, v, scale) for row, q, k, v in zip(self._rows, *apart, strict=True)]
+            [row.attend(q, k, v, scale) for row, q, k, v in zip(self._rows, *split, strict=True)]
         )
 
 
@@ -231,7 +231,7 @@ def state_layout(
         return dict.fromkeys(_PLAIN, (dtype, (*stem, head_dim)))
     groups = (dtype, (*stem, head_dim // group_size(head_dim)))
     codes = (mx.uint32, (*stem, head_dim // 4))
-    return {name: codes if name.endswith("codes") else groups for name in _PACKED}
+    return {name: codes if name.endswith("codes") else groups for name in _QUANTIZED}
 
 
 def trim_all(caches: Sequence[KVCache], n: int) -> None:
@@ -240,11 +240,11 @@ def trim_all(caches: Sequence[KVCache], n: int) -> None:
         cache.trim(n)
 
 
-def _room_for(like: mx.array, positions: int) -> mx.array:
+def _zeros(like: mx.array, positions: int) -> mx.array:
     B, K, _, D = like.shape
-    return mx.zeros((B, K, _room(positions), D), like.dtype)
+    return mx.zeros((B, K, _capacity(positions), D), like.dtype)
 
 
-def _room(positions: int) -> int:
+def _capacity(positions: int) -> int:
     """Capacity for so many positions: the next multiple of `STEP`."""
     return -(-positions // STEP) * STEP

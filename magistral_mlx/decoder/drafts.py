@@ -20,9 +20,9 @@ from .sampling import Sampler
 SIZES = (8, 5, 3)
 """Lengths of the n-grams looked up, longest first: the longer a match, the likelier its continuation. Fewer
 than 3 ids recur by chance too often."""
-LATELY = 0.95
+DECAY = 0.95
 """Weight decay of the acceptance rate per outcome: the last 20 or so decide."""
-BEHIND = 64
+MAX_LAG = 64
 """Ids that a draft model may lag behind while drafting does not pay. With more it is not used again for this
 reply, since catching up costs time too."""
 
@@ -34,9 +34,9 @@ class Rate:
         self._start = start
         self._right = self._all = 0.0
 
-    def saw(self, *, right: bool) -> None:
-        self._right = LATELY * self._right + right
-        self._all = LATELY * self._all + 1
+    def record(self, *, right: bool) -> None:
+        self._right = DECAY * self._right + right
+        self._all = DECAY * self._all + 1
 
     @property
     def value(self) -> float:
@@ -81,8 +81,8 @@ class PromptLookup:
     def extend(self, ids: Sequence[int]) -> None:
         for id_ in ids:
             if self._found:
-                size, place = self._found
-                self._rates[size].saw(right=self._ids[place] == id_)
+                size, index = self._found
+                self._rates[size].record(right=self._ids[index] == id_)
             self._add(id_)
             self._found = self._find()
 
@@ -99,9 +99,9 @@ class PromptLookup:
         """What came next then; at the end of the ids it wraps around, continuing a repetition."""
         if not self._found:
             return None
-        _, place = self._found
-        period = len(self._ids) - place
-        return mx.array([self._ids[place + at % period] for at in range(most)])
+        _, index = self._found
+        period = len(self._ids) - index
+        return mx.array([self._ids[index + at % period] for at in range(most)])
 
     def _add(self, id_: int) -> None:
         ids = self._ids
@@ -114,9 +114,9 @@ class PromptLookup:
         """The longest n-gram at the end that occurred before: its length, and the index after it."""
         ids = self._ids
         for size in SIZES:
-            place = self._after.get((*ids[-size:],), len(ids))
-            if size <= len(ids) and place < len(ids):
-                return size, place
+            index = self._after.get((*ids[-size:],), len(ids))
+            if size <= len(ids) and index < len(ids):
+                return size, index
         return None
 
 
@@ -131,58 +131,58 @@ class DraftModel:
         self._prefix = prefix
         self._sampler = sampler
         self._rate = Rate(1.6)  # optimistic: the user chose this model, and only trying tells
-        self._guess: mx.array | None = None  # not compared yet; the caches hold all of it but the last id
+        self._draft: mx.array | None = None  # not compared yet; the caches hold all of it but the last id
         self._seen: mx.array | None = None
 
     def extend(self, ids: Sequence[int]) -> None:
-        self._judge(ids)
+        self._compare(ids)
         self._prefix.ids += ids
         if self._seen is not None and ids:
             self._seen = marked(self._seen, mx.array([*ids]))
 
     def rewind(self, n: int) -> None:
-        self._guess = None
+        self._draft = None
         if n:
             del self._prefix.ids[-n:]
         self._prefix.trim()
 
     def chance(self) -> float:
-        return self._rate.value if self._unread <= BEHIND else 0.0
+        return self._rate.value if self._lag <= MAX_LAG else 0.0
 
     def propose(self, most: int) -> mx.array | None:
         prefix, position = self._prefix, len(self._prefix.ids)
-        unread = mx.array([prefix.ids[-self._unread :]])
-        guess = list[mx.array]()
+        ids = mx.array([prefix.ids[-self._lag :]])
+        draft = list[mx.array]()
         seen: mx.array | None = None
         for at in range(most):
-            hidden = self._model(unread, prefix.caches, last=True)
+            hidden = self._model(ids, prefix.caches, last=True)
             logits = self._model.logits(hidden)[0, 0]
-            seen = self._mask(logits) if at == 0 else marked(seen, guess[-1])
+            seen = self._seen_ids(logits) if at == 0 else marked(seen, draft[-1])
             # Unsettled (-1): any id will do as a draft.
-            guess.append(mx.maximum(self._sampler.draw(logits, position + at, seen), 0))
-            unread = guess[-1].reshape(1, 1)
-        self._guess = mx.stack(guess)
-        return self._guess
+            draft.append(mx.maximum(self._sampler.draw(logits, position + at, seen), 0))
+            ids = draft[-1].reshape(1, 1)
+        self._draft = mx.stack(draft)
+        return self._draft
 
     @property
-    def _unread(self) -> int:
+    def _lag(self) -> int:
         return len(self._prefix.ids) - self._prefix.caches[0].offset
 
-    def _mask(self, logits: mx.array) -> mx.array | None:
+    def _seen_ids(self, logits: mx.array) -> mx.array | None:
         """Ids that a repetition penalty affects: built once, then updated by `extend`."""
         if self._seen is None:
             self._seen = seen_in(self._sampler, self._prefix.ids, logits)
         return self._seen
 
-    def _judge(self, ids: Sequence[int]) -> None:
+    def _compare(self, ids: Sequence[int]) -> None:
         """Compare the last draft with the generated ids, and trim what was rejected from the caches."""
-        if self._guess is None:
+        if self._draft is None:
             return
-        guess, self._guess = cast("list[int]", self._guess.tolist()), None
-        right = sum(takewhile(bool, map(eq, guess, ids)))
-        for _ in range(right):
-            self._rate.saw(right=True)
-        if right < len(guess):
-            self._rate.saw(right=False)
-        kept = min(right, len(ids) - 1, len(guess) - 1)  # the last generated id is always fed anew
-        trim_all(self._prefix.caches, len(guess) - 1 - kept)
+        draft, self._draft = cast("list[int]", self._draft.tolist()), None
+        accepted = sum(takewhile(bool, map(eq, draft, ids)))
+        for _ in range(accepted):
+            self._rate.record(right=True)
+        if accepted < len(draft):
+            self._rate.record(right=False)
+        kept = min(accepted, len(ids) - 1, len(draft) - 1)  # the last generated id is always fed anew
+        trim_all(self._prefix.caches, len(draft) - 1 - kept)

@@ -98,16 +98,16 @@ def decode(
         # 3. Emit it; continue from it, or from the ids that the caller forces.
         drawing.note(token, step)
         guide = (yield token) or AS_BEFORE
-        said = [*guide.forced]
-        left -= 1 + len(said)
+        forced = [*guide.forced]
+        left -= 1 + len(forced)
         if ahead is None or left <= 0:
             return
         if guide.allowed is not None:
             drawing.allow(guide.allowed)
-        if said:
-            position += len(said)
-            hidden = model(mx.array([said]), caches, last=True)
-            ahead = draw(model.logits(hidden)[0, 0], marked(ahead.seen, mx.array(said)))
+        if forced:
+            position += len(forced)
+            hidden = model(mx.array([forced]), caches, last=True)
+            ahead = draw(model.logits(hidden)[0, 0], marked(ahead.seen, mx.array(forced)))
         elif guide.allowed is not None:
             ahead = draw(ahead.logits, ahead.seen)
         step = ahead

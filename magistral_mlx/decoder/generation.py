@@ -63,11 +63,11 @@ class Generation:
     def _run(self) -> Generator[int | None, Guide | None, None]:
         prefix = self.prefix
         logits = yield from self._read()
-        said = yield from self._decode(logits)
+        decoding = yield from self._decode(logits)
         guide: Guide | None = None
         while True:
             try:
-                token = said.send(guide)
+                token = decoding.send(guide)
             except StopIteration:
                 return
             prefix.ids.append(token)
@@ -139,11 +139,11 @@ def _read(
     model: Transformer, ids: Sequence[int], caches: Sequence[KVCache], chunk: int | None = None
 ) -> Generator[None, object, mx.array]:
     """Prefill, in chunks of `chunk` ids or of a number sent in; yields after each, including the last."""
-    fed = engine.prefill(model, ids, caches, chunk=chunk or engine.PREFILL_CHUNK)
+    prefilling = engine.prefill(model, ids, caches, chunk=chunk or engine.PREFILL_CHUNK)
     sent: object = None
     while True:
         try:
-            fed.send(sent if isinstance(sent, int) else None)
+            prefilling.send(sent if isinstance(sent, int) else None)
         except StopIteration as done:
             yield None
             return done.value

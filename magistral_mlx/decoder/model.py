@@ -35,11 +35,11 @@ class Attention:
     def __call__(self, x: mx.array, cache: Cache, *, last: bool = False) -> mx.array:
         """`(B, L, D)` → `(B, L, D)`; with `last` only the last position has a query, `(B, 1, D)`."""
         H, K = self.config.n_heads, self.config.n_kv_heads
-        heads = _apart(self.qkv(x), H + 2 * K)
-        turning, values = mx.split(heads, [H + K], axis=1)
-        queries, keys = mx.split(self._rope(turning, cache.position), [H], axis=1)
+        heads = _split_heads(self.qkv(x), H + 2 * K)
+        to_rotate, values = mx.split(heads, [H + K], axis=1)
+        queries, keys = mx.split(self._rope(to_rotate, cache.position), [H], axis=1)
         queries = queries[:, :, -1:] if last else queries
-        return self.out(_together(cache.attend(queries, keys, values, self.config.head_dim**-0.5)))
+        return self.out(_merge_heads(cache.attend(queries, keys, values, self.config.head_dim**-0.5)))
 
     def _rope(self, x: mx.array, offset: int | mx.array) -> mx.array:
         return mx.fast.rope(
@@ -47,13 +47,13 @@ class Attention:
         )
 
 
-def _apart(x: mx.array, heads: int) -> mx.array:
+def _split_heads(x: mx.array, heads: int) -> mx.array:
     """`(B, L, heads * d)` → `(B, heads, L, d)`. With L = 1 a reshape does it, without a transpose."""
     B, L, _ = x.shape
     return x.reshape(B, heads, 1, -1) if L == 1 else x.reshape(B, L, heads, -1).transpose(0, 2, 1, 3)
 
 
-def _together(x: mx.array) -> mx.array:
+def _merge_heads(x: mx.array) -> mx.array:
     """`(B, H, L, d)` → `(B, L, H * d)`."""
     B, _, L, _ = x.shape
     return (x if L == 1 else x.transpose(0, 2, 1, 3)).reshape(B, L, -1)
@@ -89,8 +89,8 @@ class Block:
         self.feed_forward = FeedForward(weights, f"{path}.mlp")
 
     def __call__(self, x: mx.array, cache: Cache, *, last: bool = False) -> mx.array:
-        seen = self.attention(mx.fast.rms_norm(x, self.attention_norm, self.eps), cache, last=last)
-        h = (x[:, -1:] if last else x) + seen
+        attended = self.attention(mx.fast.rms_norm(x, self.attention_norm, self.eps), cache, last=last)
+        h = (x[:, -1:] if last else x) + attended
         return h + self.feed_forward(mx.fast.rms_norm(h, self.ffn_norm, self.eps))
 
 

@@ -13,20 +13,20 @@ from collections.abc import Iterator
 
 MOST = 7
 """Drafts per pass: with them it has eight rows, up to which caches and matrices use kernels for few rows."""
-SURE = 3
+MIN_PLAIN = 3
 """Plain passes to measure before drafting."""
-FORGET = 256
+EXPIRY = 256
 """Passes after which a measurement expires: machines throttle, and contexts grow."""
-UNKNOWN = 0.5
+ASSUMED_COST = 0.5
 """Assumed cost of a draft, in plain passes, while none is measured: only likely drafts are tried."""
-WORTH = 1.1
+MIN_SPEEDUP = 1.1
 """Drafting must promise this many times the plain ids per second."""
-ALLOWED = 4
+MAX_LOSS = 4
 """Time that drafting may lose before it pauses, in plain passes. Bounds the loss from trying, and from wrong
 estimates."""
-REPAID = 0.01
+LOSS_DECAY = 0.01
 """Share of the elapsed time by which the loss decays: the share that may be lost in the long run."""
-REST = 16
+PAUSE = 16
 """Replies without speculation once even certain drafts do not pay: the plain loop has less overhead."""
 
 
@@ -39,9 +39,9 @@ class Pace:
         self._warm: set[int] = set()
         self._passes = 0
         self._lost = 0.0  # seconds that drafting cost more than it saved, decaying
-        self._rested = 0  # replies without speculation in a row
+        self._paused = 0  # replies without speculation in a row
 
-    def took(self, drafts: int, seconds: float, ids: int = 1, *, steady: bool = True) -> None:
+    def record(self, drafts: int, seconds: float, ids: int = 1, *, steady: bool = True) -> None:
         """Record a pass: the drafts it verified, the seconds it took and the ids it gave.
 
         steady: it was dispatched while the previous one ran, as in plain decoding. A pass without drafts that
@@ -50,17 +50,17 @@ class Pace:
         self._passes += 1
         if (drafts or not steady) and 0 in self._seconds:
             self._lost += seconds - ids * self._plain
-        self._lost = max(self._lost - REPAID * seconds, 0.0)
+        self._lost = max(self._lost - LOSS_DECAY * seconds, 0.0)
         if drafts or steady:
-            self._measured(drafts, seconds)
+            self._add_measurement(drafts, seconds)
 
     def pays(self) -> bool:
         """Whether the next reply should speculate. Not if even certain drafts do not pay; but retry."""
-        if len(self._seconds.get(0, ())) < SURE or self.best(1.0, MOST):
-            self._rested = 0
+        if len(self._seconds.get(0, ())) < MIN_PLAIN or self.best(1.0, MOST):
+            self._paused = 0
             return True
-        self._rested += 1
-        if self._rested == REST:  # machines and contexts change: the next reply measures anew
+        self._paused += 1
+        if self._paused == PAUSE:  # machines and contexts change: the next reply measures anew
             self._seconds.clear()
             self._last.clear()
             self._lost = 0.0
@@ -68,26 +68,26 @@ class Pace:
 
     def best(self, chance: float, most: int = MOST) -> int:
         """How many to draft, up to `most`, if each is right with this probability given those before it."""
-        if chance <= 0 or most < 1 or len(self._seconds.get(0, ())) < SURE:
+        if chance <= 0 or most < 1 or len(self._seconds.get(0, ())) < MIN_PLAIN:
             return 0
         plain = self._plain
-        if self._lost > ALLOWED * plain:
+        if self._lost > MAX_LOSS * plain:
             return 0
-        best, speed, ids = 0, WORTH / plain, 1.0
+        best, speed, expected = 0, MIN_SPEEDUP / plain, 1.0
         for k, cost in enumerate(self._costs(plain, min(most, MOST)), 1):
-            ids += chance**k  # expected ids: the accepted drafts and one more
-            if ids / cost > speed:
-                best, speed = k, ids / cost
+            expected += chance**k  # ids: the accepted drafts and one more
+            if expected / cost > speed:
+                best, speed = k, expected / cost
         return best
 
-    def _measured(self, drafts: int, seconds: float) -> None:
+    def _add_measurement(self, drafts: int, seconds: float) -> None:
         if drafts not in self._warm:  # the first pass of a shape may compile kernels
             self._warm.add(drafts)
             return
         # A clock may not advance.
         self._seconds.setdefault(drafts, deque(maxlen=5)).append(max(seconds, 1e-9))
         self._last[drafts] = self._passes
-        for old in [k for k, last in self._last.items() if self._passes - last > FORGET]:
+        for old in [k for k, last in self._last.items() if self._passes - last > EXPIRY]:
             del self._seconds[old], self._last[old]
 
     @property
@@ -106,7 +106,7 @@ class Pace:
                 return
             else:
                 near = max((n for n in known if n < k), default=min(known, default=0))
-                each = max(known[near] - plain, 0) / near if near else UNKNOWN * plain
+                each = max(known[near] - plain, 0) / near if near else ASSUMED_COST * plain
                 yield plain + k * each
 
 

@@ -39,11 +39,13 @@ class Prefixes:
         """
         ids = list(prompt)
         with self._lock:
-            alike, best = max(((common(p.ids, ids), at) for at, p in enumerate(self._kept)), default=(0, 0))
-            if not alike:
+            shared_ids, best = max(
+                ((common(p.ids, ids), at) for at, p in enumerate(self._kept)), default=(0, 0)
+            )
+            if not shared_ids:
                 return self._new()
             prefix = self._kept.pop(best)
-            if 2 * alike >= prefix.length and not shared:
+            if 2 * shared_ids >= prefix.length and not shared:
                 return prefix
             self._kept.append(prefix)
             return prefix.fork()

@@ -167,8 +167,8 @@ class Sampler:
         inside = weights[..., :1] >= 0
         # top_p 1 excludes no id, so rounding must not either.
         if self.sampling.top_p < 1:
-            floor = self.sampling.top_p * sum_by_parts(weights)[..., None]
-            inside = sum_by_parts(weights[..., None, :] * above) < floor
+            limit = self.sampling.top_p * sum_by_parts(weights)[..., None]
+            inside = sum_by_parts(weights[..., None, :] * above) < limit
         if self.sampling.top_k:
             inside &= mx.sum(above, axis=-1) < self._top_k
         if self.sampling.min_p:

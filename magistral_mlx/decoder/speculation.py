@@ -71,8 +71,8 @@ class Speculation:
         watch, steady, drafted = _Watch(self._clock), False, False
         while left > 0:
             # 1. Nothing to draft: dispatch the next pass before this one's id is read.
-            blind = now.drafts is None and not self._count(left - 2)
-            ahead = passes.feed(now.steps[0], None, position + 1) if blind and left > 1 else None
+            pipelined = now.drafts is None and not self._count(left - 2)
+            ahead = passes.feed(now.steps[0], None, position + 1) if pipelined and left > 1 else None
             # 2. Read what this pass drew, up to the first rejected draft.
             first = now.steps[0]
             ids = passes.read(now, position)
@@ -80,9 +80,11 @@ class Speculation:
                 trim_all(caches, 1)
                 ahead = passes.feed(now.steps[0], ids[0], position + 1)
             trim_all(caches, len(now.steps) - len(ids))
-            self._note(len(now.steps) - 1, watch.lap(), len(ids), steady=steady and blind, drafted=drafted)
+            self._note(
+                len(now.steps) - 1, watch.lap(), len(ids), steady=steady and pipelined, drafted=drafted
+            )
             drafter.extend(ids)
-            steady, drafted = blind, len(now.steps) > 1
+            steady, drafted = pipelined, len(now.steps) > 1
             # 3. Continue from the last of them, with drafts if there are any.
             last = now.steps[len(ids) - 1]
             if not ahead and left > len(ids):
@@ -94,17 +96,17 @@ class Speculation:
                 with watch.held():
                     guide = yield token
                 assert guide is None or guide.allowed is None
-                said = [*guide.forced] if guide else []
+                forced = [*guide.forced] if guide else []
                 position += 1
-                left -= 1 + len(said)
+                left -= 1 + len(forced)
                 if left <= 0:
                     return
-                if said:
+                if forced:
                     drafter.rewind(len(ids) - at - 1)
-                    drafter.extend(said)
+                    drafter.extend(forced)
                     trim_all(caches, caches[0].offset - position)
-                    position += len(said)
-                    ahead = passes.say(now.steps[at], token, said, position)
+                    position += len(forced)
+                    ahead = passes.feed_forced(now.steps[at], token, forced, position)
                     steady = drafted = False
                     break
             assert ahead
@@ -118,7 +120,7 @@ class Speculation:
         """Record a pass; `drafted`: the previous one had drafts. A pass over forced ids is not timed."""
         self.passes += 1
         if drafts or steady or drafted:
-            self._pace.took(drafts, seconds, ids, steady=steady)
+            self._pace.record(drafts, seconds, ids, steady=steady)
 
 
 class _Passes:
@@ -158,11 +160,11 @@ class _Passes:
         mx.async_eval([step.id for step in steps])
         return _Pass(steps, drafts)
 
-    def say(self, step: Step, id_: int, ids: Sequence[int], position: int) -> _Pass:
+    def feed_forced(self, step: Step, id_: int, ids: Sequence[int], position: int) -> _Pass:
         """Feed forced ids after a step's id, which the caches hold."""
-        said = mx.array([*ids])
-        hidden = self._model(said[None], self._caches, last=True)
-        seen = marked(marked(step.seen, mx.array(id_)), said)
+        fed = mx.array([*ids])
+        hidden = self._model(fed[None], self._caches, last=True)
+        seen = marked(marked(step.seen, mx.array(id_)), fed)
         return self.draw([self._model.logits(hidden)[0, 0]], position, seen)
 
     def read(self, now: _Pass, position: int) -> list[int]:
@@ -176,7 +178,7 @@ class _Passes:
                 drawn[at] = cast("int", now.steps[at].id.item())
             if at == len(drafts) or drawn[at] != drafts[at]:
                 return drawn[: at + 1]
-        raise AssertionError("unreachable: there is one draw more than guesses")
+        raise AssertionError("unreachable: there is one draw more than drafts")
 
 
 class _Watch:

@@ -34,7 +34,7 @@ from .real_layer import CONFIG, RandomWeights, computed, layer, spelled_out
 FORMAT = 1
 """Version of the report, which `docs/benchmarks.md` describes."""
 QUESTIONS = {"What is 48 + 37?": "85", "What is 6 × 14?": "84"}  # noqa: RUF001 -- as people write it
-ALLOWED = {mx.float32: 1e-3, mx.bfloat16: 5e-2}
+TOLERANCE = {mx.float32: 1e-3, mx.bfloat16: 5e-2}
 """Largest error allowed, relative to the largest value, by the dtype of the computation."""
 EDGE = 1e-5
 """float32 cannot decide whether an id is in the nucleus if the mass above it is this close to top_p."""
@@ -180,16 +180,16 @@ def _reply(place: Path) -> Check:
     with Magistral.load(place) as model:
         greedy = Sampling(temperature=0)  # with a limit: a damaged model may never end its reply
         replies = {asked: model.ask(asked, sampling=greedy, max_tokens=256) for asked in QUESTIONS}
-        spoken = model.ask(next(iter(QUESTIONS)), seed=0, max_tokens=256)
-    said = [f"{asked} {reply.answer.strip()!r}" for asked, reply in replies.items()]
+        sampled = model.ask(next(iter(QUESTIONS)), seed=0, max_tokens=256)
+    answers = [f"{asked} {reply.answer.strip()!r}" for asked, reply in replies.items()]
     right = all(_is_right(reply, QUESTIONS[asked]) for asked, reply in replies.items())
-    rate = spoken.stats.decode_tokens_per_second
+    rate = sampled.stats.decode_tokens_per_second
     return Check(
         name="thinking and answer",
         right=right,
-        found=f"{', '.join(said)}; {rate:.0f} tokens/s at temperature 0.7",
+        found=f"{', '.join(answers)}; {rate:.0f} tokens/s at temperature 0.7",
         figures={"answers": {asked: reply.answer for asked, reply in replies.items()}}
-        | {"thinking_tokens": spoken.stats.thinking_tokens, "decode_tokens_per_second": rate},
+        | {"thinking_tokens": sampled.stats.thinking_tokens, "decode_tokens_per_second": rate},
     )
 
 
@@ -220,22 +220,24 @@ def _memory(place: Path) -> Check:
 def _compared(name: str, found: Mapping[mx.Dtype, mx.array], expected: mx.array) -> Check:
     """The largest error of each, relative to the largest value. NaN fails."""
     gpu = mx.default_device().type == mx.DeviceType.gpu
-    against = "GPU against CPU" if gpu else "packed against unpacked on the CPU (no GPU: not shown)"
+    against = "GPU against CPU" if gpu else "quantized against dequantized on the CPU (no GPU to check)"
     largest = mx.max(mx.abs(expected))
     errors = {
         dtype: cast("float", (mx.max(mx.abs(array.astype(mx.float32) - expected)) / largest).item())
         for dtype, array in found.items()
     }
-    words = [f"{errors[dtype]:.1e} in {_word(dtype)} (at most {ALLOWED[dtype]:.0e})" for dtype in errors]
+    described = [
+        f"{errors[dtype]:.1e} in {_dtype_name(dtype)} (at most {TOLERANCE[dtype]:.0e})" for dtype in errors
+    ]
     return Check(
         name=name,
-        right=all(errors[dtype] <= ALLOWED[dtype] for dtype in errors),
-        found=f"{against}: off by {', '.join(words)}",
-        figures={"relative_error": {_word(dtype): value for dtype, value in errors.items()}},
+        right=all(errors[dtype] <= TOLERANCE[dtype] for dtype in errors),
+        found=f"{against}: off by {', '.join(described)}",
+        figures={"relative_error": {_dtype_name(dtype): value for dtype, value in errors.items()}},
     )
 
 
-def _word(dtype: mx.Dtype) -> str:
+def _dtype_name(dtype: mx.Dtype) -> str:
     return str(dtype).removeprefix("mlx.core.")
 
 

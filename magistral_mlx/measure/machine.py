@@ -37,8 +37,8 @@ class Computer:
     @property
     def name(self) -> str:
         """For a file name: chip and memory, nothing that identifies the owner."""
-        words = f"{self.chip} {self.memory_bytes / 2**30:.0f}gb".lower()
-        return re.sub(r"[^a-z0-9]+", "-", words).strip("-")
+        name = f"{self.chip} {self.memory_bytes / 2**30:.0f}gb".lower()
+        return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
 
 
 def this_computer() -> Computer:
@@ -86,7 +86,7 @@ def _mac_cores() -> dict[str, int]:
         if count.isdigit():
             cores[_sysctl(f"hw.perflevel{level}.name").lower() or f"level {level}"] = int(count)
     if gpu := re.search(
-        r'"sppci_cores"\s*:\s*"(\d+)"', _says("system_profiler", "SPDisplaysDataType", "-json")
+        r'"sppci_cores"\s*:\s*"(\d+)"', _output_of("system_profiler", "SPDisplaysDataType", "-json")
     ):
         cores["gpu"] = int(gpu[1])
     return cores
@@ -102,10 +102,10 @@ def _cpu_model() -> str:
 
 
 def _sysctl(name: str) -> str:
-    return _says("sysctl", "-n", name)
+    return _output_of("sysctl", "-n", name)
 
 
-def _says(*command: str) -> str:
+def _output_of(*command: str) -> str:
     """The output of a command; empty if it fails in any way."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)  # noqa: S603

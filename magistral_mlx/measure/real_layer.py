@@ -61,14 +61,14 @@ def spelled_out(weights: RandomWeights, x: mx.array) -> mx.array:
         return mx.concatenate(parts, axis=-1)
 
     def heads(name: str, count: int) -> mx.array:
-        return times(f"self_attn.{name}", _normed(x)).reshape(L, count, d).transpose(1, 0, 2)
+        return times(f"self_attn.{name}", _normalized(x)).reshape(L, count, d).transpose(1, 0, 2)
 
-    queries, keys, values = _turned(heads("q", H)), _turned(heads("k", K)), heads("v", K)
+    queries, keys, values = _rotated(heads("q", H)), _rotated(heads("k", K)), heads("v", K)
     keys, values = (mx.repeat(array, H // K, axis=0) for array in (keys, values))
     scores = queries @ keys.transpose(0, 2, 1) / math.sqrt(d) + mx.triu(mx.full((L, L), -mx.inf), k=1)
-    seen = (mx.softmax(scores, axis=-1) @ values).transpose(1, 0, 2).reshape(L, H * d)
-    x = x + times("self_attn.o", seen)
-    gate, up = times("mlp.gate", _normed(x)), times("mlp.up", _normed(x))
+    attended = (mx.softmax(scores, axis=-1) @ values).transpose(1, 0, 2).reshape(L, H * d)
+    x = x + times("self_attn.o", attended)
+    gate, up = times("mlp.gate", _normalized(x)), times("mlp.up", _normalized(x))
     return x + times("mlp.down", gate / (1 + mx.exp(-gate)) * up)
 
 
@@ -77,11 +77,11 @@ def computed(weights: RandomWeights, x: mx.array) -> mx.array:
     return layer(weights)(x[None], KVCache())[0]
 
 
-def _normed(x: mx.array) -> mx.array:
+def _normalized(x: mx.array) -> mx.array:
     return x / mx.sqrt(mx.mean(x * x, axis=-1, keepdims=True) + CONFIG.norm_eps)
 
 
-def _turned(x: mx.array) -> mx.array:
+def _rotated(x: mx.array) -> mx.array:
     """RoPE: `(H, L, d)` with each pair (i, i + d/2) rotated by its position's angle."""
     half = x.shape[-1] // 2
     speeds = mx.exp(mx.arange(half) * (-math.log(CONFIG.rope_theta) / half))

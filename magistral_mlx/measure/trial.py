@@ -74,7 +74,7 @@ def _trial(job: Json) -> Json:
 
 
 def _ours(job: Json) -> Json:
-    _tell(begins="load")
+    _report(begins="load")
     start = time.perf_counter()
     from magistral_mlx.chat import Magistral
     from magistral_mlx.decoder.engine import decode, prefill
@@ -101,7 +101,7 @@ def _ours(job: Json) -> Json:
 
 def _peers(job: Json) -> Json:
     """mlx-lm, run as by its own `stream_generate`, with wired memory; weights cast to our dtype."""
-    _tell(begins="load")
+    _report(begins="load")
     start = time.perf_counter()
     import mlx.core as mx
 
@@ -136,7 +136,7 @@ def _points(job: Json, generate: _Generate) -> list[Json]:
         _point(generate, ids[-WARM_UP:], 8)
     points = list[Json]()
     for ids in job["prompts"]:
-        _tell(begins=f"a prompt of {len(ids)}")
+        _report(begins=f"a prompt of {len(ids)}")
         points.append(_point(generate, ids, job["tokens"]))
     return points
 
@@ -167,7 +167,7 @@ def _reply(model: Any, max_tokens: int, *, speculate: bool = False) -> Json | No
     """A whole reply to one question, with its statistics; None if `max_tokens` is 0."""
     if not max_tokens:
         return None
-    _tell(begins="a whole reply, with speculation" if speculate else "a whole reply")
+    _report(begins="a whole reply, with speculation" if speculate else "a whole reply")
     model.ask(QUESTION, max_tokens=2, seed=0)
     start = time.perf_counter()
     reply = model.ask(QUESTION, max_tokens=max_tokens, seed=0, speculate=speculate)
@@ -176,8 +176,8 @@ def _reply(model: Any, max_tokens: int, *, speculate: bool = False) -> Json | No
         "decode_tokens_per_second": reply.stats.decode_tokens_per_second,
         "tokens_per_pass": reply.stats.tokens_per_pass,
     }
-    said = {"question": QUESTION, "answer": reply.answer, "finish_reason": reply.finish_reason}
-    return said | asdict(reply.stats) | rates | {"seconds": seconds}
+    outcome = {"question": QUESTION, "answer": reply.answer, "finish_reason": reply.finish_reason}
+    return outcome | asdict(reply.stats) | rates | {"seconds": seconds}
 
 
 def returned(steps: Generator[Any, Any, T]) -> T:
@@ -189,14 +189,14 @@ def returned(steps: Generator[Any, Any, T]) -> T:
             return done.value
 
 
-def _tell(**line: Any) -> None:
+def _report(**line: Any) -> None:
     sys.stdout.write(_MARK + json.dumps(line) + "\n")
     sys.stdout.flush()
 
 
 if __name__ == "__main__":
     try:
-        _tell(**_trial(json.load(sys.stdin)))
+        _report(**_trial(json.load(sys.stdin)))
     except MagistralError as error:
-        _tell(error=str(error))
+        _report(error=str(error))
         sys.exit(1)

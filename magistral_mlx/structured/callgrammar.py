@@ -11,10 +11,10 @@ from magistral_mlx.text.tokenizer import Tokenizer
 
 from .grammar import LEAD, Grammar, json_rule
 
-MOST = 8
+MAX_CALLS = 8
 """Calls in a constrained reply: without a limit, a model may never stop calling."""
 
-_COMBINED = {"allOf", "anyOf", "oneOf", "$ref", "patternProperties", "additionalProperties"}
+_COMBINING = {"allOf", "anyOf", "oneOf", "$ref", "patternProperties", "additionalProperties"}
 
 
 def with_calls(
@@ -43,7 +43,7 @@ def _calls(tools: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> str:
     call = f"call: {' | '.join(f'call_{at}' for at in range(len(functions)))}"
     arguments = [f"args_{at}: {json_rule(_closed(f['parameters']))}" for at, f in enumerate(functions)]
     if tokenizer.version == "v7":
-        calls = f'calls: {marker["[TOOL_CALLS]"]} "[" call (", " call){{0,{MOST - 1}}} "]"'
+        calls = f'calls: {marker["[TOOL_CALLS]"]} "[" call (", " call){{0,{MAX_CALLS - 1}}} "]"'
         each = [
             f'call_{at}: "{{\\"name\\": \\"{f["name"]}\\", \\"arguments\\": " args_{at} "}}"'
             for at, f in enumerate(functions)
@@ -54,11 +54,11 @@ def _calls(tools: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> str:
         f'call_{at}: {marker["[TOOL_CALLS]"]} "{f["name"]}" {own_id} {marker["[ARGS]"]} args_{at}'
         for at, f in enumerate(functions)
     ]
-    return "\n".join([f"calls: call{{1,{MOST}}}", call, *each, *arguments])
+    return "\n".join([f"calls: call{{1,{MAX_CALLS}}}", call, *each, *arguments])
 
 
 def _closed(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Forbid arguments that the function does not declare, unless its schema decides about them."""
-    if not parameters or ("properties" in parameters and not _COMBINED & parameters.keys()):
+    if not parameters or ("properties" in parameters and not _COMBINING & parameters.keys()):
         return {"type": "object", "properties": {}, **parameters, "additionalProperties": False}
     return {**parameters}
