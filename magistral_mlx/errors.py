@@ -26,15 +26,15 @@ class MagistralError(Exception):
 
 
 class CheckpointError(MagistralError):
-    """A checkpoint or model directory cannot be read as what it should be."""
+    """A checkpoint or model directory that is missing, damaged, or of another kind."""
 
 
 class ConfigError(CheckpointError):
-    """A `params.json` or `config.json` is missing something, contradicts itself, or is not Mistral's."""
+    """A `params.json` or `config.json` that is incomplete, contradicts itself, or is not Mistral's."""
 
 
 class TokenizerError(MagistralError):
-    """A `tekken.json` is missing, unreadable, or has no chat template."""
+    """A `tekken.json` that is missing, unreadable, or of a version without chat."""
 
 
 class PromptError(MagistralError):

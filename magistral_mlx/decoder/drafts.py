@@ -67,7 +67,7 @@ class PromptLookup:
     """Drafts what followed the last few ids earlier in the prompt or the reply.
 
     Indexes every n-gram of 3, 5 and 8 ids by where it last ended: three entries per id. Every draft id is
-    compared with what came, verified by a pass or not, so acceptance rates cost nothing.
+    compared with the id that came, verified by a pass or not, so acceptance rates cost nothing.
     """
 
     def __init__(self, prompt: Sequence[int]) -> None:

@@ -67,7 +67,7 @@ def decode(
     At a yield, every id so far has been fed (but not the `limit`-th one), and one more may have been sampled.
     A `Guide` sent into the generator applies after the id just yielded. Its forced ids replace the id sampled
     ahead, count towards `limit` and are not yielded; decoding continues after them. If it changes the mask,
-    the next id is sampled again from the logits that are there.
+    the next id is sampled again, from the same logits.
     """
 
     def draw(logits: mx.array, seen: mx.array | None) -> Step:

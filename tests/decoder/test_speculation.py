@@ -59,20 +59,20 @@ class Knowing:
     def __init__(self, truth: Sequence[int], right: float, seed: int = 0) -> None:
         self.truth = truth
         self.right = right
-        self.said = list[int]()
+        self.ids = list[int]()
         self.rng = np.random.default_rng(seed)
 
     def extend(self, ids: Sequence[int]) -> None:
-        self.said += ids
+        self.ids += ids
 
     def rewind(self, n: int) -> None:
-        del self.said[len(self.said) - n :]
+        del self.ids[len(self.ids) - n :]
 
     def chance(self) -> float:
         return 0.5
 
     def propose(self, most: int) -> mx.array | None:
-        follows = [*self.truth[len(self.said) :], *[0] * most][:most]
+        follows = [*self.truth[len(self.ids) :], *[0] * most][:most]
         return mx.array([id_ if self.rng.random() < self.right else (id_ + 1) % V for id_ in follows])
 
 
@@ -137,7 +137,7 @@ def test_the_same_ids_whatever_is_guessed_when(  # noqa: PLR0917 -- hypothesis p
     """Also if ids are forced or the limit is reached amid a draft; and the caches hold the ids so far."""
 
     def check(ids: list[int], caches: list[KVCache]) -> None:
-        assert drafter.said[: len(ids)] == ids
+        assert drafter.ids[: len(ids)] == ids
         for cache in caches:
             said = [*PROMPT, *ids][: cache.offset]
             assert remembered(cache)[: len(said)] == said
