@@ -1,10 +1,10 @@
-"""Checks of plain values that a user passes."""
+"""Checks of plain values that a user passes. Each returns the value or raises."""
 
 from .errors import PromptError, SamplingError
 
 
 def whole_number(name: str, value: object, *, least: int) -> int:
-    """`value` if it is a whole number of at least `least`; a bool does not count as one."""
+    """`value` if it is an int of at least `least`; a bool does not count as one."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise SamplingError(f"{name} is a whole number, {least} or more; found {value!r}")
     return value

@@ -1,7 +1,7 @@
-"""The shape of a model and how its matrices are packed: what a checkpoint says of itself, checked.
+"""The shape of a model and how its matrices are quantized, validated.
 
-Knows numbers, and the words that mlx-lm's `config.json` has for them. How they are read from files is
-`configfile`; tensors are `checkpoint`.
+Knows numbers, and their keys in mlx-lm's `config.json`. Does not read files (`configfile`) or tensors
+(`checkpoint`).
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,7 @@ from .errors import ConfigError
 Mode: TypeAlias = Literal["affine", "mxfp4", "nvfp4", "mxfp8"]
 
 MAX_LAYERS = 1000
-"""More than any Mistral model by far; a config that lies fails here and not in an allocation."""
+"""Far more than any Mistral model has, so that a wrong config fails here and not in an allocation."""
 
 _FLOAT_MODES: dict[str, tuple[int, int]] = {"mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32)}
 _AFFINE_BITS, _AFFINE_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
@@ -50,7 +50,7 @@ class Scheme:
 
     @classmethod
     def of_mode(cls, mode: str, *, bits: int | None = None, group_size: int | None = None) -> "Scheme":
-        """A scheme from what a user or a file states; what is left out takes the mode's own value."""
+        """A scheme from what a user or a file states; what is left out takes the mode's default."""
         own_bits, own_group = _FLOAT_MODES.get(mode, (4, 64))
         return cls(
             bits=own_bits if bits is None else bits,
@@ -68,7 +68,7 @@ class Scheme:
 
 @dataclass(frozen=True, kw_only=True)
 class Quantization:
-    """The scheme of every quantized module: one default, and overrides by module path (None: left alone)."""
+    """The scheme of every quantized module: a default, and overrides by module path (None: not quantized)."""
 
     default: Scheme = field(default_factory=Scheme)
     overrides: Mapping[str, Scheme | None] = field(default_factory=dict[str, Scheme | None])
@@ -98,9 +98,9 @@ class ModelConfig:
     rope_theta: float
     max_context: int
     tie_embeddings: bool | None = False
-    """None: the file does not say; the checkpoint decides by whether a head is there."""
+    """None: the config does not say; the checkpoint decides by whether it has an `lm_head`."""
     has_vision: bool = False
-    """The checkpoint carries a vision tower (2509); its tensors are left out."""
+    """The checkpoint has a vision tower (2509); its tensors are left out."""
     quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
@@ -115,7 +115,7 @@ class ModelConfig:
             raise ConfigError(f"head_dim is even (RoPE rotates pairs), found {self.head_dim}")
 
     def matrices(self) -> Iterator[tuple[str, tuple[int, int]]]:
-        """Every matrix, `(path, (out, in))`, in the order in which a forward pass meets them."""
+        """Every matrix, `(path, (out, in))`, in the order of a forward pass."""
         D, d, F = self.dim, self.head_dim, self.hidden_dim
         yield "model.embed_tokens", (self.vocab_size, D)
         for n in range(self.n_layers):
@@ -131,7 +131,7 @@ class ModelConfig:
             yield "lm_head", (self.vocab_size, D)
 
     def vectors(self) -> Iterator[str]:
-        """Every norm of the decoder, each `(dim,)`."""
+        """The name of every norm weight, each `(dim,)`."""
         for n in range(self.n_layers):
             yield f"model.layers.{n}.input_layernorm.weight"
             yield f"model.layers.{n}.post_attention_layernorm.weight"
@@ -139,13 +139,13 @@ class ModelConfig:
 
     @property
     def parameters(self) -> int:
-        """Weights as the model counts them, however they are packed: 23.57 billion for Magistral."""
+        """Number of weights, however they are quantized: 23.57 billion for Magistral."""
         return sum(rows * columns for _, (rows, columns) in self.matrices()) + self.dim * len(
             [*self.vectors()]
         )
 
     def kv_bytes_per_token(self, itemsize: int) -> int:
-        """Bytes that the KV cache takes for one position: 160 KiB for Magistral in 16 bit."""
+        """Bytes of the KV cache per position: 160 KiB for Magistral in 16 bit."""
         return 2 * self.n_layers * self.n_kv_heads * self.head_dim * itemsize
 
     def to_json(self) -> dict[str, Any]:
@@ -191,4 +191,4 @@ MAGISTRAL = ModelConfig(
     rope_theta=1e9,
     max_context=131072,
 )
-"""The 24B itself, of 2506 as of its successors: what this library is for."""
+"""Magistral Small (24B), 2506 and its successors: what this library is for."""

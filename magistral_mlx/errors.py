@@ -1,7 +1,7 @@
-"""Everything this package raises at a user, and the one warning class it uses.
+"""The errors that this package raises for what a user can fix, and its one warning class.
 
 Each message says what was expected, what was found and what to do next; the command line prints it
-without a traceback. A bug of ours is never dressed as one of these.
+without a traceback. A bug of ours is never raised as one of these.
 
     MagistralError
     ├── CheckpointError      a checkpoint or model directory: missing, cut off, misshapen, of another kind
@@ -11,8 +11,8 @@ without a traceback. A bug of ours is never dressed as one of these.
     │   └── ContextError     a prompt longer than the model's context
     ├── ConversationError    a saved conversation: cut off, of another model, of a newer version
     ├── SamplingError        a sampling value outside its range
-    ├── SchemaError          a schema or pattern that cannot be followed, or nothing to follow it with
-    ├── AnswerError          an answer that is not the value that was asked for: cut off, or refused
+    ├── SchemaError          an unusable schema or pattern, or llguidance is missing
+    ├── AnswerError          an answer that is no value of its schema: cut off, or refused
     ├── ConversionError      converting: the target exists, no room, an unusable recipe
     ├── HubError             a Hub name that cannot be found or reached
     ├── MemoryLimitError     what would not fit into this machine's memory
@@ -22,19 +22,19 @@ without a traceback. A bug of ours is never dressed as one of these.
 
 
 class MagistralError(Exception):
-    """Root of every error that a user of this package can cause and put right."""
+    """Root of every error that a user of this package can cause and fix."""
 
 
 class CheckpointError(MagistralError):
-    """A checkpoint or model directory cannot be read as what it should be."""
+    """A checkpoint or model directory that is missing, damaged, or of another kind."""
 
 
 class ConfigError(CheckpointError):
-    """A `params.json` or `config.json` is missing something, contradicts itself, or is not Mistral's."""
+    """A `params.json` or `config.json` that is incomplete, contradicts itself, or is not Mistral's."""
 
 
 class TokenizerError(MagistralError):
-    """A `tekken.json` is missing, unreadable, or has no chat template."""
+    """A `tekken.json` that is missing, unreadable, or of a version without chat."""
 
 
 class PromptError(MagistralError):
@@ -54,13 +54,13 @@ class SamplingError(MagistralError):
 
 
 class SchemaError(MagistralError):
-    """A schema, a pattern or a grammar that answers cannot be held to."""
+    """A schema, a pattern or a grammar that answers cannot be constrained to."""
 
 
 class AnswerError(MagistralError):
-    """An answer that is not the value that was asked for.
+    """An answer that is no value of the requested schema.
 
-    answer: its text, as far as it came.
+    answer: its text, as far as it was generated.
     """
 
     def __init__(self, message: str, answer: str = "") -> None:
@@ -89,4 +89,4 @@ class ClosedError(MagistralError):
 
 
 class MagistralWarning(UserWarning):
-    """Something that works, though probably not as the user means it."""
+    """Something that works, but probably not as the user intends."""

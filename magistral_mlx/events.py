@@ -25,8 +25,8 @@ class ThinkToken:
     """A piece of the reasoning, tags and outer white space stripped.
 
     forced: the ids were not sampled but inserted: the tag that closes the reasoning early. Such an event has
-        these ids only, and no text; sampled ids that are still without text come before it, on an event that
-        may have no text either.
+        only these ids, and no text; sampled ids that have not become text yet come before it, on an event
+        that may be empty too.
     """
 
     text: str
@@ -36,7 +36,7 @@ class ThinkToken:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerToken:
-    """A piece of the answer, without the blank lines that lead it."""
+    """A piece of the answer, without leading blank lines."""
 
     text: str
     token_ids: tuple[int, ...] = ()
@@ -44,12 +44,12 @@ class AnswerToken:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolCallToken:
-    """A piece of a tool call. The first one has the call's `id` and `name`; `text` is of its arguments.
+    """A piece of a tool call. The first one has the call's `id` and `name`; `text` is part of its arguments.
 
     Pieces are provisional: a call that is cut off, or whose arguments are no JSON object, is emitted again as
-    text of the answer and is not among `Reply.tool_calls`.
+    answer text and is not among `Reply.tool_calls`.
 
-    index: of the call, counted as calls begin.
+    index: of the call, counted in order of appearance from 0.
     """
 
     text: str
@@ -61,10 +61,10 @@ class ToolCallToken:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolCall:
-    """A whole call: answer it with a message that `result` makes.
+    """A complete call: answer it with the message that `result` returns.
 
-    id: 9 letters and digits, another for each call of a reply.
-    name: as the model wrote it; maybe of no tool that it was offered.
+    id: 9 letters and digits, unique within a reply.
+    name: as the model wrote it; it may name no tool that was offered.
     arguments: a JSON object, as text.
     """
 
@@ -74,7 +74,7 @@ class ToolCall:
 
     @property
     def message(self) -> dict[str, Any]:
-        """This call as one of the `tool_calls` of an assistant's message."""
+        """This call as an item of an assistant message's `tool_calls`."""
         return {
             "id": self.id,
             "type": "function",
@@ -82,7 +82,7 @@ class ToolCall:
         }
 
     def result(self, content: object) -> dict[str, Any]:
-        """The message that answers this call. What is not text becomes JSON, or is a `PromptError`."""
+        """The message that answers this call. What is not text becomes JSON, or raises a `PromptError`."""
         if not isinstance(content, str):
             try:
                 content = json.dumps(content, ensure_ascii=False, allow_nan=False)
@@ -96,17 +96,17 @@ class Stats:
     """Where tokens and seconds went in one reply.
 
     `thinking_tokens + answer_tokens` is every id of the reply, tags and end of text included: an id counts
-    for the phase that it leads to. Seconds are those of computing; time in which the consumer did not ask for
-    the next event is not counted.
+    for the phase that it leads to. Seconds are compute time; time in which the consumer did not request the
+    next event is not counted.
 
-    cached_tokens: of the prompt, found in the KV cache of an earlier turn.
-    forced_tokens: of the thinking, inserted to close the reasoning.
+    cached_tokens: prompt tokens reused from an earlier KV cache, not prefilled again.
+    forced_tokens: thinking tokens that were inserted to close the reasoning.
     forward_passes: of the model, for the sampled ids: one each, or fewer with speculation.
     first_token_seconds, first_answer_seconds: from the start to the first id, and to the first of the answer
         (0: there was none).
     peak_memory: peak bytes of arrays in this process while this reply's own steps ran, by MLX's counter: the
-        model, this reply's KV cache and whatever else is held; not what the steps of another stream took in
-        between. MLX's counter is reset at every step for this.
+        model, this reply's KV cache and whatever else is allocated; not what steps of other streams allocated
+        in between. MLX's counter is reset at every step for this.
     """
 
     prompt_tokens: int = 0
@@ -138,7 +138,7 @@ class Stats:
 
     @property
     def tokens_per_pass(self) -> float:
-        """1 without speculation; with it, 1 and the accepted drafts per pass."""
+        """1 without speculation; with it, 1 plus the accepted drafts per pass."""
         own = self.thinking_tokens + self.answer_tokens - self.forced_tokens
         return own / self.forward_passes if self.forward_passes else 0.0
 

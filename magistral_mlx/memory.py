@@ -1,14 +1,14 @@
-"""What fits: the bytes that weights, KV cache and activations take, against the memory that a machine has.
+"""The memory plan: bytes of weights, KV cache and activations, against the memory of a machine.
 
 Does not know files or formats: shapes and sizes are passed in. Nothing here sets a limit; where a higher
-wired limit would help, the command that sets it is named.
+wired limit would help, the message names the command that sets it.
 
     weights     as they were loaded
-    KV cache    grows with the context, by 256 positions at a time
-    transient   what one pass over a piece of prompt takes while it is computed: see `pass_bytes`
+    KV cache    grows with the context, 256 positions at a time
+    transient   temporary arrays of one forward pass over a prefill chunk: see `pass_bytes`
 
-The sum agrees with MLX's own counter of peak memory to 10 % (`benchmarks/memory_plan.py`); on Metal that
-is not yet shown.
+The sum agrees with MLX's own counter of peak memory to 10 % (`benchmarks/memory_plan.py`); on Metal this
+is not verified yet.
 """
 
 import math
@@ -23,14 +23,17 @@ from .decoder.cache import FEW, STEP, group_size
 from .decoder.engine import PREFILL_CHUNK
 
 USUAL_CONTEXT = 40960
-"""The model card's advice: beyond it the quality drops."""
+"""The model card's recommended context: beyond it the quality drops."""
 _FUSED_HEADS = (64, 80, 128)
-"""Widths of heads for which Metal's attention never holds the scores."""
+"""Head widths for which Metal's fused attention never materializes the scores."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """A machine's memory, and its part that arrays may use (`budget`), in bytes. metal: its GPU computes."""
+    """A machine's memory, and the part that arrays may use (`budget`), in bytes.
+
+    metal: it computes on its GPU. estimated: `budget` was not read from the machine.
+    """
 
     memory: int
     budget: int
@@ -39,7 +42,7 @@ class Machine:
 
     @property
     def highest_limit(self) -> int:
-        """How far the GPU's limit may be raised: macOS keeps an eighth, and at least 3 GiB."""
+        """How far the GPU's wired limit may be raised: an eighth is left to macOS, and at least 3 GiB."""
         return self.memory - max(3 * 2**30, self.memory // 8) if self.metal else 0
 
 
@@ -47,9 +50,9 @@ class Machine:
 class MemoryPlan:
     """A reply that ends at `context` positions, of which `prompt` (None: all) are the prompt.
 
-    weights: bytes. itemsize: of what is computed in, 2 on Metal, 4 on a CPU. kv_bits: None or 8.
-    quantize_after: positions up to which a cache is kept as it is in spite of `kv_bits`.
-    held: bytes that are taken besides, such as other conversations' caches.
+    weights: bytes. itemsize: bytes of an activation, 2 on Metal, 4 on a CPU. kv_bits: None or 8.
+    quantize_after: with `kv_bits`, positions up to which the cache stays unquantized.
+    held: bytes in use besides, such as other conversations' caches.
     """
 
     config: ModelConfig
@@ -70,7 +73,7 @@ class MemoryPlan:
 
     @property
     def cache_bits(self) -> int:
-        """Bits of a key's or value's number at the end."""
+        """Bits per number of the KV cache at the end."""
         return self._bits(self.context) or 8 * self.itemsize
 
     @property
@@ -92,7 +95,7 @@ class MemoryPlan:
 
     @property
     def longest(self) -> int:
-        """The longest context that fits, up to the wanted one: a multiple of 1024, or 0."""
+        """The longest context that fits, up to the planned one: a multiple of 1024, or 0."""
         return next((n for n in range(self.context // 1024 * 1024, 0, -1024) if self.at(n).fits), 0)
 
     @property
@@ -103,25 +106,25 @@ class MemoryPlan:
 
     @property
     def wired_limit_mb(self) -> int | None:
-        """The `iogpu.wired_limit_mb` that makes room; None: none is needed, or the memory has no more."""
+        """The `iogpu.wired_limit_mb` that makes this fit; None: it fits already, or no limit suffices."""
         limit = math.ceil(self.total / 2**28) * 2**8
         return limit if not self.fits and limit * 2**20 <= self.machine.highest_limit else None
 
     @property
     def with_limit(self) -> "MemoryPlan | None":
-        """What a higher limit would allow: this, or this with an 8-bit cache, or that and less context."""
+        """The first plan that a higher limit allows: this, with an 8-bit cache, or with less context too."""
         packed = [plan.at(n) for plan in self._packed() for n in (self.context, 8192, 1024)]
         return next((plan for plan in (self, *packed) if plan.wired_limit_mb), None)
 
     def at(self, context: int) -> "MemoryPlan":
-        """The same with a context of at most so many positions."""
+        """The same plan with at most `context` positions."""
         context = min(context, self.context)
         return replace(
             self, context=context, prompt=None if self.prompt is None else min(self.prompt, context)
         )
 
     def advice(self) -> str:
-        """What to do where this does not fit, in one sentence."""
+        """What to do if this does not fit, in one sentence."""
         found = [plan.label() for plan in self.remedies]
         if (plan := self.with_limit) and plan.wired_limit_mb:
             command = f"sudo sysctl iogpu.wired_limit_mb={plan.wired_limit_mb}"
@@ -132,7 +135,7 @@ class MemoryPlan:
         return f"{self.context:,} tokens with {self.cache_bits}-bit KV cache, {_gb(self.total)}"
 
     def excess(self) -> str:
-        """The figures that decide, for a message."""
+        """The bytes it takes and the budget, for a message."""
         return (
             f"{_gb(self.total)} (weights {_gb(self.weights)}, KV cache {_gb(self.kv)}, computing "
             f"{_gb(self.transient)}{f', held {_gb(self.held)}' if self.held else ''}), "
@@ -155,7 +158,7 @@ class MemoryPlan:
 
 
 def this_machine() -> Machine:
-    """Metal's own figures, or a CPU's physical memory."""
+    """Metal's own numbers, or a CPU's physical memory."""
     if mx.metal.is_available():
         memory = cast("int", mx.device_info()["memory_size"])
         return Machine(memory=memory, budget=budget())
@@ -163,7 +166,7 @@ def this_machine() -> Machine:
 
 
 def mac(memory_gib: int) -> Machine:
-    """Another Mac, by the memory it is sold with: an estimate of what macOS lets the GPU have by default."""
+    """A Mac with so much memory; the budget estimates what macOS gives the GPU by default."""
     share = 2 / 3 if memory_gib <= 32 else 3 / 4
     return Machine(memory=memory_gib * 2**30, budget=int(memory_gib * 2**30 * share), estimated=True)
 
@@ -181,7 +184,7 @@ def default_dtype() -> mx.Dtype:
 
 
 def kv_bytes(config: ModelConfig, positions: int, *, itemsize: int, kv_bits: int | None = None) -> int:
-    """Bytes of all layers' caches. In 8 bits each group of numbers has a scale and a bias besides."""
+    """Bytes of all layers' KV caches. In 8 bits, each group of numbers also has a scale and a bias."""
     room = math.ceil(positions / STEP) * STEP
     numbers = room * config.kv_bytes_per_token(1)
     if kv_bits is None:
@@ -192,15 +195,15 @@ def kv_bytes(config: ModelConfig, positions: int, *, itemsize: int, kv_bits: int
 def pass_bytes(
     config: ModelConfig, L: int, T: int, *, itemsize: int, kv_bits: int | None = None, fused: bool = True
 ) -> int:
-    """Bytes beyond weights and cache while the last `L` of `T` positions pass through the model.
+    """Bytes beyond weights and cache during a forward pass over the last `L` of `T` positions.
 
-    MLX dispatches ahead of what is computed, so one layer's arrays are all there at once, with some of the
-    next one's: three of the feed-forward's width, six of the model's, eight of the queries', six of the
-    keys' (fitted to runs on a CPU). While a layer's cache grows, its old arrays and its new ones are; a
-    packed one is unpacked for a prompt. One position at a time, an id is drawn: 13 float32 a score.
+    MLX dispatches ahead, so all arrays of one layer exist at once, with some of the next layer's: three of
+    the feed-forward's width, six of the model's, eight of the queries', six of the keys' (fitted to runs on a
+    CPU). While a layer's cache grows, its old and its new arrays coexist; for a prompt, a quantized layer is
+    dequantized as a whole. Decoding (L = 1) also samples: 13 float32 per logit.
 
-    fused: attention never holds its scores, (H, L, T). So it is on Metal, for heads of 64, 80 or 128; on a
-    CPU they are held, with a mask of L x T bytes: for a long prompt they are the greatest part.
+    fused: attention never materializes its scores, (H, L, T). True on Metal for heads of 64, 80 or 128; on a
+    CPU they exist, with a mask of L x T bytes, and are the largest part for a long prompt.
     """
     D, F = config.dim, config.hidden_dim
     queries, keys = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim

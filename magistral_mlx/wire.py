@@ -1,4 +1,4 @@
-"""What text and array modules exchange besides token ids: a guide in, log-probabilities and costs out.
+"""What text and array modules exchange besides token ids: guides, log-probabilities and costs.
 
 Plain frozen values. Does not know what an id means, nor arrays.
 """
@@ -9,27 +9,27 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Guide:
-    """How a reply continues after the token id that was just sampled.
+    """How decoding continues after the id that was just sampled.
 
-    said: ids that are forced next, instead of sampled ones.
-    allowed: mask of the ids that may be sampled from then on (id i: bit i % 8 of byte i // 8); None: the mask
-        stays as it is.
+    forced: ids that come next, in place of sampled ones.
+    allowed: mask of the ids that may be sampled from then on (id i: bit i % 8 of byte i // 8); None: the
+        current mask stays.
     """
 
-    said: Sequence[int] = ()
+    forced: Sequence[int] = ()
     allowed: bytes | None = None
 
 
 AS_BEFORE = Guide()
-"""What None stands for, where nobody has ended."""
+"""Nothing forced, the same mask: what None stands for while a reply continues."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLogprob:
-    """Log-probability of one token id by the model's own distribution: temperature 1, nothing filtered.
+    """Log-probability of one token id under the model's own distribution: temperature 1, nothing filtered.
 
     logprob: natural logarithm, at most 0.
-    top: the likeliest ids and theirs, likeliest first; as many as were asked for.
+    top: the likeliest ids with their log-probabilities, likeliest first; as many as were requested.
     """
 
     id: int
@@ -45,5 +45,5 @@ class Cost:
     peak: int = 0
 
     def then(self, later: "Cost") -> "Cost":
-        """The cost of both steps, one after the other."""
+        """The cost of both steps in sequence."""
         return Cost(self.seconds + later.seconds, max(self.peak, later.peak))

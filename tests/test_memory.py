@@ -1,4 +1,4 @@
-"""What fits: figures of the machine, the plan against what MLX counts, refusals before anything is read."""
+"""The memory plan: the machine's numbers, the plan against MLX's counter, early refusals."""
 
 import math
 from dataclasses import replace
@@ -65,7 +65,7 @@ def planned(machine: Machine, context: int = 40960, **values: Any) -> MemoryPlan
 
 
 def peak(config: ModelConfig, prompt: int, reply: int, *, chunk: int, kv_bits: int | None) -> tuple[int, int]:
-    """Bytes of weights, and of MLX's own peak while a prompt is read and a reply said."""
+    """Bytes of weights, and MLX's own peak during prefill and decoding."""
     shapes = dict(config.matrices())
 
     class Random:
@@ -136,7 +136,7 @@ def test_the_real_shape_in_figures():
     packed = replace(plan, kv_bits=8)
     assert packed.kv == 40960 * 85 * 1024
     assert plan.total - packed.total > 2.5e9
-    # the scores that Metal never holds: 32 heads x 2048 x 40,960, in a CPU's float32
+    # the scores that Metal never materializes: 32 heads x 2048 x 40,960, in a CPU's float32
     cpu = replace(plan, itemsize=4, machine=Machine(memory=2**35, budget=2**35, metal=False))
     assert cpu.transient > 32 * 2048 * 40960 * 4
 

@@ -1,19 +1,19 @@
-"""Arrays: ids in, ids out. The decoder, its KV cache, sampling and speculation; no text, no files.
+"""Token ids in, token ids out: decoder, KV cache, sampling and speculation; no text, no files.
 
-    matrix       one weight, dense or packed
-    cache        keys and values of a layer: grow, trim, fork, quantize
+    matrix       one weight matrix, dense or quantized
+    cache        KV cache of a layer: grow, trim, fork, quantize
     model        the decoder, in one screenful
     sampling     logits → id: temperature, then the nucleus, with noise keyed by (seed, position)
-    logprobs     how likely an id was
-    drawing      one draw, from which ids
+    logprobs     log-probabilities of sampled ids
+    drawing      one sampling step: mask, penalty, scores
     engine       prefill and decode
-    batch        several sequences a pass, each as if it were alone
-    prefix       what was read, by id
-    drafts       who guesses the next ids
-    pace         how many guesses pay, by the clock
-    speculation  decode, several ids a pass
-    prefixes     what prompts have read, kept for others
-    generation   one reply behind a prefix
+    batch        several sequences per pass, each with the ids it would have alone
+    prefix       KV caches with the ids they hold, for prefix reuse
+    drafts       draft tokens: prompt look-up or a draft model
+    pace         how many drafts pay off, by measured time
+    speculation  speculative decoding: several ids per pass
+    prefixes     a pool of prefixes of earlier prompts
+    generation   one reply: prefill behind a prefix, then decode
 
 Each imports only what stands above it.
 """

@@ -1,7 +1,7 @@
-"""Who guesses the next ids, so that one forward pass can check several: a look-up, or a smaller model.
+"""Draft tokens, for one verification pass to check several ids: prompt look-up, or a smaller model.
 
-A guess may be anything: what is not what the model itself draws is thrown away (`speculation`). Knows ids,
-how often its guesses were right lately, and, of a draft model, its caches. Does not know what a guess costs.
+Drafts may be anything: those that the model itself does not sample are rejected (`speculation`). Knows ids,
+the recent acceptance rate and, for a draft model, its caches. Does not know what a draft costs.
 """
 
 from collections.abc import Sequence
@@ -18,25 +18,25 @@ from .prefix import Prefix
 from .sampling import Sampler
 
 SIZES = (8, 5, 3)
-"""What is looked up are the last 8 ids, then the last 5, then the last 3: the longer, the surer. Fewer than
-3 recur by chance too often."""
-LATELY = 0.95
-"""What an outcome counts for when the next one is known: the last 20 or so decide."""
-BEHIND = 64
-"""Ids that a draft model may have missed while it did not pay; behind more it is let go for this reply, since
-reading them costs as well."""
+"""Lengths of the n-grams looked up, longest first: the longer a match, the likelier its continuation. Fewer
+than 3 ids recur by chance too often."""
+DECAY = 0.95
+"""Weight decay of the acceptance rate per outcome: the last 20 or so decide."""
+MAX_LAG = 64
+"""Ids that a draft model may lag behind while drafting does not pay. With more it is not used again for this
+reply, since catching up costs time too."""
 
 
 class Rate:
-    """How often guesses came true, lately. Begins as if it had seen two, of which so many were right."""
+    """Recent acceptance rate of drafts. Begins as if 2 had been seen, of which `start` were right."""
 
     def __init__(self, start: float = 1.0) -> None:
         self._start = start
         self._right = self._all = 0.0
 
-    def saw(self, *, right: bool) -> None:
-        self._right = LATELY * self._right + right
-        self._all = LATELY * self._all + 1
+    def record(self, *, right: bool) -> None:
+        self._right = DECAY * self._right + right
+        self._all = DECAY * self._all + 1
 
     @property
     def value(self) -> float:
@@ -44,35 +44,35 @@ class Rate:
 
 
 class Drafter(Protocol):
-    """Is told every id of a reply, in order, and guesses those that follow."""
+    """Receives every id of a reply, in order, and drafts those that follow."""
 
     def extend(self, ids: Sequence[int]) -> None:
-        """These were said."""
+        """These ids were generated next."""
         ...
 
     def rewind(self, n: int) -> None:
-        """The last `n` were not said after all."""
+        """Take back the last `n` ids."""
         ...
 
     def chance(self) -> float:
-        """How likely each id of the next guess is to be right; 0: there is no guess."""
+        """Probability that an id of the next draft is right if those before it are; 0: there is no draft."""
         ...
 
     def propose(self, most: int) -> mx.array | None:
-        """Up to `most` ids, `(k,)`, lazy; None: no guess."""
+        """Up to `most` draft ids, `(k,)`, lazy; None: no draft."""
         ...
 
 
 class PromptLookup:
-    """Guesses that what followed the last few ids before, in the prompt or the reply, follows them again.
+    """Drafts what followed the last few ids earlier in the prompt or the reply.
 
-    An index from every run of 3, 5 and 8 ids to what came after it last: an id more costs three entries.
-    Guesses are judged whether or not they are checked by a pass, so their rates are known for nothing.
+    Indexes every n-gram of 3, 5 and 8 ids by where it last ended: three entries per id. Every draft id is
+    compared with the id that came, verified by a pass or not, so acceptance rates cost nothing.
     """
 
     def __init__(self, prompt: Sequence[int]) -> None:
         self._ids: list[int] = []
-        self._after: dict[tuple[int, ...], int] = {}  # a run of ids → the place behind it
+        self._after: dict[tuple[int, ...], int] = {}  # n-gram → index of the id after it
         self._rates = {size: Rate() for size in SIZES}
         for id_ in prompt:
             self._add(id_)
@@ -81,13 +81,13 @@ class PromptLookup:
     def extend(self, ids: Sequence[int]) -> None:
         for id_ in ids:
             if self._found:
-                size, place = self._found
-                self._rates[size].saw(right=self._ids[place] == id_)
+                size, index = self._found
+                self._rates[size].record(right=self._ids[index] == id_)
             self._add(id_)
             self._found = self._find()
 
     def rewind(self, n: int) -> None:
-        """Entries of what was never said may stay: a guess need not be right."""
+        """Index entries of the removed ids may stay: a draft need not be right."""
         if n:
             del self._ids[-n:]
             self._found = self._find()
@@ -96,12 +96,12 @@ class PromptLookup:
         return self._rates[self._found[0]].value if self._found else 0.0
 
     def propose(self, most: int) -> mx.array | None:
-        """What came next then. Where that runs into the end, it goes round: what repeats, repeats again."""
+        """What came next then; at the end of the ids it wraps around, continuing a repetition."""
         if not self._found:
             return None
-        _, place = self._found
-        period = len(self._ids) - place
-        return mx.array([self._ids[place + at % period] for at in range(most)])
+        _, index = self._found
+        period = len(self._ids) - index
+        return mx.array([self._ids[index + at % period] for at in range(most)])
 
     def _add(self, id_: int) -> None:
         ids = self._ids
@@ -111,78 +111,78 @@ class PromptLookup:
         ids.append(id_)
 
     def _find(self) -> tuple[int, int] | None:
-        """The longest run at the end that was there before: its length, and the place behind it."""
+        """The longest n-gram at the end that occurred before: its length, and the index after it."""
         ids = self._ids
         for size in SIZES:
-            place = self._after.get((*ids[-size:],), len(ids))
-            if size <= len(ids) and place < len(ids):
-                return size, place
+            index = self._after.get((*ids[-size:],), len(ids))
+            if size <= len(ids) and index < len(ids):
+                return size, index
         return None
 
 
 class DraftModel:
-    """Guesses what a smaller model with the same vocabulary would say, drawn with the same noise.
+    """Drafts with a smaller model of the same vocabulary, sampling with the same noise.
 
-    prefix: its caches, and the ids that they have read; the reply's are added to them.
+    prefix: its caches and the ids they hold; the reply's ids are added to them.
     """
 
     def __init__(self, model: Transformer, prefix: Prefix, sampler: Sampler) -> None:
         self._model = model
         self._prefix = prefix
         self._sampler = sampler
-        self._rate = Rate(1.6)  # somebody chose it for this; nothing but trying tells
-        self._guess: mx.array | None = None  # not judged yet; the caches hold it, but for its last id
+        self._rate = Rate(1.6)  # optimistic: the user chose this model, and only trying tells
+        self._draft: mx.array | None = None  # not compared yet; the caches hold all of it but the last id
         self._seen: mx.array | None = None
 
     def extend(self, ids: Sequence[int]) -> None:
-        self._judge(ids)
+        self._compare(ids)
         self._prefix.ids += ids
         if self._seen is not None and ids:
             self._seen = marked(self._seen, mx.array([*ids]))
 
     def rewind(self, n: int) -> None:
-        self._guess = None
+        self._draft = None
         if n:
             del self._prefix.ids[-n:]
         self._prefix.trim()
 
     def chance(self) -> float:
-        return self._rate.value if self._unread <= BEHIND else 0.0
+        return self._rate.value if self._lag <= MAX_LAG else 0.0
 
     def propose(self, most: int) -> mx.array | None:
         prefix, position = self._prefix, len(self._prefix.ids)
-        unread = mx.array([prefix.ids[-self._unread :]])
-        guess = list[mx.array]()
+        ids = mx.array([prefix.ids[-self._lag :]])
+        draft = list[mx.array]()
         seen: mx.array | None = None
         for at in range(most):
-            hidden = self._model(unread, prefix.caches, last=True)
+            hidden = self._model(ids, prefix.caches, last=True)
             logits = self._model.logits(hidden)[0, 0]
-            seen = self._mask(logits) if at == 0 else marked(seen, guess[-1])
-            # Where no candidate was inside the nucleus there is no guess: any id will do.
-            guess.append(mx.maximum(self._sampler.draw(logits, position + at, seen), 0))
-            unread = guess[-1].reshape(1, 1)
-        self._guess = mx.stack(guess)
-        return self._guess
+            seen = self._seen_ids(logits) if at == 0 else marked(seen, draft[-1])
+            # Unsettled (-1): any id will do as a draft.
+            draft.append(mx.maximum(self._sampler.draw(logits, position + at, seen), 0))
+            ids = draft[-1].reshape(1, 1)
+        self._draft = mx.stack(draft)
+        return self._draft
 
     @property
-    def _unread(self) -> int:
+    def _lag(self) -> int:
         return len(self._prefix.ids) - self._prefix.caches[0].offset
 
-    def _mask(self, logits: mx.array) -> mx.array | None:
-        """What a repetition penalty touches: made once, then kept up by `extend`."""
+    def _seen_ids(self, logits: mx.array) -> mx.array | None:
+        """Ids that a repetition penalty affects: built once, then updated by `extend`."""
         if self._seen is None:
             self._seen = seen_in(self._sampler, self._prefix.ids, logits)
         return self._seen
 
-    def _judge(self, ids: Sequence[int]) -> None:
-        """Compare the guess with what was said, and forget what of it was not."""
-        if self._guess is None:
+    def _compare(self, ids: Sequence[int]) -> None:
+        """Compare the last draft with the generated ids, and trim what was rejected from the caches."""
+        if self._draft is None:
             return
-        guess, self._guess = cast("list[int]", self._guess.tolist()), None
-        right = sum(takewhile(bool, map(eq, guess, ids)))
-        for _ in range(right):
-            self._rate.saw(right=True)
-        if right < len(guess):
-            self._rate.saw(right=False)
-        kept = min(right, len(ids) - 1, len(guess) - 1)  # the last id said is always to be fed
-        trim_all(self._prefix.caches, len(guess) - 1 - kept)
+        draft, self._draft = cast("list[int]", self._draft.tolist()), None
+        accepted = sum(takewhile(bool, map(eq, draft, ids)))
+        for _ in range(accepted):
+            self._rate.record(right=True)
+        if accepted < len(draft):
+            self._rate.record(right=False)
+        kept = min(accepted, len(ids) - 1, len(draft) - 1)  # the last generated id is always fed anew
+        trim_all(self._prefix.caches, len(draft) - 1 - kept)

@@ -1,6 +1,6 @@
-"""One draw: from which ids, under which penalty, and what is noted of it.
+"""One sampling step: the ids allowed, the repetition penalty, the scores.
 
-Knows the sampler. Does not know the model, caches, or where a reply stands.
+Knows the sampler. Does not know the model, caches, or the state of a reply.
 """
 
 from collections.abc import Sequence
@@ -16,16 +16,16 @@ from .sampling import Sampler
 
 
 class Step(NamedTuple):
-    """The draw of one id: all lazy until `id` is read."""
+    """One sampling step: lazy until `id` is read."""
 
     logits: mx.array  # (V,)
-    seen: mx.array | None  # (V,) bool: ids that a repetition penalty touches
+    seen: mx.array | None  # (V,) bool: ids that a repetition penalty affects
     id: mx.array  # ()
     scores: Scores | None = None
 
 
 class Drawing:
-    """How the ids of one reply are drawn: from which of them, and whether their scores are kept."""
+    """How the ids of one reply are sampled: under which mask, and whether they are scored."""
 
     def __init__(self, sampler: Sampler, allowed: bytes | None, scorer: Scorer | None) -> None:
         self._sampler = sampler
@@ -33,12 +33,12 @@ class Drawing:
         self._allowed = _mask(allowed)
 
     def allow(self, allowed: bytes) -> None:
-        """From here on, only these may be drawn."""
+        """From here on, sample only ids in this mask (`Guide.allowed`)."""
         self._allowed = _mask(allowed)
 
     @property
     def plain(self) -> Sampler | None:
-        """The sampler, if it is all that a draw asks."""
+        """The sampler, if a draw needs nothing else: no penalty, no scores, no mask."""
         penalised = self._sampler.sampling.repetition_penalty != 1
         return None if penalised or self._scorer or self._allowed is not None else self._sampler
 
@@ -46,13 +46,13 @@ class Drawing:
         return self._scored(logits, seen, self._sampler.draw(self._masked(logits), position, seen))
 
     def settle(self, step: Step, position: int) -> Step:
-        """The same draw, where no candidate was inside the nucleus."""
+        """The same draw by sorting, for a step that is `UNSETTLED`."""
         logits, seen = step.logits, step.seen
         check_finite(logits)
         return self._scored(logits, seen, self._sampler.settle(self._masked(logits), position, seen))
 
     def note(self, token: int, step: Step) -> None:
-        """`token` is handed out."""
+        """Record the scores of `token`, which is being emitted."""
         if self._scorer and step.scores:
             self._scorer.note(token, step.scores)
 
@@ -69,13 +69,13 @@ class Drawing:
 
 
 def draw_alike(sampler: Sampler, logits: mx.array, places: Sequence[tuple[int, int]]) -> list[Step]:
-    """A step for each row of `(n, V)`, by its seed and position, where nothing but the sampler decides."""
+    """A step for each row of `(n, V)`, by (seed, position); for draws that need only the sampler."""
     ids = sampler.draw_each(logits, places)
     return [Step(logits[at], None, ids[at]) for at in range(len(places))]
 
 
 def _mask(allowed: bytes | None) -> mx.array | None:
-    """Bits → one bool for each."""
+    """Bitmask → one bool per id."""
     if allowed is None:
         return None
     unpacked: Any = np.unpackbits(np.frombuffer(allowed, np.uint8), bitorder="little").view(np.bool_)
@@ -83,7 +83,7 @@ def _mask(allowed: bytes | None) -> mx.array | None:
 
 
 def seen_in(sampler: Sampler, prompt: Sequence[int], logits: mx.array) -> mx.array | None:
-    """The ids of the prompt as a mask over the vocabulary, if a penalty will ask for it."""
+    """The prompt's ids as a mask over the vocabulary; None without a repetition penalty."""
     if sampler.sampling.repetition_penalty == 1:
         return None
     seen = mx.zeros(logits.shape, mx.bool_)
@@ -95,15 +95,15 @@ def seen_in(sampler: Sampler, prompt: Sequence[int], logits: mx.array) -> mx.arr
 def marked(seen: mx.array | None, token: mx.array) -> mx.array | None:
     if seen is None:
         return None
-    copy = mx.array(seen)  # a copy by value: the step before keeps its own, in case it is drawn again
+    copy = mx.array(seen)  # a copy: the previous step keeps its own, in case it is sampled again
     copy[token] = True
     return copy
 
 
 def check_finite(logits: mx.array) -> None:
-    """Weights that hold NaN or Inf, or overflow, show here before they are taken for an answer.
+    """Raise if weights contain NaN or Inf, or overflow, rather than sample from garbage.
 
-    Asked once per prompt, and of every step that finds no id (NaN is inside no nucleus).
+    Called once per prompt, and for every unsettled step (NaN is inside no nucleus).
     """
     if not mx.all(mx.isfinite(logits)).item():
         raise CheckpointError(

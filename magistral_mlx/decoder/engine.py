@@ -1,4 +1,4 @@
-"""Ids in, ids out: feed a prompt by chunks, then one id per forward pass, the device always one step ahead.
+"""Prefill a prompt in chunks, then decode one id per forward pass, with the device always one step ahead.
 
 Knows the model, its caches and the sampler. Does not know text, messages, phases or what an id means.
 
@@ -19,18 +19,18 @@ from .model import Transformer
 from .sampling import UNSETTLED, Sampler
 
 PREFILL_CHUNK = 2048
-"""Positions fed at once: enough to be bound by arithmetic, few enough that activations stay small (FFN
-32768 wide: 128 MiB in 16 bit) and that a stream can be closed between two chunks."""
+"""Positions per pass: enough to be compute-bound, few enough that activations stay small (128 MiB in 16 bit
+for an FFN 32768 wide) and that a stream can be closed between two chunks."""
 
 
 def prefill(
     model: Transformer, ids: Sequence[int], caches: Sequence[KVCache], *, chunk: int = PREFILL_CHUNK
 ) -> Generator[int, int | None, mx.array]:
-    """Feed `ids` behind what the caches hold; yields how many are fed so far, returns the last logits `(V,)`.
+    """Feed `ids` after what the caches hold; yields how many are fed so far, returns the last logits `(V,)`.
 
-    A number that is sent in is the size of the chunks from then on.
-    Only the cache is evaluated before the last chunk, so that the head and the last layer's feed-forward
-    of positions that nobody reads are never computed.
+    A number sent into the generator becomes the chunk size from then on.
+    Before the last chunk only the caches are evaluated, so that the head and the last layer's feed-forward
+    are never computed for positions whose logits are not needed.
     """
     assert ids
     end = 0
@@ -44,7 +44,7 @@ def prefill(
             check_finite(logits)
             return logits
         mx.eval([array for cache in caches for array in cache.arrays()])
-        mx.clear_cache()  # a chunk's activations are of no size that decoding could use again
+        mx.clear_cache()  # decoding cannot reuse buffers of the size of a chunk's activations
         chunk = (yield end) or chunk
 
 
@@ -59,13 +59,15 @@ def decode(
     allowed: bytes | None = None,
     scorer: Scorer | None = None,
 ) -> Generator[int, Guide | None, None]:
-    """Up to `limit` ids that follow `logits` (of `prefill`); the caller stops it at end of text.
+    """Yield up to `limit` ids that follow `logits` (of `prefill`); the caller stops it at end of text.
 
-    prompt: all ids so far, for the repetition penalty only. When the caller stops, one id more than those
-    yielded may have been prepared, none more fed: an id is fed when the next one is asked for, or before.
-    A guide that is sent in (`send`) says how it goes on behind the id just yielded. Its ids are said in place
-    of what was prepared, and count towards `limit`; what comes next follows them. Where it allows other ids
-    than before (to begin with `allowed`; None: all), the pass that was prepared is drawn from again.
+    prompt: all ids so far, for the repetition penalty only.
+    allowed: mask of the ids that may come first, and until a guide changes it; None: all.
+
+    At a yield, every id so far has been fed (but not the `limit`-th one), and one more may have been sampled.
+    A `Guide` sent into the generator applies after the id just yielded. Its forced ids replace the id sampled
+    ahead, count towards `limit` and are not yielded; decoding continues after them. If it changes the mask,
+    the next id is sampled again, from the same logits.
     """
 
     def draw(logits: mx.array, seen: mx.array | None) -> Step:
@@ -82,30 +84,30 @@ def decode(
     step = draw(logits, seen_in(sampler, prompt, logits))
     left = limit
     while left > 0:
-        # 1. Ask for the next id before this one is known here: the device never waits for Python.
+        # 1. Dispatch the next step before this id is read: the device never waits for Python.
         position += 1
         ahead = feed(step) if left > 1 else None
         token = _read(step.id)
-        # 2. Rare: no candidate was inside the nucleus. Draw by sorting; what was fed ahead never happened.
+        # 2. Rare: no candidate was inside the nucleus. Sample by sorting, and undo the step ahead.
         if token == UNSETTLED:
             step = drawing.settle(step, position - 1)
             token = _read(step.id)
             if ahead:
                 trim_all(caches, 1)
                 ahead = feed(step)
-        # 3. Hand it out; go on from it, or from what the caller would rather have said.
+        # 3. Emit it; continue from it, or from the ids that the caller forces.
         drawing.note(token, step)
         guide = (yield token) or AS_BEFORE
-        said = [*guide.said]
-        left -= 1 + len(said)
+        forced = [*guide.forced]
+        left -= 1 + len(forced)
         if ahead is None or left <= 0:
             return
         if guide.allowed is not None:
             drawing.allow(guide.allowed)
-        if said:
-            position += len(said)
-            hidden = model(mx.array([said]), caches, last=True)
-            ahead = draw(model.logits(hidden)[0, 0], marked(ahead.seen, mx.array(said)))
+        if forced:
+            position += len(forced)
+            hidden = model(mx.array([forced]), caches, last=True)
+            ahead = draw(model.logits(hidden)[0, 0], marked(ahead.seen, mx.array(forced)))
         elif guide.allowed is not None:
             ahead = draw(ahead.logits, ahead.seen)
         step = ahead

@@ -1,6 +1,6 @@
-"""A reply on the model's thread: its prompt read behind what was read before, then ids one by one.
+"""One reply on the model's thread: prefill behind a reused prefix, then ids one by one.
 
-Knows the engine and the prefix it works on. Does not know text, or who asks.
+Knows the engine and the prefix it works on. Does not know text, or who requested the reply.
 """
 
 from collections.abc import Generator, Sequence
@@ -23,15 +23,18 @@ from .speculation import Speculation
 
 @dataclass(frozen=True, kw_only=True)
 class Drafting:
-    """How a model's replies are drafted."""
+    """How ids are drafted for a model's replies."""
 
     pace: Pace
     model: Transformer | None
-    """Another one, which guesses; None: what the last ids were followed by before is looked up."""
+    """The draft model; None: prompt look-up."""
 
 
 class Generation:
-    """One reply on the model's thread, and how much of its prompt an earlier turn had read."""
+    """One reply on the model's thread.
+
+    reused: prompt ids that were not prefilled, because the prefix held them.
+    """
 
     def __init__(
         self, model: Transformer, request: Request, prefix: Prefix, drafting: Drafting | None = None
@@ -41,40 +44,40 @@ class Generation:
         self.request = request
         self._drafting = drafting
         self._speculation: Speculation | None = None
-        self.logits: mx.array | None = None  # that follow the prompt, if it is read
+        self.logits: mx.array | None = None  # that follow the prompt, once it is prefilled
         self.reused = 0
 
     @property
     def passes(self) -> int | None:
-        """Forward passes behind the ids so far; None: one each."""
+        """Forward passes for the ids so far; None: one each."""
         return self._speculation and self._speculation.passes
 
     def run(self) -> Generator[int | None, Guide | None, None]:
-        """None for each piece of prompt that is read, then ids; a guide sent in says how it goes on."""
+        """Yields None per prefill chunk, then ids; a `Guide` sent in applies after the id just yielded."""
         try:
             yield from self._run()
-        except Exception:  # arrays whose evaluation failed would fail again: the next turn reads anew
+        except Exception:  # arrays that failed to evaluate would fail again: the next turn prefills anew
             self.prefix.restart()
             raise
 
     def _run(self) -> Generator[int | None, Guide | None, None]:
         prefix = self.prefix
         logits = yield from self._read()
-        said = yield from self._decode(logits)
+        decoding = yield from self._decode(logits)
         guide: Guide | None = None
         while True:
             try:
-                token = said.send(guide)
+                token = decoding.send(guide)
             except StopIteration:
                 return
             prefix.ids.append(token)
             guide = yield token
-            prefix.ids += guide.said if guide else ()
+            prefix.ids += guide.forced if guide else ()
 
     def follow(self, other: "Generation") -> None:
-        """Take over, from one that has just read its prompt, the beginning that both prompts have.
+        """Fork the common prefix from `other`, which has just prefilled its prompt.
 
-        Not where a cache would be packed for one of them only: this reply is to say what it says alone.
+        Unless a cache would be quantized for one of the two only: this reply must be what it is alone.
         """
         ours, theirs, after = self.request.prompt, other.request.prompt, self.prefix.caches[0].after
         if (len(ours) > after) != (len(theirs) > after):
@@ -85,16 +88,16 @@ class Generation:
             self.logits = other.logits
 
     def row(self, chunk: int | None) -> Generator[None, object, Row]:
-        """Read the prompt, by pieces of `chunk` ids or of what is sent in → what is decoded with others.
+        """Prefill, in chunks of `chunk` ids or of a number sent in → a row for batched decoding.
 
-        Whoever does that notes the ids in the prefix, and restarts it on errors.
+        The caller then records its ids in the prefix, and restarts the prefix on errors.
         """
         logits = yield from self._read(chunk)
         return Row(self.request, logits, self.prefix.caches)
 
     def _read(self, chunk: int | None = None) -> Generator[None, object, mx.array]:
         prompt = self.request.prompt
-        if self.logits is not None:  # taken over, with all of the prompt
+        if self.logits is not None:  # taken over from an equal prompt
             self.reused = len(prompt)
             yield None
             return self.logits
@@ -103,10 +106,10 @@ class Generation:
         return self.logits
 
     def _decode(self, logits: mx.array) -> Generator[None, object, Generator[int, Guide | None, None]]:
-        """The loop, with drafts or without. A draft model reads the prompt first."""
+        """The decode loop, speculative or plain. A draft model prefills the prompt first."""
         request = self.request
         decode = partial(engine.decode, allowed=request.allowed)
-        # Drafts know nothing of what may be drawn.
+        # Drafts do not respect masks.
         if self._drafting and request.allowed is None and self._drafting.pace.pays():
             drafter = yield from self._drafter(self._drafting.model)
             self._speculation = Speculation(drafter, self._drafting.pace)
@@ -122,7 +125,7 @@ class Generation:
         )
 
     def _drafter(self, model: Transformer | None) -> Generator[None, object, Drafter]:
-        """Who guesses; what a draft model has read is kept beside the prefix."""
+        """The drafter; a draft model's caches are kept in `Prefix.draft`."""
         prompt = self.request.prompt
         if model is None:
             return PromptLookup(prompt)
@@ -135,12 +138,12 @@ class Generation:
 def _read(
     model: Transformer, ids: Sequence[int], caches: Sequence[KVCache], chunk: int | None = None
 ) -> Generator[None, object, mx.array]:
-    """Feed a prompt, by pieces of `chunk` ids or of what is sent in; yields after each, the last one too."""
-    fed = engine.prefill(model, ids, caches, chunk=chunk or engine.PREFILL_CHUNK)
+    """Prefill, in chunks of `chunk` ids or of a number sent in; yields after each, including the last."""
+    prefilling = engine.prefill(model, ids, caches, chunk=chunk or engine.PREFILL_CHUNK)
     sent: object = None
     while True:
         try:
-            fed.send(sent if isinstance(sent, int) else None)
+            prefilling.send(sent if isinstance(sent, int) else None)
         except StopIteration as done:
             yield None
             return done.value

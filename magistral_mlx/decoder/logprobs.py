@@ -1,7 +1,7 @@
-"""Log-probabilities of the ids that are drawn, when somebody asks for them.
+"""Log-probabilities of sampled ids, when requested.
 
-Of the model's own distribution: before temperature, penalties, a constraint and the nucleus, as OpenAI and
-vLLM report them. Does not know text, or why an id was drawn.
+Of the model's own distribution: before temperature, penalties, constraints and the nucleus, as OpenAI and
+vLLM report them. Does not know text, or how an id was sampled.
 """
 
 from typing import TypeAlias, cast
@@ -15,14 +15,14 @@ from magistral_mlx.wire import TokenLogprob
 from .sampling import sum_by_parts
 
 MOST = 20
-"""Of the likeliest ids; as many as OpenAI's interface gives."""
+"""Likeliest ids per position; the limit of OpenAI's interface."""
 
 Scores: TypeAlias = tuple[mx.array, mx.array, mx.array]
-"""Of one step, lazy: the drawn id's, the likeliest ids `(k,)`, and theirs."""
+"""Of one step, lazy: log-probability of the sampled id, the likeliest ids `(k,)`, their log-probabilities."""
 
 
 class Scorer:
-    """Scores each step of one reply. `last` is of the id that was handed out last."""
+    """Scores each step of one reply. `last` belongs to the id that was emitted last."""
 
     def __init__(self, top: int) -> None:
         if whole_number("logprobs", top, least=0) > MOST:
@@ -31,9 +31,9 @@ class Scorer:
         self.last: TokenLogprob | None = None
 
     def of(self, logits: mx.array, token: mx.array) -> Scores:
-        """Computed on the device beside the draw, so that reading them waits for nothing more."""
+        """Computed on the device together with the draw, so that reading them needs no further wait."""
         x = logits.astype(mx.float32)
-        x = x - mx.max(x)  # first, so that likely ids keep all their digits
+        x = x - mx.max(x)  # first, so that likely ids keep full precision
         whole = mx.log(sum_by_parts(mx.exp(x)))
         if not self._top:
             return x[token] - whole, mx.zeros(0, mx.int32), mx.zeros(0)
@@ -42,7 +42,7 @@ class Scorer:
         return x[token] - whole, likeliest, x[likeliest] - whole
 
     def note(self, token: int, scores: Scores) -> None:
-        """`token` is handed out."""
+        """Record the scores of `token`, which is being emitted."""
         logprob, *top = (cast("list[float]", array.tolist()) for array in scores)
         pairs = sorted(zip(*top, strict=True), key=lambda pair: (-pair[1], pair[0]))
         self.last = TokenLogprob(

@@ -1,6 +1,6 @@
-"""One weight matrix `(out, in)`, dense or quantized: multiply by it, look rows up in it, stack several.
+"""One weight matrix `(out, in)`, dense or quantized: multiply by it, look up rows, stack several.
 
-Knows MLX's packed formats. Does not know what the matrix is for, nor where it came from.
+Knows MLX's quantized formats. Does not know what the matrix is for, nor where it came from.
 """
 
 from collections.abc import Sequence
@@ -13,9 +13,9 @@ from magistral_mlx.config import Scheme
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Matrix:
-    """`weight` is `(out, in)` floats, or with a `scheme` `(out, in * bits / 32)` packed uint32.
+    """`weight` is `(out, in)` floats or, with a `scheme`, `(out, in * bits / 32)` packed uint32.
 
-    `scales` (and for affine `biases`) are `(out, in / group_size)`.
+    `scales` (and for affine, `biases`) are `(out, in / group_size)`.
     """
 
     weight: mx.array
@@ -40,7 +40,7 @@ class Matrix:
         )
 
     def unpacked(self, first: int = 0, last: int | None = None) -> mx.array:
-        """Rows `first` to `last` as float32: what a packed product is checked by."""
+        """Rows `first` to `last`, dequantized to float32: the reference for a quantized product."""
         weight = self.weight[first:last]
         if self.scheme is not None:
             assert self.scales is not None
@@ -73,10 +73,10 @@ class Matrix:
 
 
 class Stack:
-    """Matrices that are multiplied with the same input: `(…, in)` → `(…, sum of outs)`.
+    """Matrices that take the same input: `(…, in)` → `(…, sum of outs)`.
 
-    Where their schemes agree they become one matrix, so that the device is asked once. That is exact: a
-    matrix's rows know nothing of each other, and groups run along a row.
+    If their schemes agree they are fused into one matrix, for one kernel launch. This is exact: rows are
+    independent, and quantization groups run along a row.
     """
 
     def __init__(self, *matrices: Matrix) -> None:

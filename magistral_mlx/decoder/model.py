@@ -1,7 +1,7 @@
 """The Mistral decoder: grouped-query attention with RoPE, SwiGLU feed-forward, RMSNorm before each.
 
-Reads top-down like the paper. Weights come in by name (`checkpoint` hands them over, already checked);
-the names are those of mlx-lm's format. Does not know files, token texts, or how ids are chosen.
+Reads top-down like the paper. Weights are looked up by mlx-lm's names (`checkpoint` provides them, already
+checked). Does not know files, text, or how ids are sampled.
 
 Shapes: B sequences, L new positions, D = dim, H query heads, K key/value heads, d = head_dim, V ids.
 """
@@ -18,7 +18,7 @@ from .matrix import Matrix, Stack
 
 
 class Weights(Protocol):
-    """Where a layer takes its weights from."""
+    """Where a layer gets its weights from."""
 
     def matrix(self, path: str) -> Matrix: ...
     def vector(self, path: str) -> mx.array: ...
@@ -33,13 +33,13 @@ class Attention:
         self.out = weights.matrix(f"{path}.o_proj")
 
     def __call__(self, x: mx.array, cache: Cache, *, last: bool = False) -> mx.array:
-        """`(B, L, D)` → `(B, L, D)`; with `last` only the last position looks, `(B, 1, D)`."""
+        """`(B, L, D)` → `(B, L, D)`; with `last` only the last position has a query, `(B, 1, D)`."""
         H, K = self.config.n_heads, self.config.n_kv_heads
-        heads = _apart(self.qkv(x), H + 2 * K)
-        turning, values = mx.split(heads, [H + K], axis=1)
-        queries, keys = mx.split(self._rope(turning, cache.position), [H], axis=1)
+        heads = _split_heads(self.qkv(x), H + 2 * K)
+        to_rotate, values = mx.split(heads, [H + K], axis=1)
+        queries, keys = mx.split(self._rope(to_rotate, cache.position), [H], axis=1)
         queries = queries[:, :, -1:] if last else queries
-        return self.out(_together(cache.attend(queries, keys, values, self.config.head_dim**-0.5)))
+        return self.out(_merge_heads(cache.attend(queries, keys, values, self.config.head_dim**-0.5)))
 
     def _rope(self, x: mx.array, offset: int | mx.array) -> mx.array:
         return mx.fast.rope(
@@ -47,13 +47,13 @@ class Attention:
         )
 
 
-def _apart(x: mx.array, heads: int) -> mx.array:
-    """`(B, L, heads * d)` → `(B, heads, L, d)`. Of one position the numbers lie in that order already."""
+def _split_heads(x: mx.array, heads: int) -> mx.array:
+    """`(B, L, heads * d)` → `(B, heads, L, d)`. With L = 1 a reshape does it, without a transpose."""
     B, L, _ = x.shape
     return x.reshape(B, heads, 1, -1) if L == 1 else x.reshape(B, L, heads, -1).transpose(0, 2, 1, 3)
 
 
-def _together(x: mx.array) -> mx.array:
+def _merge_heads(x: mx.array) -> mx.array:
     """`(B, H, L, d)` → `(B, L, H * d)`."""
     B, _, L, _ = x.shape
     return (x if L == 1 else x.transpose(0, 2, 1, 3)).reshape(B, L, -1)
@@ -65,7 +65,7 @@ class FeedForward:
     def __init__(self, weights: Weights, path: str) -> None:
         self.gate_up = Stack(weights.matrix(f"{path}.gate_proj"), weights.matrix(f"{path}.up_proj"))
         self.down = weights.matrix(f"{path}.down_proj")
-        # One kernel on a GPU. On a CPU it would wait for a C++ compiler, and run slower where there is none.
+        # One fused kernel on a GPU. On a CPU, compiling needs a C++ compiler, and is slower without one.
         on_gpu = mx.default_device().type == mx.DeviceType.gpu
         self._gated = mx.compile(_gated, shapeless=True) if on_gpu else _gated
 
@@ -79,7 +79,7 @@ def _gated(gate: mx.array, up: mx.array) -> mx.array:
 
 
 class Block:
-    """One layer: attention, then feed-forward, each behind a norm and added to what came in."""
+    """One layer: attention, then feed-forward, each with a norm before it and a residual around it."""
 
     def __init__(self, config: ModelConfig, weights: Weights, path: str) -> None:
         self.eps = config.norm_eps
@@ -89,15 +89,15 @@ class Block:
         self.feed_forward = FeedForward(weights, f"{path}.mlp")
 
     def __call__(self, x: mx.array, cache: Cache, *, last: bool = False) -> mx.array:
-        seen = self.attention(mx.fast.rms_norm(x, self.attention_norm, self.eps), cache, last=last)
-        h = (x[:, -1:] if last else x) + seen
+        attended = self.attention(mx.fast.rms_norm(x, self.attention_norm, self.eps), cache, last=last)
+        h = (x[:, -1:] if last else x) + attended
         return h + self.feed_forward(mx.fast.rms_norm(h, self.ffn_norm, self.eps))
 
 
 class Transformer:
-    """Ids in, hidden states out; `logits` turns the positions that somebody reads into scores.
+    """Ids in, hidden states out; `logits` applies the head to the positions that are needed.
 
-    Kept apart because the head is `(V, D)` = 131072 x 5120 here: of a prefill only its last position is read.
+    Kept apart because the head is `(V, D)` = 131072 x 5120 here: a prefill needs only its last position.
     """
 
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
@@ -108,9 +108,9 @@ class Transformer:
         self.head = self.embedding if config.tie_embeddings else weights.matrix("lm_head")
 
     def __call__(self, ids: mx.array, caches: Sequence[Cache], *, last: bool = False) -> mx.array:
-        """`(B, L)` ids that follow what the caches hold → `(B, L, D)`; the caches then hold them too.
+        """`(B, L)` ids that follow what the caches hold → `(B, L, D)`; appends them to the caches.
 
-        last: only the last position is wanted, `(B, 1, D)`; of the top layer the others are not computed.
+        last: return only the last position, `(B, 1, D)`; the top layer skips the others' outputs.
         """
         # A quantized embedding may dequantize to another dtype than the one the model computes in.
         h = self.embedding.rows(ids).astype(self.norm.dtype)
@@ -120,7 +120,7 @@ class Transformer:
 
     @property
     def dtype(self) -> mx.Dtype:
-        """What activations are computed in, and keys and values kept."""
+        """Of activations, and of unquantized keys and values."""
         return self.norm.dtype
 
     def logits(self, h: mx.array) -> mx.array:
@@ -128,7 +128,7 @@ class Transformer:
         return self.head(h)
 
     def new_caches(self, kv_bits: int | None = None, *, quantize_after: int = 0) -> list[KVCache]:
-        """Empty caches; with `kv_bits=8` packed into half the memory, once longer than `quantize_after`."""
+        """Empty caches; with `kv_bits=8` quantized to half the memory once longer than `quantize_after`."""
         if kv_bits is None:
             return [KVCache() for _ in self.blocks]
         head_dim = self.config.head_dim

@@ -1,7 +1,7 @@
-"""What a KV cache has read, by id: the part of the next prompt that need not be read again.
+"""Prefix reuse: KV caches with the ids they hold, so that a prompt's known beginning is not prefilled again.
 
-A conversation's prompts begin alike. Where earlier reasoning is dropped from history they part at the first
-reply, and the state at the end of that prompt is had back by trimming. Knows ids and caches; not messages.
+The prompts of a conversation share their beginning. If earlier reasoning is dropped from the history, they
+differ from the first reply on, and trimming restores the state before it. Knows ids and caches; not messages.
 """
 
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ from .cache import KVCache, trim_all
 
 
 class Prefix:
-    """Caches, and the ids they were fed, in order. Used by one stream at a time, on the model's thread."""
+    """Caches, and the ids fed to them, in order. Used by one stream at a time, on the model's thread."""
 
     def __init__(self, caches: Sequence[KVCache]) -> None:
         self.caches = list(caches)
         self.ids: list[int] = []
-        self.draft: Prefix | None = None  # of another model, which guesses for this one
+        self.draft: Prefix | None = None  # the draft model's
 
     def restart(self) -> None:
         """Forget everything."""
@@ -26,9 +26,9 @@ class Prefix:
         self.draft = None
 
     def rewind(self, prompt: Sequence[int]) -> int:
-        """Go back to the longest common beginning with `prompt`; returns its length.
+        """Trim to the longest common prefix with `prompt`, and take its ids; returns that prefix's length.
 
-        Always shorter than the prompt: its last id is fed anew, since its logits are what comes next.
+        Always shorter than the prompt: its last id is fed again for its logits.
         """
         ids = list(prompt)
         shared = common(self.ids[: self.length], ids[:-1])
@@ -38,29 +38,30 @@ class Prefix:
         return shared
 
     def cut(self, length: int) -> None:
-        """Forget all but the first `length` ids, and give back the room that they took."""
+        """Drop all but the first `length` ids, and release their memory."""
         self.ids = self.ids[: min(length, self.length)]
         for cache in self.caches:
             cache.trim(cache.offset - len(self.ids))
             cache.shrink()
-        mx.eval([array for cache in self.caches for array in cache.arrays()])  # or the old room is still held
+        # Until the smaller arrays are evaluated, they hold the old ones.
+        mx.eval([array for cache in self.caches for array in cache.arrays()])
         if self.draft:
             self.draft.cut(length)
 
     def fork(self) -> "Prefix":
-        """The same past, independent from here on; the arrays are shared until one side writes."""
+        """An independent prefix with the same contents; arrays are shared until one side writes."""
         twin = Prefix([cache.fork() for cache in self.caches])
         twin.ids = list(self.ids)
         twin.draft = self.draft.fork() if self.draft else None
         return twin
 
     def trim(self) -> None:
-        """Forget what was fed beyond `ids`."""
+        """Drop what was fed beyond `ids`."""
         trim_all(self.caches, max(self.caches[0].offset - len(self.ids), 0))
 
     @property
     def length(self) -> int:
-        """How many of the ids every layer has read: an error in mid-pass leaves layers apart."""
+        """How many of the ids every layer holds; an error in mid-pass leaves the layers unequal."""
         return min(len(self.ids), *(cache.offset for cache in self.caches))
 
     @property
@@ -69,7 +70,7 @@ class Prefix:
 
 
 def common(one: list[int], other: list[int]) -> int:
-    """Length of the longest common beginning."""
+    """Length of the longest common prefix, by binary search over slices."""
     low, high = 0, min(len(one), len(other))
     while low < high:
         middle = (low + high + 1) // 2

@@ -1,7 +1,7 @@
-"""What was read for earlier prompts, kept for later ones, within a bound of memory.
+"""A pool of prefixes of earlier prompts, for later ones to reuse, within a memory limit.
 
 A prompt takes the `Prefix` with which it shares the longest beginning; it is put back after the reply. The
-one that was used longest ago is dropped first. Knows ids and bytes; not whose prompts they are.
+least recently used one is dropped first. Knows ids and bytes; not whose prompts they are.
 """
 
 import threading
@@ -11,7 +11,7 @@ from .prefix import Prefix, common
 
 
 class Prefixes:
-    """`limit`: bytes of what is kept here; what is taken is its user's own and not counted.
+    """`limit`: bytes of the prefixes in the pool; those taken out are not counted.
 
     `take` and `clear` may be called from any thread, `put` on the model's own only.
     """
@@ -19,7 +19,7 @@ class Prefixes:
     def __init__(self, new: Callable[[], Prefix], limit: int) -> None:
         self.limit = limit
         self._new = new
-        self._kept: list[Prefix] = []  # that used longest ago first
+        self._kept: list[Prefix] = []  # least recently used first
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -31,24 +31,27 @@ class Prefixes:
             return self._nbytes()
 
     def take(self, prompt: Sequence[int], *, shared: bool = False) -> Prefix:
-        """One to read `prompt` behind: for the caller alone, until it is put back.
+        """The best prefix to prefill `prompt` behind: the caller's alone, until it is put back.
 
-        One of which more than half would be lost stays here, and a fork of it is taken: it is likely to be
-        another conversation with the same system prompt. shared: so does any, for others of this prompt.
+        If more than half of it would be lost, it stays here and a fork is returned: it probably belongs to
+        another conversation with the same system prompt. shared: always a fork, for several replies to this
+        prompt.
         """
         ids = list(prompt)
         with self._lock:
-            alike, best = max(((common(p.ids, ids), at) for at, p in enumerate(self._kept)), default=(0, 0))
-            if not alike:
+            shared_ids, best = max(
+                ((common(p.ids, ids), at) for at, p in enumerate(self._kept)), default=(0, 0)
+            )
+            if not shared_ids:
                 return self._new()
             prefix = self._kept.pop(best)
-            if 2 * alike >= prefix.length and not shared:
+            if 2 * shared_ids >= prefix.length and not shared:
                 return prefix
             self._kept.append(prefix)
             return prefix.fork()
 
     def put(self, prefix: Prefix, length: int) -> None:
-        """Keep the first `length` ids of what was read, unless another one holds them too."""
+        """Keep the first `length` ids of `prefix`, unless another prefix holds them too."""
         prefix.cut(length)
         ids = prefix.ids
         with self._lock:
@@ -60,7 +63,7 @@ class Prefixes:
                 self._kept.pop(0)
 
     def clear(self) -> None:
-        """Let go of everything that is kept."""
+        """Drop everything."""
         with self._lock:
             self._kept.clear()
 

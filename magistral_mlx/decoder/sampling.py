@@ -1,15 +1,15 @@
-"""Which id comes next: temperature, then the nucleus, then one draw keyed by (seed, position).
+"""Samples the next id: temperature, then the nucleus, then one draw with noise keyed by (seed, position).
 
 Temperature is applied first and the nucleus taken from the result, as vLLM and mistral-inference do and as
 Magistral's recommended values (0.7, 0.95) were tuned; applied last, the same numbers keep a wider nucleus.
 
-Does not know text, caches, or what the ids before were (only which of them a repetition penalty touches).
+Does not know text, caches, or the ids so far (only which of them a repetition penalty affects).
 
-How a nucleus is drawn without sorting 131072 logits: add Gumbel noise; the ids in falling order of noisy
-logit are draws without replacement from the full softmax, and the first of them inside the nucleus is
-exactly a draw from the nucleus. Whether an id is inside needs no order either: it is when the mass strictly
-above it is less than top_p. A few candidates are tried, three with top_p 0.95; at most one draw in 8000 then
-finds none, and is made again over the whole vocabulary by sorting, from the same noise: it is the same draw.
+How to sample from the nucleus without sorting 131072 logits: add Gumbel noise. By descending noisy logit, the
+ids are draws without replacement from the full softmax, and the first one inside the nucleus is exactly a
+draw from the nucleus. Whether an id is inside needs no sorting either: it is if the mass strictly above it
+is less than top_p. A few candidates are tried, three with top_p 0.95; then at most one draw in 8000 finds
+none, and is repeated over the whole vocabulary by sorting, with the same noise: it is the same draw.
 """
 
 import hashlib
@@ -24,19 +24,19 @@ import mlx.core as mx
 from magistral_mlx.errors import SamplingError
 
 CANDIDATES = 8
-"""At most so many: each is a pass over the vocabulary at every step, to find none is one step repeated."""
+"""At most this many: each costs a pass over the vocabulary at every step, finding none repeats one step."""
 UNSETTLED = -1
-"""Stands for an id when none of the candidates was inside the nucleus: `Sampler.settle` finds it. NaN is
-inside none, so that logits which hold it never give an id."""
+"""In place of an id when no candidate was inside the nucleus: `Sampler.settle` then finds the id. NaN is
+never inside, so logits that contain it never give an id."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How ids are drawn; the defaults are the model card's. An id must pass every filter that is on.
+    """How ids are sampled; the defaults are the model card's. An id must pass every enabled filter.
 
     temperature: divides the logits; 0 takes the likeliest id (greedy), which every filter keeps.
-    top_p: keep the likeliest ids up to this mass: an id stays when less than top_p lies strictly above it.
-    top_k: keep the k likeliest (0: off; ties at the edge all stay).
+    top_p: keep the likeliest ids up to this mass: an id stays if the mass strictly above it is below top_p.
+    top_k: keep the k likeliest (0: off; ties for the last place all stay).
     min_p: keep ids at least min_p times as likely as the likeliest (0: off).
     repetition_penalty: divides positive and multiplies negative logits of every id in the prompt or the
         reply (1: off), before the temperature, as in Keskar et al. 2019 (CTRL) and vLLM.
@@ -66,7 +66,7 @@ def _within(name: str, value: Any, expected: str, good: Callable[[Any], bool]) -
 
 
 class Sampler:
-    """`Sampling` and a seed, applied to logits; the same (seed, position, logits) is the same id, always."""
+    """`Sampling` and a seed, applied to logits: the same (seed, position, logits) give the same id."""
 
     def __init__(self, sampling: Sampling, seed: int) -> None:
         self.sampling = sampling
@@ -75,7 +75,7 @@ class Sampler:
     def draw(self, logits: mx.array, position: int, seen: mx.array | None = None) -> mx.array:
         """The id at `position` from its logits: `(V,)` → `()` int32, or `UNSETTLED`. Lazy.
 
-        seen: `(V,)` bool, the ids that a repetition penalty touches.
+        seen: `(V,)` bool, the ids that a repetition penalty affects.
         """
         scaled = self._scaled(logits, seen)
         if self.sampling.is_greedy:
@@ -83,9 +83,9 @@ class Sampler:
         return self._drawn(scaled, self._noise(position, scaled.shape))
 
     def draw_each(self, logits: mx.array, places: Sequence[tuple[int, int]]) -> mx.array:
-        """`draw` for several that sample alike, each with its own seed and position: `(B, V)` → `(B,)`.
+        """`draw` for rows of equal `Sampling`, each with its own seed and position: `(B, V)` → `(B,)`.
 
-        The same ids as drawn one by one, from a graph of the size of one. Lazy.
+        The same ids as one by one, with as many graph nodes as a single draw. Lazy.
         """
         scaled = self._scaled(logits, None)
         if self.sampling.is_greedy:
@@ -94,11 +94,11 @@ class Sampler:
         return self._drawn(scaled, _noise_of_each(keys, logits.shape[-1]))
 
     def settle(self, logits: mx.array, position: int, seen: mx.array | None = None) -> mx.array:
-        """What `draw` would return with a candidate for every id: the same draw, by sorting."""
+        """What `draw` would return if every id were a candidate: the same draw, by sorting."""
         scaled = self._scaled(logits, seen)
         order = mx.argsort(-scaled)
         down, weights = scaled[order], _weights(scaled)[order]
-        # Ties share a rank and the mass above them: both are taken at the first of their equals.
+        # Ties share a rank and the mass above them: both are those of the first of them.
         first = mx.cummax(mx.where(mx.concatenate([mx.array([True]), down[1:] < down[:-1]]), _ranks(down), 0))
         keep = mx.array(True)
         if self.sampling.top_p < 1:
@@ -111,7 +111,7 @@ class Sampler:
         return order[mx.argmax(mx.where(keep, noisy, -mx.inf))].astype(mx.int32)
 
     def keeps(self, logits: mx.array, ids: mx.array) -> mx.array:
-        """Which of `ids`, `(n,)`, may be drawn from `(V,)` logits: `(n,)` bool."""
+        """Which of `ids`, `(n,)`, pass every filter on `(V,)` logits: `(n,)` bool."""
         return self._inside(self._scaled(logits, None), ids)
 
     def _drawn(self, scaled: mx.array, noise: mx.array) -> mx.array:
@@ -125,18 +125,18 @@ class Sampler:
 
     @property
     def _top_k(self) -> int:
-        """As many as MLX can count to are as many as there are."""
+        """Clipped to int32, which no vocabulary exceeds."""
         return min(self.sampling.top_k, 2**31 - 1)
 
     @property
     def _candidates(self) -> int:
-        """So many that one draw in 1000 finds none: each misses with a chance of at most 1 - top_p."""
-        if self.sampling.top_k or self.sampling.min_p:  # they do not tell how much they keep
+        """Enough that at most one draw in 1000 finds none: each misses with probability at most 1 - top_p."""
+        if self.sampling.top_k or self.sampling.min_p:  # how much mass they keep is not known
             return CANDIDATES
         return math.ceil(min(CANDIDATES, math.log(1e-3) / math.log1p(-self.sampling.top_p)))
 
     def _scaled(self, logits: mx.array, seen: mx.array | None) -> mx.array:
-        """Penalised, in float32, divided by the temperature."""
+        """In float32, penalised, divided by the temperature."""
         x = logits.astype(mx.float32)
         if seen is not None and self.sampling.repetition_penalty != 1:
             penalty = self.sampling.repetition_penalty
@@ -144,14 +144,14 @@ class Sampler:
         return x if self.sampling.is_greedy else x / self.sampling.temperature
 
     def _first_inside(self, scaled: mx.array, noisy: mx.array) -> mx.array:
-        """The first id, in falling order of `noisy`, that passes every filter: `(…, V)` → `(…)` int32."""
+        """The first candidate, by descending `noisy`, that passes every filter: `(…, V)` → `(…)` int32."""
         bests = [mx.argmax(noisy, axis=-1, keepdims=True)]
         while len(bests) < self._candidates:
             noisy = mx.put_along_axis(noisy, bests[-1], mx.array(-mx.inf), axis=-1)
             bests.append(mx.argmax(noisy, axis=-1, keepdims=True))
         best = mx.concatenate(bests, axis=-1).astype(mx.int32)  # (…, n)
         inside = self._inside(scaled, best)
-        first = mx.argmax(inside, axis=-1, keepdims=True)  # of equals the first one
+        first = mx.argmax(inside, axis=-1, keepdims=True)  # argmax of bools: the first true one
         found = mx.where(
             mx.take_along_axis(inside, first, -1), mx.take_along_axis(best, first, -1), UNSETTLED
         )
@@ -160,15 +160,15 @@ class Sampler:
     def _inside(self, scaled: mx.array, best: mx.array) -> mx.array:
         """Which of the ids `best` pass every filter: `(…, n)` bool, false wherever there is NaN.
 
-        All at once and masked by multiplying: few kernels, and on a CPU selecting takes five times as long.
+        All at once, masked by multiplication: few kernels, and `mx.where` takes five times as long on a CPU.
         """
         weights = _weights(scaled)
         above = scaled[..., None, :] > mx.take_along_axis(scaled, best, axis=-1)[..., None]  # (…, n, V)
         inside = weights[..., :1] >= 0
-        # The whole mass (top_p 1) cuts no id off: rounding must not either.
+        # top_p 1 excludes no id, so rounding must not either.
         if self.sampling.top_p < 1:
-            floor = self.sampling.top_p * sum_by_parts(weights)[..., None]
-            inside = sum_by_parts(weights[..., None, :] * above) < floor
+            limit = self.sampling.top_p * sum_by_parts(weights)[..., None]
+            inside = sum_by_parts(weights[..., None, :] * above) < limit
         if self.sampling.top_k:
             inside &= mx.sum(above, axis=-1) < self._top_k
         if self.sampling.min_p:
@@ -180,13 +180,13 @@ class Sampler:
 
 
 def noise_key(seed: int, position: int) -> mx.array:
-    """The key of one draw's noise. Hashed, so that neighbouring seeds and positions share nothing."""
+    """The key of one draw's noise. Hashed, so that neighbouring seeds and positions are unrelated."""
     digest = hashlib.blake2b(b"%d:%d" % (seed, position), digest_size=8).digest()
     return mx.random.key(int.from_bytes(digest, "big"))
 
 
 def _noise_of_each(keys: mx.array, V: int) -> mx.array:
-    """`(B, 2)` → `(B, V)`."""
+    """Gumbel noise of each key: `(B, 2)` → `(B, V)`."""
 
     def noise(key: mx.array) -> mx.array:
         return mx.random.gumbel((V,), key=key)
@@ -195,14 +195,14 @@ def _noise_of_each(keys: mx.array, V: int) -> mx.array:
 
 
 def _likeliest(x: mx.array) -> mx.array:
-    """`(…, V)` → `(…)` int32."""
+    """Argmax: `(…, V)` → `(…)` int32, `UNSETTLED` for NaN."""
     best = mx.argmax(x, axis=-1, keepdims=True).astype(mx.int32)
-    found = mx.take_along_axis(x, best, axis=-1) > -mx.inf  # false of NaN
+    found = mx.take_along_axis(x, best, axis=-1) > -mx.inf  # false for NaN
     return mx.where(found, best, UNSETTLED).squeeze(-1)
 
 
 def _weights(scaled: mx.array) -> mx.array:
-    """The softmax of `(…, V)` but for its sum; by powers of two, a third of the time of `exp` on a CPU."""
+    """The unnormalised softmax of `(…, V)`; powers of two take a third of the time of `exp` on a CPU."""
     return mx.power(2.0, (scaled - mx.max(scaled, axis=-1, keepdims=True)) * math.log2(math.e))
 
 
@@ -211,12 +211,12 @@ def _ranks(x: mx.array) -> mx.array:
 
 
 def sum_by_parts(x: mx.array) -> mx.array:
-    """The sums of `(…, V)`, by parts: in one run, float32 loses up to 2e-4 of 131072 weights on a CPU."""
+    """Sums of `(…, V)` by parts: a single running float32 sum of 131072 weights loses up to 2e-4 on a CPU."""
     return mx.sum(mx.sum(_parts(x), axis=-1), axis=-1)
 
 
 def _sums_before(x: mx.array) -> mx.array:
-    """For each place of `(V,)` the sum of all before it, by parts for the same reason."""
+    """Exclusive cumulative sums of `(V,)`, by parts for the same reason."""
     parts = _parts(x)
     within = mx.cumsum(parts, axis=1)
     whole = within[:, -1:]

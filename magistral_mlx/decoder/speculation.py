@@ -1,17 +1,17 @@
-"""Several ids a forward pass, and the same ids as without: drafts are checked, never trusted.
+"""Speculative decoding: several ids per forward pass, and the same ids as without it.
 
-`Speculation.decode` is `engine.decode` with drafts. A pass is fed the last id and k guesses of what follows
-it, and the sampler draws at each of those k + 1 places, with the noise of each place:
+`Speculation.decode` is `engine.decode` with drafts. A verification pass is fed the last id and k draft ids,
+and the sampler draws at each of those k + 1 positions, with that position's noise:
 
-    fed      is    85    .    So       "is" was said before; 85 . So are guesses
-    drawn    85    ,    (…)   (…)      85 was right, "." was not: this pass brings 85 and ","
+    fed      is    85    .    So       "is" is the last id; 85 . So are drafts
+    drawn    85    ,    (…)   (…)      85 was right, "." was not: this pass gives 85 and ","
 
-As long as a draw is the guess, what was fed behind it is right, and so is the next draw; the first draw that
-is not the guess is still a right one, and what was fed behind it is trimmed. So a pass brings one to k + 1
-ids, each drawn from the model's own logits: a seed gives the ids that it gives without drafts (in float32; in
-16 bit a pass over several rows rounds otherwise than a pass over one, and the ids are as likely).
+As long as a draw equals its draft, the next draw is valid too. The first draw that differs is still valid;
+the rejected drafts are trimmed from the caches. So a pass gives one to k + 1 ids, each sampled from the
+model's own logits: a seed gives the same ids as without drafts (in float32; in 16 bit a pass over several
+rows rounds differently from a pass over one, and the ids are as likely).
 
-While there is nothing to draft it goes one step ahead of what is known here, as `engine.decode` does.
+While there is nothing to draft, it dispatches one step ahead, as `engine.decode` does.
 """
 
 import time
@@ -33,14 +33,14 @@ from .sampling import UNSETTLED, Sampler
 
 
 class _Pass(NamedTuple):
-    """What one forward pass brings, all lazy: a draw behind each id that it was fed."""
+    """One forward pass, all lazy: a sampling step after each id that it was fed."""
 
     steps: list[Step]  # k + 1
-    drafts: mx.array | None  # (k,), the guesses that it was fed; None: k is 0
+    drafts: mx.array | None  # (k,), the draft ids that it was fed; None: k is 0
 
 
 class Speculation:
-    """The drafts of one reply: who makes them, how many are worth it, and how many passes it took."""
+    """Speculation for one reply: its drafter, the pace that sets draft counts, and a count of passes."""
 
     def __init__(self, drafter: Drafter, pace: Pace, clock: Callable[[], float] = time.perf_counter) -> None:
         self._drafter = drafter
@@ -60,69 +60,71 @@ class Speculation:
         limit: int,
         scorer: Scorer | None = None,
     ) -> Generator[int, Guide | None, None]:
-        """As `engine.decode`, without constraints; and at a yield the caches may hold more than was yielded.
+        """As `engine.decode`, but without masks, and the caches may hold more than the ids so far.
 
-        What they hold of that is right, and lacks at most the last id; the caller trims the rest.
+        At a yield they hold every id so far, except possibly the last; the caller trims what follows.
         """
         drawing, drafter = Drawing(sampler, None, scorer), self._drafter
         passes = _Passes(model, caches, drawing)
-        position, left = caches[0].offset, limit  # position: of the first id that `now` draws
+        position, left = caches[0].offset, limit  # position: of the first draw of `now`
         now = passes.draw([logits], position, seen_in(sampler, prompt, logits))
         watch, steady, drafted = _Watch(self._clock), False, False
         while left > 0:
-            # 1. Nothing to draft: ask for the next pass before this one's id is known here.
-            blind = now.drafts is None and not self._count(left - 2)
-            ahead = passes.feed(now.steps[0], None, position + 1) if blind and left > 1 else None
-            # 2. Read what this pass drew, up to the first guess that was wrong.
+            # 1. Nothing to draft: dispatch the next pass before this one's id is read.
+            pipelined = now.drafts is None and not self._count(left - 2)
+            ahead = passes.feed(now.steps[0], None, position + 1) if pipelined and left > 1 else None
+            # 2. Read what this pass drew, up to the first rejected draft.
             first = now.steps[0]
             ids = passes.read(now, position)
-            if ahead and now.steps[0] is not first:  # rare: it was settled by sorting, and is fed anew
+            if ahead and now.steps[0] is not first:  # rare: it was settled by sorting, so feed it again
                 trim_all(caches, 1)
                 ahead = passes.feed(now.steps[0], ids[0], position + 1)
             trim_all(caches, len(now.steps) - len(ids))
-            self._note(len(now.steps) - 1, watch.lap(), len(ids), steady=steady and blind, drafted=drafted)
+            self._note(
+                len(now.steps) - 1, watch.lap(), len(ids), steady=steady and pipelined, drafted=drafted
+            )
             drafter.extend(ids)
-            steady, drafted = blind, len(now.steps) > 1
-            # 3. Go on from the last of them, with guesses if there are any.
+            steady, drafted = pipelined, len(now.steps) > 1
+            # 3. Continue from the last of them, with drafts if there are any.
             last = now.steps[len(ids) - 1]
             if not ahead and left > len(ids):
                 drafts = drafter.propose(count) if (count := self._count(left - len(ids) - 1)) else None
                 ahead = passes.feed(last, ids[-1], position + len(ids), drafts)
-            # 4. Hand them out, unless the caller would rather have something else said.
+            # 4. Emit them, unless the caller forces other ids.
             for at, token in enumerate(ids):
                 drawing.note(token, now.steps[at])
                 with watch.held():
                     guide = yield token
                 assert guide is None or guide.allowed is None
-                said = [*guide.said] if guide else []
+                forced = [*guide.forced] if guide else []
                 position += 1
-                left -= 1 + len(said)
+                left -= 1 + len(forced)
                 if left <= 0:
                     return
-                if said:
+                if forced:
                     drafter.rewind(len(ids) - at - 1)
-                    drafter.extend(said)
+                    drafter.extend(forced)
                     trim_all(caches, caches[0].offset - position)
-                    position += len(said)
-                    ahead = passes.say(now.steps[at], token, said, position)
+                    position += len(forced)
+                    ahead = passes.feed_forced(now.steps[at], token, forced, position)
                     steady = drafted = False
                     break
             assert ahead
             now = ahead
 
     def _count(self, most: int) -> int:
-        """How many to draft now."""
+        """How many ids to draft now, at most `most`."""
         return self._pace.best(self._drafter.chance(), min(most, MOST)) if most > 0 else 0
 
     def _note(self, drafts: int, seconds: float, ids: int, *, steady: bool, drafted: bool) -> None:
-        """A pass was read; `drafted`: the one before it had drafts. What forced ids cost is not measured."""
+        """Record a pass; `drafted`: the previous one had drafts. A pass over forced ids is not timed."""
         self.passes += 1
         if drafts or steady or drafted:
-            self._pace.took(drafts, seconds, ids, steady=steady)
+            self._pace.record(drafts, seconds, ids, steady=steady)
 
 
 class _Passes:
-    """Forward passes with a draw at each place. Positions are those of the first draw."""
+    """Forward passes with a draw after each id. `position` is that of the first draw."""
 
     def __init__(self, model: Transformer, caches: Sequence[KVCache], drawing: Drawing) -> None:
         self._model = model
@@ -132,7 +134,7 @@ class _Passes:
     def draw(
         self, rows: Iterable[mx.array], position: int, seen: mx.array | None, drafts: mx.array | None = None
     ) -> _Pass:
-        """Draw from k + 1 times `(V,)`, each draft taken for said in the next."""
+        """Draw from k + 1 rows of `(V,)`; each draft counts as seen for the draws after it."""
         steps = list[Step]()
         for at, logits in enumerate(rows):
             if at and drafts is not None:
@@ -142,7 +144,7 @@ class _Passes:
         return _Pass(steps, drafts)
 
     def feed(self, step: Step, id_: int | None, position: int, drafts: mx.array | None = None) -> _Pass:
-        """Feed a step's id (None: whatever it turns out to be), and guesses behind it."""
+        """Feed a step's id (None: not read yet) and the drafts after it."""
         token = step.id if id_ is None else mx.array(id_)
         ids = token if drafts is None else mx.concatenate([token.reshape(1), drafts])
         logits = self._model.logits(self._model(ids.reshape(1, -1), self._caches))  # (1, k + 1, V)
@@ -152,22 +154,22 @@ class _Passes:
         return self.draw(rows, position, marked(step.seen, token), drafts)
 
     def _draw_at_once(self, sampler: Sampler, logits: mx.array, position: int, drafts: mx.array) -> _Pass:
-        """`draw`, where no draw changes what the next one is made from."""
+        """`draw` for draws that do not depend on one another (no penalty, no scores)."""
         places = [(sampler.seed, position + at) for at in range(logits.shape[0])]
         steps = draw_alike(sampler, logits, places)
         mx.async_eval([step.id for step in steps])
         return _Pass(steps, drafts)
 
-    def say(self, step: Step, id_: int, ids: Sequence[int], position: int) -> _Pass:
-        """Feed what was sent in behind a step's id, which the caches hold."""
-        said = mx.array([*ids])
-        hidden = self._model(said[None], self._caches, last=True)
-        seen = marked(marked(step.seen, mx.array(id_)), said)
+    def feed_forced(self, step: Step, id_: int, ids: Sequence[int], position: int) -> _Pass:
+        """Feed forced ids after a step's id, which the caches hold."""
+        fed = mx.array([*ids])
+        hidden = self._model(fed[None], self._caches, last=True)
+        seen = marked(marked(step.seen, mx.array(id_)), fed)
         return self.draw([self._model.logits(hidden)[0, 0]], position, seen)
 
     def read(self, now: _Pass, position: int) -> list[int]:
-        """Wait for the draws; those that follow only right guesses, so one at least. Settles them first."""
-        # One by one: a new array would be computed behind the next pass, which may have been asked for.
+        """Wait for the draws, settle unsettled ones → the valid ids, up to the first unlike its draft."""
+        # One by one: a stacked array would be computed after the next pass, if that is dispatched already.
         drawn = [cast("int", step.id.item()) for step in now.steps]
         drafts = [] if now.drafts is None else cast("list[int]", now.drafts.tolist())
         for at, step in enumerate(now.steps):
@@ -176,11 +178,11 @@ class _Passes:
                 drawn[at] = cast("int", now.steps[at].id.item())
             if at == len(drafts) or drawn[at] != drafts[at]:
                 return drawn[: at + 1]
-        raise AssertionError("unreachable: there is one draw more than guesses")
+        raise AssertionError("unreachable: there is one draw more than drafts")
 
 
 class _Watch:
-    """Seconds from lap to lap, but for those in which the caller held what it was given."""
+    """Seconds from lap to lap, not counting the time that the caller holds a yielded id."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock

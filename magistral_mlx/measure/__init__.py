@@ -1,10 +1,10 @@
-"""Benchmarks and self-checks: trials in processes of their own, the doctor, and their statistics.
+"""Benchmarks and self-checks.
 
-    figures     medians, spreads, lower bounds
+    figures     statistics: medians, spreads, lower bounds
     machine     this computer: chip, cores, memory, bandwidth
-    trial       one measurement, in its own process
-    bench       trials in turn
-    real_layer  one layer of Magistral's size, twice
+    trial       one measurement, in a process of its own
+    bench       a whole benchmark: trials of both engines in turn
+    real_layer  one layer of Magistral's size, and its reference implementation
     doctor      does this machine compute correctly?
 
 Each imports only what stands above it.

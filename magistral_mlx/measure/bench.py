@@ -1,8 +1,8 @@
-"""How fast a model runs here, ours and mlx-lm's, and how near that is to what the machine's memory allows.
+"""How fast a model runs here, with this package and mlx-lm, and how close to the memory-bandwidth ceiling.
 
-Knows what to measure and in which order: both engines in turn, with the same ids, dtype and sampling. A trial
-is `trial`, what they come to is `figures`, what they ran on is `machine`. Prints nothing for people: that is
-`cli.bench`.
+Knows what to measure and in which order: both engines in turn, with the same ids, dtype and sampling. Does
+not know statistics (`figures`), the machine (`machine`) or how a trial runs (`trial`). Does not print
+(`cli.bench`).
 """
 
 import platform
@@ -27,20 +27,20 @@ if TYPE_CHECKING:
     from magistral_mlx.disk.checkpoint import Checkpoint
 
 FORMAT = 1
-"""Of the report; `docs/benchmarks.md` says what stands in it."""
+"""Version of the report, which `docs/benchmarks.md` describes."""
 _FILLER = "A train of {n} wagons carries {n} passengers in each; how many does it carry in all? "
 
 _Progress: TypeAlias = Callable[[int, int, str], None]
-"""(trials done, of so many, what is being done)."""
+"""(trials done, trials in all, what begins now)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What to measure: `tokens` ids drawn behind prompts of `lengths` ids, `trials` times.
+    """What to measure: decoding `tokens` ids after prompts of `lengths` ids, `trials` times.
 
-    reply_tokens: at most so many of the one whole reply to a real question; 0: none.
-    temperature: of the ids drawn behind prompts; 0: greedy.
-    speculate: ask for the whole reply once more, with speculation.
+    reply_tokens: limit of the one whole reply to a real question; 0: no such reply.
+    temperature: for the ids after prompts; 0: greedy.
+    speculate: generate the whole reply once more, with speculation.
     """
 
     lengths: tuple[int, ...] = (512, 4096, 16384, 40960)
@@ -54,9 +54,9 @@ class Settings:
 
 
 def run(name: str, settings: Settings, progress: _Progress) -> Json:
-    """Measure the model called `name` and report; `progress` is called as each thing begins.
+    """Measure the model called `name` and return the report; `progress` is called as each step begins.
 
-    Raises a MagistralError: there is no such model, it does not fit, the peer is missing or cannot read it.
+    Raises a MagistralError: no such model, it does not fit, or the peer is missing or cannot read it.
     """
     if settings.against_peer and not util.find_spec("mlx_lm"):
         raise MagistralError(f"{PEER} is not installed; get it with: pip install 'magistral_mlx[bench]'")
@@ -87,7 +87,7 @@ def _run(name: str, place: str, words: Path, settings: Settings, progress: _Prog
         "dtype": str(dtype).removeprefix("mlx.core."),
         "prompts": [prompt(tokenizer.encode_chat, length) for length in lengths],
         "tokens": settings.tokens,
-        # A model of random weights may draw ids that its tokenizer does not know.
+        # A model of random weights may sample ids that its tokenizer does not have.
         "reply_tokens": settings.reply_tokens if tokenizer.vocab_size >= checkpoint.config.vocab_size else 0,
         "speculate": settings.speculate,
         "temperature": settings.temperature,
@@ -120,7 +120,7 @@ def _run(name: str, place: str, words: Path, settings: Settings, progress: _Prog
 
 
 def _trials(job: Json, settings: Settings, progress: _Progress) -> tuple[Json, dict[str, list[Json]]]:
-    """A first load with a whole reply, so that trials find the files in memory; then the trials, in turn."""
+    """First a load with a whole reply, which warms the file cache; then the trials, engines in turn."""
     engines = (OURS, PEER) if settings.against_peer else (OURS,)
     each = Json(job, reply_tokens=0, speculate=False)
     jobs = [Json(each, engine=engine, seed=trial) for trial in range(settings.trials) for engine in engines]
@@ -132,7 +132,7 @@ def _trials(job: Json, settings: Settings, progress: _Progress) -> tuple[Json, d
 
 
 def prompt(encode: Callable[[str], list[int]], length: int) -> list[int]:
-    """A chat's ids, exactly so many: a long one is cut in its middle, so that both ends are right."""
+    """Exactly `length` ids of a chat prompt: too many are cut in the middle, so that both ends stay valid."""
     repeats, ids = 1, list[int]()
     while len(ids) < length:
         ids = encode("".join(_FILLER.format(n=n) for n in range(repeats)))
@@ -143,7 +143,7 @@ def prompt(encode: Callable[[str], list[int]], length: int) -> list[int]:
 
 @contextmanager
 def place_of(name: str) -> Generator[tuple[str, Path]]:
-    """What to load, and where its tokenizer is. The demo is converted to 4 bit first, as a user would."""
+    """Where to load the model from, and its tokenizer's directory. The demo is converted to 4 bit first."""
     from magistral_mlx.convert import conversion
     from magistral_mlx.disk.checkpoint import open_checkpoint
     from magistral_mlx.fetch import hub
@@ -163,7 +163,7 @@ def place_of(name: str) -> Generator[tuple[str, Path]]:
 def _lengths(
     checkpoint: "Checkpoint", settings: Settings, dtype: "mx.Dtype"
 ) -> tuple[list[int], dict[str, str]]:
-    """The lengths within the model's context, and why some are left out: what would swap measures a disk."""
+    """The lengths that fit context and memory, and why others are skipped: swap would measure a disk."""
     from magistral_mlx.memory import MemoryPlan, this_machine
 
     config, weights, machine = checkpoint.config, checkpoint.nbytes(dtype), this_machine()
@@ -188,7 +188,7 @@ def _lengths(
 
 
 def _model(name: str, checkpoint: "Checkpoint", dtype: "mx.Dtype") -> Json:
-    """What of the model the figures hang on; bytes as they lie in memory, computing in `dtype`."""
+    """The properties that determine the model's speed; bytes as in memory, computing in `dtype`."""
     config = checkpoint.config
     tensors = {
         name: tensor
@@ -208,7 +208,7 @@ def _model(name: str, checkpoint: "Checkpoint", dtype: "mx.Dtype") -> Json:
 
 
 def versions() -> dict[str, str | None]:
-    """Of what figures hang on; None: not installed."""
+    """Versions of the packages that affect speed; None: not installed."""
 
     def version(package: str) -> str | None:
         try:

@@ -1,8 +1,8 @@
-"""Does this machine compute what it should? Checks for a Mac's owner to run, each of which can fail.
+"""Self-checks for a Mac: does this machine compute correctly? Each check can fail.
 
-What the default device computes (the GPU, where there is one) is held against something else: the CPU in
-float32 with weights unpacked, NumPy in float64, an answer that is known. Where there is no GPU the checks run
-all the same, and say that it was not shown. Shows nothing: that is `cli.doctor`.
+Results of the default device (the GPU, if there is one) are compared with a reference: the CPU in float32
+with dequantized weights, NumPy in float64, a known answer. Without a GPU the checks run too, and say that it
+was not checked. Does not print (`cli.doctor`).
 """
 
 import statistics
@@ -32,19 +32,19 @@ from .machine import bandwidth_of, this_computer
 from .real_layer import CONFIG, RandomWeights, computed, layer, spelled_out
 
 FORMAT = 1
-"""Of the report; `docs/benchmarks.md` says what stands in it."""
+"""Version of the report, which `docs/benchmarks.md` describes."""
 QUESTIONS = {"What is 48 + 37?": "85", "What is 6 × 14?": "84"}  # noqa: RUF001 -- as people write it
-ALLOWED = {mx.float32: 1e-3, mx.bfloat16: 5e-2}
-"""How far the worst of many numbers may be off, in parts of the largest, by what it was computed in."""
+TOLERANCE = {mx.float32: 1e-3, mx.bfloat16: 5e-2}
+"""Largest error allowed, relative to the largest value, by the dtype of the computation."""
 EDGE = 1e-5
-"""float32 cannot tell on which side of the edge of a nucleus an id is that is nearer than this."""
+"""float32 cannot decide whether an id is in the nucleus if the mass above it is this close to top_p."""
 SLACK = 2**20
-"""Bytes that may stay behind when a model is closed."""
+"""Bytes that may stay allocated when a model is closed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """What was checked, whether it is right, and what was found."""
+    """The result of a check: whether it passed, and what was found."""
 
     name: str
     right: bool
@@ -53,7 +53,7 @@ class Check:
 
 
 def examine(tell: Callable[[Check], None]) -> Json:
-    """Run every check, `tell` each as it is done, and report. One that raises has failed."""
+    """Run every check, pass each result to `tell`, and return the report. A check that raises has failed."""
     checks = list[Check]()
     with place_of("demo") as (place, _):
         for name, check in CHECKS.items():
@@ -76,13 +76,13 @@ def examine(tell: Callable[[Check], None]) -> Json:
 def _run(name: str, check: Callable[[Path], Check], place: Path) -> Check:
     try:
         return check(place)
-    except Exception as error:  # noqa: BLE001 -- whatever goes wrong here is a finding
+    except Exception as error:  # noqa: BLE001 -- any exception is a finding
         what = f"{type(error).__name__}: {error}".replace(str(place), "demo").replace(str(Path.home()), "~")
         return Check(name=name, right=False, found=what)
 
 
 def _logits(place: Path) -> Check:
-    """At every position of a chat."""
+    """The demo model's logits, at every position of a chat."""
     checkpoint = open_checkpoint(place)
     ids = Tokenizer.from_directory(place).encode_chat(next(iter(QUESTIONS)))
 
@@ -96,14 +96,14 @@ def _logits(place: Path) -> Check:
 
 
 class _Unpacked(Reader):
-    """A checkpoint's weights as plain floats."""
+    """Reads a checkpoint's weights dequantized."""
 
     def matrix(self, path: str) -> Matrix:
         return Matrix(weight=super().matrix(path).unpacked())
 
 
 def _layer(_: Path) -> Check:
-    """What it computes, and how long it takes for one position."""
+    """A layer of real size: its outputs, and its time for one position."""
     x = mx.random.normal((4, CONFIG.dim), key=mx.random.key(0))
     found = {
         dtype: _eval(computed(RandomWeights(dtype), x.astype(dtype)))
@@ -125,7 +125,7 @@ def _layer(_: Path) -> Check:
 
 
 def _layer_seconds(x: mx.array) -> tuple[float, int]:
-    """The median of one position through the layer, and the bytes of its weights."""
+    """Median seconds of the layer for one position, and the bytes of its weights."""
     block, cache = layer(RandomWeights(x.dtype)), KVCache()
     seconds = list[float]()
     for _ in range(6):
@@ -137,7 +137,7 @@ def _layer_seconds(x: mx.array) -> tuple[float, int]:
 
 
 def _nucleus(_: Path) -> Check:
-    """Its members, and where draws fall."""
+    """The nucleus: its members, and whether draws are among them."""
     rng, sampling = np.random.default_rng(0), Sampling()
     asked = wrong = draws = outside = other = 0
     for seed, width in enumerate((0.5, 1.0, 2.0, 4.0)):
@@ -164,7 +164,7 @@ def _nucleus(_: Path) -> Check:
 
 
 def _expected_nucleus(logits: Any, sampling: Sampling) -> tuple[Any, Any, Any]:
-    """In float64: which ids are inside, of which float32 can be certain, and some beside the edge."""
+    """In float64: which ids are inside, for which float32 is certain, and some ids near the edge."""
     x = logits.astype(np.float64) / sampling.temperature
     down = np.argsort(-x, kind="stable")
     mass = np.exp(x[down] - x[down[0]])
@@ -176,31 +176,31 @@ def _expected_nucleus(logits: Any, sampling: Sampling) -> tuple[Any, Any, Any]:
 
 
 def _reply(place: Path) -> Check:
-    """The demo model is asked what it knows."""
+    """The demo model's answers to questions that it can answer."""
     with Magistral.load(place) as model:
-        greedy = Sampling(temperature=0)  # and an end: a damaged model may never come to one
+        greedy = Sampling(temperature=0)  # with a limit: a damaged model may never end its reply
         replies = {asked: model.ask(asked, sampling=greedy, max_tokens=256) for asked in QUESTIONS}
-        spoken = model.ask(next(iter(QUESTIONS)), seed=0, max_tokens=256)
-    said = [f"{asked} {reply.answer.strip()!r}" for asked, reply in replies.items()]
+        sampled = model.ask(next(iter(QUESTIONS)), seed=0, max_tokens=256)
+    answers = [f"{asked} {reply.answer.strip()!r}" for asked, reply in replies.items()]
     right = all(_is_right(reply, QUESTIONS[asked]) for asked, reply in replies.items())
-    rate = spoken.stats.decode_tokens_per_second
+    rate = sampled.stats.decode_tokens_per_second
     return Check(
         name="thinking and answer",
         right=right,
-        found=f"{', '.join(said)}; {rate:.0f} tokens/s at temperature 0.7",
+        found=f"{', '.join(answers)}; {rate:.0f} tokens/s at temperature 0.7",
         figures={"answers": {asked: reply.answer for asked, reply in replies.items()}}
-        | {"thinking_tokens": spoken.stats.thinking_tokens, "decode_tokens_per_second": rate},
+        | {"thinking_tokens": sampled.stats.thinking_tokens, "decode_tokens_per_second": rate},
     )
 
 
 def _is_right(reply: Reply, expected: str) -> bool:
-    """Reasoning came, ended, and left no tag in the answer, which holds what was expected."""
+    """There is reasoning, no tag in the answer, the expected answer, and a regular end."""
     tagged = "<think" in reply.answer or "</think" in reply.answer
     return bool(reply.thinking) and not tagged and expected in reply.answer and reply.finish_reason == "stop"
 
 
 def _memory(place: Path) -> Check:
-    """What a model takes, and gives back."""
+    """Memory that a loaded model takes, and releases when closed."""
     mx.clear_cache()
     before = mx.get_active_memory()
     with Magistral.load(place) as model:
@@ -218,24 +218,26 @@ def _memory(place: Path) -> Check:
 
 
 def _compared(name: str, found: Mapping[mx.Dtype, mx.array], expected: mx.array) -> Check:
-    """The worst error of each, in parts of the largest value. What is not a number is wrong."""
+    """The largest error of each, relative to the largest value. NaN fails."""
     gpu = mx.default_device().type == mx.DeviceType.gpu
-    against = "GPU against CPU" if gpu else "packed against unpacked on the CPU (no GPU: not shown)"
+    against = "GPU against CPU" if gpu else "quantized against dequantized on the CPU (no GPU to check)"
     largest = mx.max(mx.abs(expected))
     errors = {
         dtype: cast("float", (mx.max(mx.abs(array.astype(mx.float32) - expected)) / largest).item())
         for dtype, array in found.items()
     }
-    words = [f"{errors[dtype]:.1e} in {_word(dtype)} (at most {ALLOWED[dtype]:.0e})" for dtype in errors]
+    described = [
+        f"{errors[dtype]:.1e} in {_dtype_name(dtype)} (at most {TOLERANCE[dtype]:.0e})" for dtype in errors
+    ]
     return Check(
         name=name,
-        right=all(errors[dtype] <= ALLOWED[dtype] for dtype in errors),
-        found=f"{against}: off by {', '.join(words)}",
-        figures={"relative_error": {_word(dtype): value for dtype, value in errors.items()}},
+        right=all(errors[dtype] <= TOLERANCE[dtype] for dtype in errors),
+        found=f"{against}: off by {', '.join(described)}",
+        figures={"relative_error": {_dtype_name(dtype): value for dtype, value in errors.items()}},
     )
 
 
-def _word(dtype: mx.Dtype) -> str:
+def _dtype_name(dtype: mx.Dtype) -> str:
     return str(dtype).removeprefix("mlx.core.")
 
 

@@ -1,6 +1,6 @@
 """Statistics of trials: medians, bounds, pairwise ratios, and the share of the memory-bandwidth ceiling.
 
-Arithmetic on plain numbers; knows neither models nor clocks.
+Arithmetic on plain numbers. Does not know models or clocks.
 """
 
 import math
@@ -12,7 +12,7 @@ Json: TypeAlias = dict[str, Any]
 
 
 def ceiling(bandwidth: float, model: Json, context: float) -> float:
-    """Tokens per second if memory did nothing but hand over weights and the keys and values of a context."""
+    """Tokens per second if decoding only read the weights and the KV cache of a context."""
     return bandwidth / (model["read_bytes_per_token"] + context * model["kv_bytes_per_token"])
 
 
@@ -21,10 +21,10 @@ def spread(values: Sequence[float]) -> Json:
 
 
 def lower_bound(values: Sequence[float]) -> float | None:
-    """What the median exceeds with 95 % confidence, by the sign test: exact, whatever the distribution.
+    """Lower 95 % confidence bound of the median by the sign test: exact for any distribution.
 
-    The k-th smallest, k the most for which fewer than k of n coin tosses show heads at most once in twenty.
-    Fewer than five values bound nothing.
+    The k-th smallest value, for the largest k such that fewer than k heads in n coin tosses have probability
+    of at most 0.05. None for fewer than five values.
     """
     n, chance, k = len(values), 0.0, 0
     while (chance := chance + math.comb(n, k) / 2**n) <= 0.05:
@@ -33,7 +33,7 @@ def lower_bound(values: Sequence[float]) -> float | None:
 
 
 def summary(trials: Sequence[Json], limit: Callable[[int], float]) -> Json:
-    """One engine's figures over its trials; `limit` is the ceiling at a context."""
+    """Statistics of one engine's trials; `limit(context)` is the ceiling in tokens per second."""
 
     def row(points: Sequence[Json]) -> Json:
         context: int = points[0]["context"]
@@ -54,7 +54,7 @@ def summary(trials: Sequence[Json], limit: Callable[[int], float]) -> Json:
 
 
 def ratios(ours: Sequence[Json], theirs: Sequence[Json]) -> list[Json]:
-    """Pair by pair, neighbours in time, above 1 where we are the faster ones."""
+    """Ratios of trials that ran next to each other, above 1 where this package is faster."""
 
     def compared(pairs: Sequence[float]) -> Json:
         return {**spread(pairs), "lower_95": lower_bound(pairs), "pairs": [*pairs]}

@@ -1,6 +1,6 @@
-"""The computer this runs on: its name, its cores, and how fast its memory hands over bytes.
+"""The computer this runs on: chip, cores, memory and its bandwidth.
 
-Asks the system and believes what it says; whatever does not answer is left out. Knows no models.
+Asks the system and trusts its answers; what fails is left out. Does not know models.
 """
 
 import os
@@ -20,9 +20,9 @@ CHIPS = (
     | {"M4": 120, "M4 Pro": 273, "M4 Max": 546}
     | {"M5": 153, "M5 Pro": 307, "M5 Max": 614}
 )
-"""Memory bandwidth as Apple states it, GB/s; `docs/benchmarks.md` says where each figure was read."""
+"""Memory bandwidth as stated by Apple, GB/s; sources are in `docs/benchmarks.md`."""
 SMALLER = {"M3 Max": 300, "M4 Max": 410, "M5 Max": 460}
-"""The same of their variants with fewer than 40 GPU cores."""
+"""The same for variants with fewer than 40 GPU cores."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +36,13 @@ class Computer:
 
     @property
     def name(self) -> str:
-        """For a file: chip and memory, nothing that says whose machine it is."""
-        words = f"{self.chip} {self.memory_bytes / 2**30:.0f}gb".lower()
-        return re.sub(r"[^a-z0-9]+", "-", words).strip("-")
+        """For a file name: chip and memory, nothing that identifies the owner."""
+        name = f"{self.chip} {self.memory_bytes / 2**30:.0f}gb".lower()
+        return re.sub(r"[^a-z0-9]+", "-", name).strip("-")
 
 
 def this_computer() -> Computer:
-    """This one, as far as it tells."""
+    """This computer, as far as the system tells."""
     mac = sys.platform == "darwin"
     return Computer(
         chip=(_sysctl("machdep.cpu.brand_string") if mac else _cpu_model()) or platform.machine(),
@@ -55,7 +55,7 @@ def this_computer() -> Computer:
 
 
 def bandwidth_of(computer: Computer) -> float | None:
-    """Bytes per second by the table, or None of a chip that is not in it (a virtual one, say)."""
+    """Bytes per second by the table; None for a chip that is not in it (a virtual one, say)."""
     found = re.fullmatch(r"Apple (M\d+(?: \w+)?)", computer.chip)
     if not found or found[1] not in CHIPS:
         return None
@@ -64,7 +64,7 @@ def bandwidth_of(computer: Computer) -> float | None:
 
 
 def measured_bandwidth(nbytes: int = 2**27) -> float:
-    """Bytes per second at which MLX sums (reads) or negates (reads and writes) an array, the better one."""
+    """Bytes per second at which MLX sums (reads) or negates (reads and writes) an array; the faster one."""
     import mlx.core as mx
 
     x = mx.ones(nbytes // 4)
@@ -86,7 +86,7 @@ def _mac_cores() -> dict[str, int]:
         if count.isdigit():
             cores[_sysctl(f"hw.perflevel{level}.name").lower() or f"level {level}"] = int(count)
     if gpu := re.search(
-        r'"sppci_cores"\s*:\s*"(\d+)"', _says("system_profiler", "SPDisplaysDataType", "-json")
+        r'"sppci_cores"\s*:\s*"(\d+)"', _output_of("system_profiler", "SPDisplaysDataType", "-json")
     ):
         cores["gpu"] = int(gpu[1])
     return cores
@@ -102,11 +102,11 @@ def _cpu_model() -> str:
 
 
 def _sysctl(name: str) -> str:
-    return _says("sysctl", "-n", name)
+    return _output_of("sysctl", "-n", name)
 
 
-def _says(*command: str) -> str:
-    """What a command prints; nothing, if it fails in any way."""
+def _output_of(*command: str) -> str:
+    """The output of a command; empty if it fails in any way."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)  # noqa: S603
     except (OSError, subprocess.SubprocessError, ValueError):

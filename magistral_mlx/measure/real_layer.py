@@ -1,7 +1,7 @@
-"""One layer of Magistral Small's size with random 4-bit weights: as `model` computes it, and spelled out.
+"""One layer of Magistral Small's size with random 4-bit weights: as `model` computes it, and a reference.
 
-The spelled-out one is the reference of `doctor`: float32, no fused kernel, no packed product, each weight
-unpacked block by block so that 0.3 GB of weights do not become 2 GB. Knows no files and no vocabulary.
+The reference, for `doctor`: float32, no fused kernel, no quantized product, weights dequantized block by
+block so that 0.3 GB of weights do not become 2 GB. Does not know files or a vocabulary.
 """
 
 import math
@@ -19,11 +19,11 @@ CONFIG = replace(MAGISTRAL, n_layers=1)
 SCHEME = Scheme(bits=4, group_size=64, mode="affine")
 _PATH = "model.layers.0"
 _BLOCK = 2048
-"""Rows that are unpacked at once: 256 MiB of the widest matrix."""
+"""Rows dequantized at once: 256 MiB of the widest matrix."""
 
 
 class RandomWeights:
-    """Where a layer takes its weights from: drawn by their names, the same each time."""
+    """Random weights seeded by their names: the same each time."""
 
     def __init__(self, dtype: mx.Dtype) -> None:
         self._dtype = dtype
@@ -33,7 +33,7 @@ class RandomWeights:
         rows, columns = self._shapes[path]
         key = mx.random.key(zlib.crc32(path.encode()))
         codes = mx.random.randint(-(2**31), 2**31 - 1, (rows, columns // 8), mx.int32, key=key)
-        # 16 steps around zero; together as wide as activations need to keep their size.
+        # 16 levels around zero with a variance of 1 / columns, so that activations keep their size.
         step = 1 / (4.6 * math.sqrt(columns))
         scales = mx.full((rows, columns // SCHEME.group_size), step, self._dtype)
         matrix = Matrix(weight=codes.view(mx.uint32), scales=scales, biases=-7.5 * scales, scheme=SCHEME)
@@ -45,12 +45,12 @@ class RandomWeights:
 
 
 def layer(weights: RandomWeights) -> Block:
-    """As the package computes it."""
+    """The layer of `model`."""
     return Block(CONFIG, weights, _PATH)
 
 
 def spelled_out(weights: RandomWeights, x: mx.array) -> mx.array:
-    """`(L, D)` float32 at positions 0 to L - 1 → `(L, D)`."""
+    """The reference: `(L, D)` float32 at positions 0 to L - 1 → `(L, D)`."""
     L, H, K, d = x.shape[0], CONFIG.n_heads, CONFIG.n_kv_heads, CONFIG.head_dim
 
     def times(name: str, x: mx.array) -> mx.array:
@@ -61,28 +61,28 @@ def spelled_out(weights: RandomWeights, x: mx.array) -> mx.array:
         return mx.concatenate(parts, axis=-1)
 
     def heads(name: str, count: int) -> mx.array:
-        return times(f"self_attn.{name}", _normed(x)).reshape(L, count, d).transpose(1, 0, 2)
+        return times(f"self_attn.{name}", _normalized(x)).reshape(L, count, d).transpose(1, 0, 2)
 
-    queries, keys, values = _turned(heads("q", H)), _turned(heads("k", K)), heads("v", K)
+    queries, keys, values = _rotated(heads("q", H)), _rotated(heads("k", K)), heads("v", K)
     keys, values = (mx.repeat(array, H // K, axis=0) for array in (keys, values))
     scores = queries @ keys.transpose(0, 2, 1) / math.sqrt(d) + mx.triu(mx.full((L, L), -mx.inf), k=1)
-    seen = (mx.softmax(scores, axis=-1) @ values).transpose(1, 0, 2).reshape(L, H * d)
-    x = x + times("self_attn.o", seen)
-    gate, up = times("mlp.gate", _normed(x)), times("mlp.up", _normed(x))
+    attended = (mx.softmax(scores, axis=-1) @ values).transpose(1, 0, 2).reshape(L, H * d)
+    x = x + times("self_attn.o", attended)
+    gate, up = times("mlp.gate", _normalized(x)), times("mlp.up", _normalized(x))
     return x + times("mlp.down", gate / (1 + mx.exp(-gate)) * up)
 
 
 def computed(weights: RandomWeights, x: mx.array) -> mx.array:
-    """What `layer` makes of the same `(L, D)`."""
+    """`layer` applied to the same `(L, D)`."""
     return layer(weights)(x[None], KVCache())[0]
 
 
-def _normed(x: mx.array) -> mx.array:
+def _normalized(x: mx.array) -> mx.array:
     return x / mx.sqrt(mx.mean(x * x, axis=-1, keepdims=True) + CONFIG.norm_eps)
 
 
-def _turned(x: mx.array) -> mx.array:
-    """`(H, L, d)` with each pair (i, i + d/2) turned by its position's angle."""
+def _rotated(x: mx.array) -> mx.array:
+    """RoPE: `(H, L, d)` with each pair (i, i + d/2) rotated by its position's angle."""
     half = x.shape[-1] // 2
     speeds = mx.exp(mx.arange(half) * (-math.log(CONFIG.rope_theta) / half))
     angles = mx.arange(x.shape[1])[:, None] * speeds

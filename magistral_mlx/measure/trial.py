@@ -1,10 +1,10 @@
-"""One trial: a model loaded, warmed up and timed in a process of its own, ours or mlx-lm's.
+"""One trial: load, warm up and time a model in a process of its own, with this package or with mlx-lm.
 
-Both ends of that process are here. `spawn` starts it (`python -m magistral_mlx.measure.trial`), hands it a
-job on standard input, and reads a line for each step that begins and a last one with the results, as JSON.
-So no two models are ever in memory together, and none runs on what another has left behind.
+Both ends of that process are here. `spawn` starts it (`python -m magistral_mlx.measure.trial`), writes the
+job to its standard input, and reads JSON lines: one as each step begins, and a last one with the results. So
+two models are never in memory together, and no trial depends on the state that another left.
 
-Does not know what jobs there are, nor their statistics (`bench`).
+Does not know which jobs to run (`bench`), nor statistics (`figures`).
 """
 # ruff: noqa: PLC0415 -- importing is part of what is measured
 
@@ -27,14 +27,14 @@ OURS, PEER = "magistral_mlx", "mlx-lm"
 QUESTION = "What is 48 + 37?"
 WARM_UP = 512
 _MARK = "@bench "
-"""Before a line that is ours; libraries write others."""
+"""Prefix of our lines; libraries print others."""
 
 _Generate: TypeAlias = Callable[[list[int], int], Generator[int, Any, None]]
-"""(prompt, limit) → ids, each when it is known."""
+"""(prompt, limit) → ids, each as soon as it is known."""
 
 
 def spawn(job: Json, begin: Callable[[str], None]) -> Json:
-    """Run one trial to its end, in a process of its own."""
+    """Run one trial to its end in a process of its own; `begin` is called as each step begins."""
     command = [sys.executable, "-m", "magistral_mlx.measure.trial"]
     last, noise = Json(), ""
     with subprocess.Popen(  # noqa: S603
@@ -48,7 +48,7 @@ def spawn(job: Json, begin: Callable[[str], None]) -> Json:
         assert process.stdin
         assert process.stdout
         try:
-            with suppress(BrokenPipeError):  # it died early; what it said last tells why
+            with suppress(BrokenPipeError):  # it exited early; its last output tells why
                 process.stdin.write(json.dumps(job))
                 process.stdin.close()
             for line in process.stdout:
@@ -74,7 +74,7 @@ def _trial(job: Json) -> Json:
 
 
 def _ours(job: Json) -> Json:
-    _tell(begins="load")
+    _report(begins="load")
     start = time.perf_counter()
     from magistral_mlx.chat import Magistral
     from magistral_mlx.decoder.engine import decode, prefill
@@ -100,8 +100,8 @@ def _ours(job: Json) -> Json:
 
 
 def _peers(job: Json) -> Json:
-    """mlx-lm as its own `stream_generate` runs it, with memory wired; its floats cast to our dtype."""
-    _tell(begins="load")
+    """mlx-lm, run as by its own `stream_generate`, with wired memory; weights cast to our dtype."""
+    _report(begins="load")
     start = time.perf_counter()
     import mlx.core as mx
 
@@ -136,13 +136,13 @@ def _points(job: Json, generate: _Generate) -> list[Json]:
         _point(generate, ids[-WARM_UP:], 8)
     points = list[Json]()
     for ids in job["prompts"]:
-        _tell(begins=f"a prompt of {len(ids)}")
+        _report(begins=f"a prompt of {len(ids)}")
         points.append(_point(generate, ids, job["tokens"]))
     return points
 
 
 def _point(generate: _Generate, ids: list[int], tokens: int) -> Json:
-    """Time to the first id, then `tokens` more; one is left unread, since the last may be cheaper."""
+    """Time to the first id, then of `tokens` more; the last id is not read, since it may be cheaper."""
     import mlx.core as mx
 
     mx.clear_cache()
@@ -164,10 +164,10 @@ def _point(generate: _Generate, ids: list[int], tokens: int) -> Json:
 
 
 def _reply(model: Any, max_tokens: int, *, speculate: bool = False) -> Json | None:
-    """One question answered as a user asks it, and where its tokens and seconds went."""
+    """A whole reply to one question, with its statistics; None if `max_tokens` is 0."""
     if not max_tokens:
         return None
-    _tell(begins="a whole reply, with speculation" if speculate else "a whole reply")
+    _report(begins="a whole reply, with speculation" if speculate else "a whole reply")
     model.ask(QUESTION, max_tokens=2, seed=0)
     start = time.perf_counter()
     reply = model.ask(QUESTION, max_tokens=max_tokens, seed=0, speculate=speculate)
@@ -176,12 +176,12 @@ def _reply(model: Any, max_tokens: int, *, speculate: bool = False) -> Json | No
         "decode_tokens_per_second": reply.stats.decode_tokens_per_second,
         "tokens_per_pass": reply.stats.tokens_per_pass,
     }
-    said = {"question": QUESTION, "answer": reply.answer, "finish_reason": reply.finish_reason}
-    return said | asdict(reply.stats) | rates | {"seconds": seconds}
+    outcome = {"question": QUESTION, "answer": reply.answer, "finish_reason": reply.finish_reason}
+    return outcome | asdict(reply.stats) | rates | {"seconds": seconds}
 
 
 def returned(steps: Generator[Any, Any, T]) -> T:
-    """What a generator returns, whatever it yields: the scores behind a prompt that is read by pieces."""
+    """Exhaust a generator and return its return value: the logits of `prefill`."""
     while True:
         try:
             next(steps)
@@ -189,14 +189,14 @@ def returned(steps: Generator[Any, Any, T]) -> T:
             return done.value
 
 
-def _tell(**line: Any) -> None:
+def _report(**line: Any) -> None:
     sys.stdout.write(_MARK + json.dumps(line) + "\n")
     sys.stdout.flush()
 
 
 if __name__ == "__main__":
     try:
-        _tell(**_trial(json.load(sys.stdin)))
+        _report(**_trial(json.load(sys.stdin)))
     except MagistralError as error:
-        _tell(error=str(error))
+        _report(error=str(error))
         sys.exit(1)

@@ -1,7 +1,7 @@
-"""Tool calls as a grammar, for answers that have to be calls, or may be one beside a schema.
+"""Tool calls as a grammar, for answers that must be calls, or may be calls instead of a schema's value.
 
-Writes the forms that `toolcalls` reads, in llguidance's Lark, with arguments by each function's own schema.
-Does not know phases (`constraint`) or who asks for a call (`tools`).
+Writes the formats that `toolcalls` parses, in llguidance's Lark, arguments by each function's schema.
+Does not know phases (`constraint`) or which calls are required (`tools`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,10 +11,10 @@ from magistral_mlx.text.tokenizer import Tokenizer
 
 from .grammar import LEAD, Grammar, json_rule
 
-MOST = 8
-"""Calls in a reply that is held to a grammar: one that may call on and on need not come to an end."""
+MAX_CALLS = 8
+"""Calls in a constrained reply: without a limit, a model may never stop calling."""
 
-_COMBINED = {"allOf", "anyOf", "oneOf", "$ref", "patternProperties", "additionalProperties"}
+_COMBINING = {"allOf", "anyOf", "oneOf", "$ref", "patternProperties", "additionalProperties"}
 
 
 def with_calls(
@@ -24,10 +24,10 @@ def with_calls(
     offered: Sequence[Mapping[str, Any]],
     forced: Sequence[Mapping[str, Any]],
 ) -> Grammar | None:
-    """What an answer is held to; None: it is free.
+    """The grammar of an answer that may contain calls; None: the answer is free.
 
-    grammar: what it is, if it is no call.
-    offered, forced: the tools that may be called, and those of which one has to be.
+    grammar: of an answer without calls.
+    offered, forced: the tools that may be called, and those of which at least one must be.
     """
     if forced:
         return Grammar.from_lark(f"start: LEAD? calls\n{LEAD}\n{_calls(forced, tokenizer)}")
@@ -43,7 +43,7 @@ def _calls(tools: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> str:
     call = f"call: {' | '.join(f'call_{at}' for at in range(len(functions)))}"
     arguments = [f"args_{at}: {json_rule(_closed(f['parameters']))}" for at, f in enumerate(functions)]
     if tokenizer.version == "v7":
-        calls = f'calls: {marker["[TOOL_CALLS]"]} "[" call (", " call){{0,{MOST - 1}}} "]"'
+        calls = f'calls: {marker["[TOOL_CALLS]"]} "[" call (", " call){{0,{MAX_CALLS - 1}}} "]"'
         each = [
             f'call_{at}: "{{\\"name\\": \\"{f["name"]}\\", \\"arguments\\": " args_{at} "}}"'
             for at, f in enumerate(functions)
@@ -54,11 +54,11 @@ def _calls(tools: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> str:
         f'call_{at}: {marker["[TOOL_CALLS]"]} "{f["name"]}" {own_id} {marker["[ARGS]"]} args_{at}'
         for at, f in enumerate(functions)
     ]
-    return "\n".join([f"calls: call{{1,{MOST}}}", call, *each, *arguments])
+    return "\n".join([f"calls: call{{1,{MAX_CALLS}}}", call, *each, *arguments])
 
 
 def _closed(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Without arguments that the function does not name, where its schema does not say."""
-    if not parameters or ("properties" in parameters and not _COMBINED & parameters.keys()):
+    """Forbid arguments that the function does not declare, unless its schema decides about them."""
+    if not parameters or ("properties" in parameters and not _COMBINING & parameters.keys()):
         return {"type": "object", "properties": {}, **parameters, "additionalProperties": False}
     return {**parameters}

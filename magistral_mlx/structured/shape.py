@@ -1,7 +1,7 @@
-"""A schema as users give it → a grammar for the answer's text, and a parser of that text.
+"""A user's schema → a grammar for the answer's text, and a parser of that text.
 
-Knows JSON, Pydantic and what may stand for `schema`. Does not know ids: `grammar` holds an answer to its
-shape, `constraint` says when.
+Knows JSON, Pydantic and the types that `schema` may have. Does not know ids: `grammar` masks them, and
+`constraint` decides when.
 """
 
 import json
@@ -19,13 +19,13 @@ Schema: TypeAlias = Mapping[str, Any] | Regex | type[Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """grammar: what its text follows. value: its text → what it says; ValueError where it does not."""
+    """grammar: that the text follows. value: parses the text; raises ValueError if it does not match."""
 
     grammar: Grammar
     value: Callable[[str], Any]
 
     def read(self, answer: str) -> Any:
-        """The value of a whole answer."""
+        """The value of a complete answer; raises `AnswerError`."""
         try:
             return self.value(answer)
         except (ValueError, RecursionError) as error:  # also what Pydantic and json raise
@@ -33,7 +33,7 @@ class Shape:
 
 
 def shape_of(schema: Schema) -> Shape:
-    """Whatever a user may give for `schema`."""
+    """The shape of whatever a user may pass as `schema`."""
     if isinstance(schema, Regex):
         return Shape(grammar=Grammar.from_regex(schema.pattern), value=str)
     if isinstance(schema, Mapping):
@@ -42,14 +42,14 @@ def shape_of(schema: Schema) -> Shape:
 
 
 def to_json(schema: Schema) -> dict[str, Any]:
-    """For a file. A type is only its JSON schema then."""
+    """The schema for a file. A type is reduced to its JSON schema."""
     if isinstance(schema, Regex):
         return {"regex": schema.pattern}
     return {"json": dict(schema) if isinstance(schema, Mapping) else _typed_schema(schema)[1]}
 
 
 def from_json(found: Mapping[str, Any]) -> Schema:
-    """What `to_json` wrote."""
+    """The schema that `to_json` wrote."""
     return Regex(found["regex"]) if "regex" in found else found["json"]
 
 
@@ -63,7 +63,7 @@ def _typed_schema(kind: type[Any]) -> tuple[Any, dict[str, Any]]:
     from pydantic.json_schema import GenerateJsonSchema  # noqa: PLC0415
 
     class Closed(GenerateJsonSchema):
-        """Without keys that the type does not have: they would be written, and then dropped."""
+        """Forbids keys that the type does not have: the model would write them, and Pydantic drop them."""
 
         def model_schema(self, schema: Any) -> dict[str, Any]:
             return {"additionalProperties": False, **super().model_schema(schema)}

@@ -234,7 +234,7 @@ class Member:
         assert self._on_step
         guide = self._on_step(token, cost)
         if token is not None:
-            self.generation.prefix.ids += [token, *(guide.said if guide else ())]
+            self.generation.prefix.ids += [token, *(guide.forced if guide else ())]
         if self._builder.finish_reason:
             self.leave()
         else:

@@ -176,7 +176,7 @@ class ReplyBuilder:
 
     def _guide(self, forced: list[int]) -> Guide | None:
         allowed = self._constraint.mask() if self._constraint else None
-        return Guide(said=forced, allowed=allowed) if forced or allowed is not None else None
+        return Guide(forced=forced, allowed=allowed) if forced or allowed is not None else None
 
     def _close_thinking(self) -> list[int]:
         """Say the closing tag in the model's place, unless the reply ends sooner than the tag would."""

@@ -1,4 +1,4 @@
-"""Several sequences a pass say what each says alone: whoever is in a pass, and whoever comes or leaves."""
+"""Batched decoding gives each sequence the ids it gets alone, whichever rows are in a pass, come or leave."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -39,7 +39,7 @@ def rows(L: int, seed: int, heads: int = K) -> mx.array:
     ids=["plain", "packed", "packed in part"],
 )
 def test_attention_side_by_side(new: Any):
-    """Each row sees its own past, through steps of any length, trims, and others coming and going."""
+    """Each row attends to its own past only, through steps of any length, trims, and changing batches."""
     caches, twins = [new() for _ in LENGTHS], [new() for _ in LENGTHS]
     for at, L in enumerate(LENGTHS):
         for cache in (caches[at], twins[at]):
@@ -73,7 +73,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @dataclass
 class Wish:
-    """A sequence to be said: what is sent in after so many ids drawn, and after how many in all it ends."""
+    """A sequence to decode. sent: guides by number of sampled ids; ends: ids in all after which it stops."""
 
     prompt: list[int]
     sampler: Sampler
@@ -91,7 +91,7 @@ class Wish:
 
 
 class Saying:
-    """Its ids as they come."""
+    """The ids of a `Wish` so far."""
 
     def __init__(self, wish: Wish) -> None:
         self.wish = wish
@@ -99,12 +99,12 @@ class Saying:
         self.drawn = self.steps = 0
 
     def hear(self, token: int) -> Guide | None:
-        """How it goes on; None: it has ended."""
+        """Add an id; returns the guide for the row, or None if the sequence has ended."""
         self.ids.append(token)
         self.drawn += 1
         how = guide(self.wish.sent, self.drawn)
         if len(self.ids) < min(self.wish.limit, self.wish.ends):
-            self.ids += how.said
+            self.ids += how.forced
         return how if len(self.ids) < self.wish.ends else None
 
 
@@ -117,7 +117,7 @@ def all_said(model: Any, wishes: Sequence[Wish]) -> list[list[int]]:
 
 
 def step(model: Any, going: Sequence[tuple[Saying, Row]]) -> list[tuple[Saying, Row]]:
-    """One step of each; returns who goes on."""
+    """One step of each row; returns those that have not ended."""
     feed(model, [row for _, row in going])
     drawn = [row.take(model) for _, row in going]
     told = [
@@ -129,7 +129,7 @@ def step(model: Any, going: Sequence[tuple[Saying, Row]]) -> list[tuple[Saying, 
 
 @pytest.mark.parametrize("sampling", KINDS, ids=["greedy", "sampled", "often unsettled", "penalty"])
 def test_eight_side_by_side_are_eight_alone(real: Any, sampling: Sampling, monkeypatch: pytest.MonkeyPatch):
-    """Prompts of all lengths, limits, ids sent in, ends: each as if there were no other."""
+    """Prompts of all lengths, limits, guides, ends: each row gets the ids it gets alone."""
     if sampling is NARROW:
         monkeypatch.setattr(sampling_module, "CANDIDATES", 1)
     limits = [14, 9, 20, 1, 14, 7, 12, 15]
@@ -159,7 +159,7 @@ wishes = st.builds(
 def test_whoever_comes_leaves_or_waits(
     real: Any, data: st.DataObject, coming: list[Wish], often_unsettled: bool
 ):
-    """At every step others take part; some come late, some sit out, and each says what it says alone."""
+    """Each step has other rows; some join late, some skip passes, and each gets the ids it gets alone."""
     with pytest.MonkeyPatch.context() as patch:
         if often_unsettled:
             patch.setattr(sampling_module, "CANDIDATES", 1)
@@ -176,14 +176,14 @@ def test_whoever_comes_leaves_or_waits(
                 how = Guide() if token is None else saying.hear(token)
                 if not row.go_on(how):
                     here.remove((saying, row))
-                else:  # what was handed out or said is held
+                else:  # the caches hold what was emitted or forced
                     saying.steps += 1
                     assert {cache.offset - len(saying.wish.prompt) for cache in row.caches} == {saying.steps}
         assert [saying.ids for saying in said] == expected
 
 
 class Watching:
-    """A model that notes what it is fed."""
+    """A model that records the shapes it is fed."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -209,7 +209,7 @@ def test_whoever_has_ended_leaves_and_no_pass_is_in_vain(real: Any):
     assert [len(ids) for ids in all_said(model, wishes)] == [5, 2, 7]
     prompts, steps = model.fed[:3], model.fed[3:]
     assert [L for _, L in prompts] == [8, 1, 40]
-    # One step ahead; nobody's last id is fed, unless it was not known to be the last.
+    # One step ahead; no row's last id is fed, unless it was not known to be the last.
     assert [B for B, _ in steps] == [3, 2, 2, 2, 1, 1, 1]
     model.fed.clear()
     all_said(model, greedy(4, 3))
@@ -223,7 +223,7 @@ def test_all_may_end_at_once(real: Any):
 
 
 def test_an_error_in_one_row_is_that_rows(real: Any):
-    """Numbers that fail for one sequence, as those behind a damaged row of an embedding would."""
+    """NaN for one sequence only, as after a damaged row of an embedding."""
 
     class Failing(Watching):
         def logits(self, h: mx.array) -> mx.array:
@@ -280,7 +280,7 @@ def test_those_who_sample_alike_are_drawn_at_once(real: Any, monkeypatch: pytest
 
 
 def test_ids_are_read_without_a_new_graph(real: Any, monkeypatch: pytest.MonkeyPatch):
-    """An array made behind the next pass would be there when that pass is: the device would stand still."""
+    """An array created after the next pass is dispatched would wait for it, and leave the device idle."""
     going = step(real, [(Saying(wish), wish.row(real)) for wish in greedy(9, 9, 9)])
     evaluated = list[str]()
     for name in ("eval", "async_eval"):

@@ -1,4 +1,4 @@
-"""A cache's past is what was fed, however it came in, was trimmed, or was forked."""
+"""A cache holds what was fed, however it was split, trimmed or forked."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -41,7 +41,7 @@ def past(cache: KVCache) -> list[np.ndarray]:
 def assert_same(
     found: tuple[mx.array, Sequence[KVCache]], expected: tuple[mx.array, Sequence[KVCache]]
 ) -> None:
-    """Logits and all that is cached, to float32's rounding (a chunk's shape picks another matmul)."""
+    """Logits and cache contents, to float32's rounding (another chunk shape selects another matmul)."""
     near(np.array(found[0]), np.array(expected[0]))
     for ours, theirs in zip(found[1], expected[1], strict=True):
         assert ours.offset == theirs.offset
@@ -107,7 +107,7 @@ def test_trimmed_below_the_boundary_and_grown_again(model: Transformer):
 
 @pytest.mark.parametrize("first", ["origin", "fork"])
 @pytest.mark.parametrize("evaluated", [True, False])
-@pytest.mark.parametrize("length", [7, STEP])  # room left to write into, and none
+@pytest.mark.parametrize("length", [7, STEP])  # with spare capacity, and without
 def test_a_fork_is_independent_both_ways(model: Transformer, first: str, evaluated: bool, length: int):
     origin = model.new_caches()
     feed(model, IDS[:length], origin)
@@ -141,13 +141,13 @@ def test_an_empty_cache_forks_and_counts():
     keys, values = twin.update(k, 2 * k)
     assert keys.shape == values.shape == (1, 2, 5, 4)
     assert (cache.offset, twin.offset) == (0, 5)
-    assert twin.nbytes == 2 * 2 * STEP * 4 * 4  # two arrays, two heads, one step of room, four float32
+    assert twin.nbytes == 2 * 2 * STEP * 4 * 4  # two arrays, two heads, one step of capacity, four float32
     assert values.tolist() == (2 * k).tolist()
 
 
 def test_room_is_taken_a_step_at_a_time():
     cache, sizes = KVCache(), list[int]()
-    for positions in (5, STEP - 5, 1, STEP - 1):  # a step filled to its end takes no more
+    for positions in (5, STEP - 5, 1, STEP - 1):  # filling a step to its end allocates no more
         k = mx.ones((1, 2, positions, 4))
         cache.update(k, k)
         sizes.append(cache.nbytes // (2 * 2 * 4 * 4))

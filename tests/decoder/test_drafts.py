@@ -1,4 +1,4 @@
-"""Who guesses: a look-up against a search through everything, a draft model against a fresh one."""
+"""Drafters: prompt look-up against a brute-force search, a draft model against a fresh one."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from magistral_mlx.decoder.drafts import BEHIND, SIZES, DraftModel, PromptLookup, Rate
+from magistral_mlx.decoder.drafts import MAX_LAG, SIZES, DraftModel, PromptLookup, Rate
 from magistral_mlx.decoder.engine import decode
 from magistral_mlx.decoder.prefix import Prefix
 from magistral_mlx.decoder.sampling import Sampler, Sampling
@@ -26,7 +26,7 @@ def guess(drafter: PromptLookup | DraftModel, most: int = 7) -> list[int] | None
 
 
 def searched(ids: Sequence[int], most: int) -> list[int] | None:
-    """The last place at which the longest run at the end stood before, by looking at every place."""
+    """The last index at which the longest n-gram at the end occurred before, by trying every index."""
     for size in SIZES:
         for place in range(len(ids) - 1, size - 1, -1):
             if list(ids[place - size : place]) == list(ids[-size:]):
@@ -61,7 +61,7 @@ def test_several_at_once_are_as_one_by_one(prompt: list[int], parts: list[list[i
 
 @given(prompt=FEW_IDS, unsaid=FEW_IDS, reply=FEW_IDS)
 def test_after_going_back_there_is_a_guess_still(prompt: list[int], unsaid: list[int], reply: list[int]):
-    """What was not said may be guessed, what was never there not."""
+    """Ids that were taken back may be drafted, ids that never occurred may not."""
     drafter = PromptLookup(prompt)
     drafter.extend(unsaid)
     drafter.rewind(len(unsaid))
@@ -88,10 +88,10 @@ def test_rates_follow_what_came_true():
 def test_a_rate_forgets():
     rate = Rate()
     for _ in range(200):
-        rate.saw(right=False)
+        rate.record(right=False)
     assert rate.value < 0.05
     for _ in range(40):
-        rate.saw(right=True)
+        rate.record(right=True)
     assert rate.value > 0.8
 
 
@@ -117,7 +117,7 @@ PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
     "sampling", [Sampling(), Sampling(temperature=0), Sampling(temperature=1.5, repetition_penalty=1.4)]
 )
 def test_it_guesses_what_it_would_say(real: Any, sampling: Sampling):
-    """Whatever of its guesses was said, all, some or none, and in whatever pieces."""
+    """Whether all, some or none of its drafts were accepted, and however the ids are split."""
     sampler, rng = Sampler(sampling, 5), np.random.default_rng(3)
     drafter, prefix = drafting(real, PROMPT, sampler)
     ids = [*PROMPT]
@@ -158,7 +158,7 @@ def test_it_knows_how_often_it_was_right(real: Any):
 
 def test_one_that_fell_too_far_behind_stays_there(real: Any):
     drafter, _ = drafting(real, PROMPT, Sampler(Sampling(), 0))
-    drafter.extend([1] * (BEHIND - 1))
+    drafter.extend([1] * (MAX_LAG - 1))
     assert drafter.chance() > 0
     drafter.extend([1])
     assert drafter.chance() == 0

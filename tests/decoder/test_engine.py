@@ -1,4 +1,4 @@
-"""Prefill and decode: which ids are fed and when, with a model that remembers its ids and with a real one."""
+"""Prefill and decode: which ids are fed and when, with a fake that records its ids and with a real model."""
 
 import math
 from collections import Counter
@@ -26,16 +26,16 @@ from tests.decoder.test_cache import feed
 
 V = 50
 NARROW = Sampling(temperature=3.0, top_p=0.1)
-"""Few ids are inside, and the noise seldom puts one of them first."""
+"""A nucleus of few ids, of which the noise seldom puts one first."""
 
 
 class Remembering:
-    """Enters by the model's door: caches hold the ids themselves, and logits depend on all of them."""
+    """A fake model: its caches hold the ids themselves, and its logits depend on all of them."""
 
     def __init__(self) -> None:
         rng = np.random.default_rng(0)
         self.table = mx.array(rng.normal(size=(97, V)).astype(np.float32) * 2)
-        self.calls = list[int]()  # positions fed by each
+        self.calls = list[int]()  # positions fed by each call
 
     def new_caches(self) -> list[KVCache]:
         return [KVCache(), KVCache()]
@@ -102,13 +102,13 @@ def test_what_is_fed_at_every_yield(sampling: Sampling, limit: int, monkeypatch:
     ids = list[int]()
     for token in decode(model, logits, caches, sampler=sampler, prompt=PROMPT, limit=limit):
         ids.append(token)
-        # Every id handed out is fed by then, except the last: nobody reads what would follow it.
+        # Every emitted id has been fed, except the last: the logits after it are not needed.
         fed = [*PROMPT, *ids] if len(ids) < limit else [*PROMPT, *ids[:-1]]
         for cache in caches:
             assert cache.offset == len(fed)
             assert remembered(cache) == fed
     assert len(ids) == limit
-    # One call for the prompt, one for each id but the last, and one again where what was fed was undone.
+    # One call for the prompt, one for each id but the last, and one more for each step that was undone.
     undone = len(model.calls) - limit
     assert sampler.settled - 1 <= undone <= sampler.settled  # the last one undoes nothing
     assert model.calls == [len(PROMPT)] + [1] * (limit - 1 + undone)
@@ -124,7 +124,7 @@ def test_no_pass_beyond_the_last_id_that_is_read():
         for _ in range(stop_after):
             next(ids)
         ids.close()
-        assert len(model.calls) == 1 + stop_after  # the last one was asked for before its id was known
+        assert len(model.calls) == 1 + stop_after  # the last one was dispatched before its id was known
         assert {cache.offset for cache in caches} == {len(PROMPT) + stop_after}
 
 
@@ -160,7 +160,7 @@ def test_decode_equals_always_sorting(seed: int, sampling: Sampling, candidates:
 def test_a_real_model_that_often_settles_by_sorting(real: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sampling_module, "CANDIDATES", 1)
     sampler = Counting(NARROW, seed=5)
-    # Begun short of a step of the cache, so that undone positions lie on both sides of its growth.
+    # Starts just below a step of the cache, so that undone positions lie on both sides of its growth.
     prompt = np.random.default_rng(2).integers(0, 320, size=246).tolist()
     logits, caches = start(real, prompt)
     found = list(decode(real, logits, caches, sampler=sampler, limit=20))
@@ -190,7 +190,7 @@ def test_the_same_seed_gives_the_same_ids_however_the_prompt_came_in(real: Any):
 
 
 def test_a_continued_sequence_goes_on_with_its_positions_noise(real: Any):
-    """Noise belongs to a position: stopping, and feeding what came so far as a prompt, changes nothing."""
+    """Noise belongs to a position: stopping, and continuing with the ids so far changes nothing."""
     sampler = Sampler(Sampling(), seed=7)
     logits, caches = start(real, PROMPT)
     whole = list(decode(real, logits, caches, sampler=sampler, limit=20))
@@ -244,7 +244,7 @@ def test_numbers_that_fail_in_mid_reply_are_refused(sampling: Sampling):
 
 
 def test_prefill_reads_one_position_of_logits():
-    """The head of the real model is 1.3 GB: it is never applied to positions that nobody reads."""
+    """The head of the real model is 1.3 GB: it is never applied to positions whose logits are not needed."""
 
     shapes = list[tuple[int, ...]]()
 
@@ -263,12 +263,12 @@ def test_prefill_reads_one_position_of_logits():
 
 
 Sent: TypeAlias = Mapping[int, list[int] | Guide]
-"""So many ids drawn → ids that are said then, or a whole guide."""
+"""Number of sampled ids → ids that are forced then, or a whole guide."""
 
 
 def guide(sent: Sent, drawn: int) -> Guide:
     found = sent.get(drawn, [])
-    return found if isinstance(found, Guide) else Guide(said=found)
+    return found if isinstance(found, Guide) else Guide(forced=found)
 
 
 def only(*ids: int) -> bytes:
@@ -279,7 +279,7 @@ def only(*ids: int) -> bytes:
 def say(
     model: Any, prompt: Sequence[int], sampler: Sampler, sent: Sent, limit: int
 ) -> tuple[list[int], list[KVCache]]:
-    """All ids of a reply that went on, after so many of its own, as `sent` says."""
+    """All ids of a reply to which the guides of `sent` are sent in, by number of sampled ids."""
     logits, caches = start(model, prompt)
     ids, drawn = list[int](), 0
     steps = decode(model, logits, caches, sampler=sampler, prompt=prompt, limit=limit)
@@ -292,11 +292,11 @@ def say(
         drawn += 1
         told = guide(sent, drawn)
         if len(ids) < limit:
-            ids += told.said
+            ids += told.forced
 
 
 def pieced(model: Any, prompt: Sequence[int], sampler: Sampler, sent: Sent, limit: int) -> list[int]:
-    """The same by the plain way: stop, and read everything again with the new ids behind it."""
+    """The same without guides: stop, and prefill everything again with the forced ids at the end."""
     ids, drawn, allowed = list[int](), 0, None
     for after in [*sorted(sent), limit]:
         wanted = min(after - drawn, limit - len(ids))
@@ -307,7 +307,7 @@ def pieced(model: Any, prompt: Sequence[int], sampler: Sampler, sent: Sent, limi
                 model, logits, caches, sampler=sampler, prompt=so_far, limit=wanted, allowed=allowed
             )
         drawn, told = after, guide(sent, after)
-        ids += told.said if len(ids) < limit else []
+        ids += told.forced if len(ids) < limit else []
         allowed = told.allowed or allowed
     return ids
 
@@ -317,7 +317,7 @@ FEW, ODD = only(4, 8, 15, 16, 23, 42), only(*range(1, V, 2))
 MASKS: list[Sent] = [
     {2: Guide(allowed=FEW)},
     {1: Guide(allowed=FEW), 2: Guide(allowed=ODD), 3: Guide(allowed=FEW), 9: Guide(allowed=b"\xff" * 40)},
-    {3: Guide(said=FORCED, allowed=FEW), 5: [5], 6: Guide(allowed=only(3))},
+    {3: Guide(forced=FORCED, allowed=FEW), 5: [5], 6: Guide(allowed=only(3))},
 ]
 
 
@@ -330,8 +330,8 @@ MASKS: list[Sent] = [
     "sent", [{1: FORCED}, {6: FORCED, 7: [5]}, {4: FORCED * 9, 12: FORCED}, {17: [1]}, *MASKS]
 )
 def test_guides_sent_in_are_as_if_read(real: Any, sampling: Sampling, sent: Sent):
-    """Caches, positions, noise and penalties: all as in a fresh run over prompt + said + sent."""
-    limit = 18 + sum(len(guide(sent, at).said) for at in sent)
+    """Caches, positions, noise and penalties: all as in a fresh run over prompt, sampled and forced ids."""
+    limit = 18 + sum(len(guide(sent, at).forced) for at in sent)
     found, caches = say(real, PROMPT, Sampler(sampling, 9), sent, limit)
     assert found == pieced(real, PROMPT, Sampler(sampling, 9), sent, limit)
     assert len(found) == limit
@@ -349,14 +349,14 @@ def test_guides_sent_in_are_as_if_read(real: Any, sampling: Sampling, sent: Sent
     sent=st.dictionaries(
         st.integers(1, 9),
         st.lists(st.integers(0, V - 1), min_size=1, max_size=6)
-        | st.builds(Guide, said=st.sampled_from([[], FORCED]), allowed=st.sampled_from([None, FEW, ODD])),
+        | st.builds(Guide, forced=st.sampled_from([[], FORCED]), allowed=st.sampled_from([None, FEW, ODD])),
         max_size=3,
     ),
     limit=st.integers(1, 20),
 )
 @settings(max_examples=20)
 def test_ids_sent_in_anywhere(seed: int, sampling: Sampling, sent: Sent, limit: int):
-    """Also at the last id, and more than is left: the limit counts them, and nothing is drawn after it."""
+    """Also at the last id, and beyond the limit: forced ids count, and nothing is sampled after the limit."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampling_module, "CANDIDATES", 1)
         found, _ = say(Remembering(), PROMPT, Sampler(sampling, seed), sent, limit)
@@ -366,7 +366,7 @@ def test_ids_sent_in_anywhere(seed: int, sampling: Sampling, sent: Sent, limit: 
 def test_ids_sent_in_cost_one_pass():
     model = Remembering()
     found, caches = say(model, PROMPT, Sampler(Sampling(temperature=0), 0), {3: FORCED}, 12)
-    # Three of its own, those sent in together, and all that follow but the last, which nobody reads on from.
+    # Three sampled ids, the forced ones together, and all that follow but the last, which is never fed.
     assert model.calls == [len(PROMPT), 1, 1, 1, len(FORCED), 1, 1, 1]
     assert remembered(caches[0]) == [*PROMPT, *found[:-1]]
 
@@ -388,7 +388,7 @@ def test_nothing_sent_in_is_nothing():
 
 
 def test_other_ids_cost_no_pass():
-    """What follows the id just drawn was computed already: it is only drawn from again."""
+    """The logits after the last id are there already: only the sampling is repeated."""
     model = Remembering()
     found, caches = say(model, PROMPT, Sampler(Sampling(), 3), MASKS[1], 12)
     assert model.calls == [len(PROMPT)] + [1] * 11
@@ -409,7 +409,7 @@ def test_no_id_is_drawn_that_is_not_allowed(sampling: Sampling, allowed: set[int
 
 
 def test_a_head_that_is_wider_than_the_vocabulary():
-    """Ids beyond the mask are allowed to nobody."""
+    """Ids beyond the mask are never allowed."""
     logits, caches = start(model := Remembering(), PROMPT)
     found = [*decode(model, logits, caches, sampler=Sampler(Sampling(), 1), limit=9, allowed=b"\xff\x01")]
     assert len(found) == 9
@@ -417,7 +417,7 @@ def test_a_head_that_is_wider_than_the_vocabulary():
 
 
 def test_a_masked_draw_is_one_from_the_nucleus_of_the_masked_logits():
-    """Against float64: the mass of the mask alone is shared out, and the nucleus is taken of it."""
+    """Against float64: the nucleus is taken from the softmax over the allowed ids only."""
     model, allowed, sampling = Remembering(), sorted(range(0, V, 4)), Sampling(temperature=1.3, top_p=0.8)
     logits, _ = start(model, PROMPT)
     scaled = np.full(V, -np.inf)

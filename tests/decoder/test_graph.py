@@ -1,4 +1,4 @@
-"""What a decode step asks of the device, counted against mlx-lm; and the arithmetic of the benchmarks."""
+"""Graph nodes of a decode step, counted against mlx-lm's; and the arithmetic of the benchmarks."""
 
 from collections import Counter
 

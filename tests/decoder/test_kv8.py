@@ -1,4 +1,4 @@
-"""The 8-bit cache: what was fed is its past, to what 8 bits hold; and how near its model's answers are."""
+"""The 8-bit cache: it holds what was fed, to the precision of 8 bits, and the model's outputs stay close."""
 
 import sys
 from collections.abc import Sequence
@@ -26,8 +26,8 @@ from demo_problems import held_out_problems
 CONFIG = replace(models.TINY, n_layers=2, dim=96, n_heads=4, n_kv_heads=2, hidden_dim=128)
 IDS = np.random.default_rng(2).integers(0, CONFIG.vocab_size, size=600).tolist()
 STEPS = 1.5 / 255
-"""Of a group's range: codes are half a step away from what they stand for, and as MLX shifts the scale until
-the larger end is exact, another step at the other end."""
+"""Tolerance relative to a group's range: codes are half a step off, and as MLX adjusts the scale so that the
+larger end is exact, another step at the other end."""
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def exact_attention(queries: np.ndarray, keys: np.ndarray, values: np.ndarray, s
 @pytest.mark.parametrize("L", [1, 2, FEW, FEW + 1, 40])
 @pytest.mark.parametrize(("H", "K"), [(4, 4), (8, 2)])
 def test_attention_is_that_over_the_unpacked_past(head_dim: int, L: int, H: int, K: int):
-    """However few or many the queries: packed product and unpacked past are one function."""
+    """For few and for many queries: the quantized product equals attention over the dequantized cache."""
     cache, before = QuantizedKVCache(head_dim), 270
     cache.update(some(2, K, before, head_dim, seed=1), some(2, K, before, head_dim, seed=2))
     queries, new = some(2, H, L, head_dim, seed=3), some(2, K, L, head_dim, seed=4)
@@ -82,8 +82,8 @@ def test_what_is_kept_is_what_was_fed_to_8_bits(head_dim: int):
 
 
 def close(found: mx.array, expected: mx.array, tolerance: float = 2e-3) -> None:
-    """Of the logits' scale. Where another split rounds otherwise, a number between two codes may fall the
-    other way; packing itself moves this model's logits by 1 to 5 %: its weights are random.
+    """Relative to the logits' scale. Another split rounds differently, and a number between two codes may get
+    the other one; quantizing itself changes this model's logits by 1 to 5 %: its weights are random.
     """
     a, b = np.array(found), np.array(expected)
     assert np.abs(a - b).max() <= tolerance * np.abs(b).max()
@@ -124,7 +124,7 @@ def test_trimmed_and_continued_equals_fresh(model: Transformer, kept: int, wrong
 @pytest.mark.parametrize("first", ["origin", "fork"])
 @pytest.mark.parametrize(("length", "after"), [(7, 0), (STEP, 0), (7, 12), (7, 100)])
 def test_a_fork_is_independent_both_ways(model: Transformer, first: str, length: int, after: int):
-    """Also when one side packs what both hold, and the other goes on unpacked."""
+    """Also when one side quantizes what both hold, and the other continues unquantized."""
     origin = model.new_caches(8, quantize_after=after)
     feed(model, IDS[:length], origin)
     twin = [cache.fork() for cache in origin]
@@ -147,7 +147,7 @@ def test_packing_begins_after_the_threshold(model: Transformer):
     assert [cache.nbytes for cache in later] == [cache.nbytes for cache in plain]
     feed(model, IDS[20:21], later)
     assert len(later[0].arrays()) == 6
-    trim_all(later, 15)  # and stays, when there is less again
+    trim_all(later, 15)  # it stays quantized when trimmed below the threshold
     close(feed(model, IDS[6:9], later), feed(model, IDS[:9], model.new_caches()), 0.1)
     assert len(later[0].arrays()) == 6
 
@@ -179,7 +179,7 @@ def test_what_cannot_be_packed_is_named(model: Transformer):
 def log_probabilities(
     model: Transformer, ids: Sequence[int], caches: Sequence[KVCache], read: int
 ) -> np.ndarray:
-    """Of what follows each of `ids[read - 1:]`, as in a reply: the prompt at once, then one by one."""
+    """After each of `ids[read - 1:]`, as in a reply: the prompt at once, then one by one."""
     rows = [feed(model, ids[:read], caches), *(feed(model, [token], caches) for token in ids[read:])]
     logits = np.array(mx.stack(rows), np.float64)
     logits -= logits.max(-1, keepdims=True)

@@ -1,4 +1,4 @@
-"""Log-probabilities against float64, and that each is of the id beside which it stands."""
+"""Log-probabilities against float64, and that each belongs to its id."""
 
 from typing import Any
 
@@ -43,7 +43,7 @@ def test_how_many_is_bounded(top: Any):
 
 
 def scored(model: Magistral, reply: Reply) -> list[TokenLogprob]:
-    """What a pass over the whole reply gives for each id, in float64."""
+    """The log-probabilities that one pass over the whole reply gives, in float64."""
 
     def logits() -> Any:
         ids, caches, rows = [*reply.prompt_ids, *reply.token_ids], model.transformer.new_caches(), list[Any]()
@@ -90,7 +90,7 @@ def forced(reply: Reply) -> range:
 @pytest.mark.parametrize("budget", [None, 12])
 @pytest.mark.parametrize("temperature", [0.7, 2.0])
 def test_of_a_stream(demo: Magistral, budget: int | None, temperature: float):
-    """Raw, whatever the temperature; None of what we said; in step with the ids of the events."""
+    """Unfiltered, whatever the temperature; None for forced ids; aligned with the ids of the events."""
     sampling, ids = Sampling(temperature=temperature), list[int]()
     with demo.stream(
         QUESTION, seed=3, logprobs=3, think_budget=budget, sampling=sampling, max_tokens=60
@@ -114,7 +114,7 @@ def test_of_a_batch(demo: Magistral):
 
 
 def test_of_a_constrained_reply(demo: Magistral):
-    """What the model thought, not what was left of it: an id may be said that it held for unlikely."""
+    """Of the unmasked distribution: a mask may force an id that the model finds unlikely."""
     schema = {"type": "string", "maxLength": 4}
     reply = demo.stream(QUESTION, seed=1, schema=schema, logprobs=3).drain()
     check(reply.logprobs, scored(demo, reply), range(0))

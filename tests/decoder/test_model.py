@@ -28,7 +28,7 @@ from tests.decoder.test_cache import feed
 from tests.tokenizers import tiny_tekken
 
 CLOSE = 1e-4
-"""Of the logits' scale: the bar for float32."""
+"""Tolerance for float32, relative to the logits' scale."""
 EVEN = replace(models.TINY, dim=256, n_layers=2, n_heads=6, n_kv_heads=2, head_dim=64, hidden_dim=384)
 """Every width divides by 128, so that every group size fits."""
 IDS = np.random.default_rng(5).integers(0, models.TINY.vocab_size, size=40).tolist()
@@ -52,10 +52,10 @@ def as_numpy(logits: mx.array) -> np.ndarray:
 
 
 def difference(found: np.ndarray, expected: np.ndarray) -> float:
-    """The largest, as a part of the largest logit."""
+    """The largest difference, relative to the largest logit."""
     assert found.shape == expected.shape
     assert np.isfinite(expected).all()
-    assert 0.5 < np.abs(expected).max() < 100  # neither dead nor exploded: else the bar means nothing
+    assert 0.5 < np.abs(expected).max() < 100  # neither vanished nor exploded, else this means nothing
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
@@ -82,12 +82,12 @@ def test_every_layout_equals_mlx_lm(name: str, tmp_path: Path):
 
 
 def test_greedy_sequences_equal_mlx_lm_for_200_tokens(tmp_path: Path):
-    # Of this seed no runner-up comes nearer than 6e-4 of the logits' scale: rounding changes no id.
+    # With this seed no runner-up is closer than 6e-4 of the logits' scale: rounding changes no id.
     hf, native = models.write_hf(tmp_path / "hf", seed=4), models.write_native(tmp_path / "native", seed=4)
     theirs, _ = load_model(hf)
     expected = [int(token) for token, _ in generate_step(mx.array(IDS), theirs, max_tokens=200)]
     assert len(expected) == 200
-    assert len(set(expected)) > 100  # no loop of a few ids, which any two models could share
+    assert len(set(expected)) > 100  # not a loop of a few ids, which any two models could share
     for path in (hf, native):
         assert greedy(load(open_checkpoint(path), mx.float32), IDS, 200) == expected
 
@@ -209,7 +209,7 @@ def test_a_recipe_with_overrides_that_we_wrote(even_native: Path, tmp_path: Path
 
 
 def test_a_width_that_no_group_divides_stays_as_it_is(tmp_path: Path):
-    """192 columns, groups of 128: only some matrices are quantized, and both readers know which."""
+    """192 columns, groups of 128: only some matrices are quantized, and both libraries know which."""
     source = models.write_native(tmp_path / "native")
     quantize(source, tmp_path / "out", Scheme(bits=4, group_size=128))
     opened = open_checkpoint(tmp_path / "out")
@@ -271,8 +271,8 @@ def test_a_quantized_mistral3_with_overrides(even: Path, tmp_path: Path):
 
 @pytest.mark.parametrize(("dtype", "step"), [(mx.bfloat16, 2**-8), (mx.float16, 2**-11)])
 def test_16_bit_is_near_to_float32(dtype: mx.Dtype, step: float, tmp_path: Path):
-    """Errors of a step per rounding add up over three layers to 8 steps (root mean square over all logits);
-    16 are allowed. mlx-lm, which rounds at the same places, is as far away.
+    """Rounding errors add up over three layers to 8 steps (root mean square over all logits); 16 are allowed.
+    mlx-lm, which rounds at the same points, is as far off.
     """
     path = models.write_hf(tmp_path)
     exact, ours16, theirs16 = ours(path), ours(path, dtype=dtype), mlx_lms(path, dtype=dtype)
@@ -295,7 +295,7 @@ def test_16_bit_weights_load_in_any_dtype(stored: mx.Dtype, tmp_path: Path):
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
 def test_a_quantized_embedding_hands_on_the_models_dtype(dtype: mx.Dtype, even: Path, tmp_path: Path):
-    """Float modes dequantize to bfloat16 whatever is around them; with float16 that would make float32."""
+    """Float modes always dequantize to bfloat16; together with float16 that would give float32."""
     quantize(even, tmp_path / "out", Scheme.of_mode("mxfp4"))
     model = load(open_checkpoint(tmp_path / "out"), dtype)
     caches = model.new_caches()
@@ -312,7 +312,7 @@ def test_a_batch_equals_its_rows(tmp_path: Path):
 
 
 def test_the_last_position_alone_is_the_same(tmp_path):
-    """Of the top layer nothing else is computed, but its keys and values; also behind what is cached."""
+    """The top layer computes nothing else but its keys and values; also with a filled cache."""
     model = load(open_checkpoint(models.write_hf(tmp_path / "hf")), mx.float32)
     ids = mx.array([list(range(3, 60))])
     whole, alone = model.new_caches(), model.new_caches()

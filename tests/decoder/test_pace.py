@@ -1,4 +1,4 @@
-"""How many drafts pay: against the definition, with seconds that a test makes up."""
+"""How many drafts pay off: against the definition, with seconds that the tests make up."""
 
 import math
 
@@ -6,20 +6,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from magistral_mlx.decoder.pace import ALLOWED, FORGET, MOST, REPAID, REST, SURE, WORTH, Pace
+from magistral_mlx.decoder.pace import EXPIRY, LOSS_DECAY, MAX_LOSS, MIN_PLAIN, MIN_SPEEDUP, MOST, PAUSE, Pace
 
 
 def measured(costs: dict[int, float]) -> Pace:
-    """A pace that has seen passes of these costs, often enough."""
+    """A pace with enough passes of these costs recorded."""
     pace = Pace()
-    for _ in range(SURE + 1):
+    for _ in range(MIN_PLAIN + 1):
         for drafts, seconds in costs.items():
-            pace.took(drafts, seconds, math.ceil(seconds / costs[0]))  # so that nothing was lost by it
+            pace.record(drafts, seconds, math.ceil(seconds / costs[0]))  # enough ids to lose nothing
     return pace
 
 
 def speed(chance: float, k: int, seconds: float) -> float:
-    """Ids a second by enumeration: `at` guesses right and the next one wrong, or all right."""
+    """Ids per second by enumeration: `at` drafts accepted and the next one rejected, or all accepted."""
     wrong = sum((at + 1) * chance**at * (1 - chance) for at in range(k))
     return (wrong + (k + 1) * chance**k) / seconds
 
@@ -36,9 +36,9 @@ def test_the_quickest_of_what_was_measured(costs: list[float], chance: float, mo
     speeds = {k: speed(chance, k, all_costs[k]) for k in range(min(most, MOST) + 1)}
     if chosen:
         assert speeds[chosen] >= max(speeds.values()) * (1 - 1e-9)
-        assert speeds[chosen] > WORTH * speeds[0]
+        assert speeds[chosen] > MIN_SPEEDUP * speeds[0]
     else:
-        assert max(speeds.values()) <= WORTH * speeds[0] * (1 + 1e-9)
+        assert max(speeds.values()) <= MIN_SPEEDUP * speeds[0] * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("chance", [0.3, 0.6, 0.9, 1.0])
@@ -56,10 +56,10 @@ def test_on_where_rows_cost_nothing():
 
 def test_nothing_is_tried_before_a_plain_pass_is_known():
     pace = Pace()
-    for _ in range(SURE):
-        pace.took(0, 1.0)  # the first is not counted: it may have compiled kernels
+    for _ in range(MIN_PLAIN):
+        pace.record(0, 1.0)  # the first is not counted: it may compile kernels
         assert pace.best(1.0) == 0
-    pace.took(0, 1.0)
+    pace.record(0, 1.0)
     assert pace.best(1.0) > 0
 
 
@@ -69,62 +69,62 @@ def test_unmeasured_counts_are_tried_little_by_little_and_only_where_guesses_are
     tried = list[int]()
     while not tried or tried[-1] < MOST:
         tried.append(pace.best(0.95))
-        pace.took(tried[-1], 1.05, tried[-1])
+        pace.record(tried[-1], 1.05, tried[-1])
     assert tried == [2, 2, 4, 4, 7]
 
 
 def test_one_slow_try_is_enough_to_stop():
     pace = measured({0: 1.0})
-    pace.took(2, 4.0)
+    pace.record(2, 4.0)
     assert pace.best(0.95) == 2  # compiling, perhaps
-    pace.took(2, 3.0)
+    pace.record(2, 3.0)
     assert pace.best(0.95) == 0
 
 
 def test_what_is_old_is_measured_anew():
     pace = measured({0: 1.0, 1: 3.0, 2: 4.0})
-    for _ in range(FORGET + 1):
+    for _ in range(EXPIRY + 1):
         assert pace.best(1.0) == 0
-        pace.took(0, 1.0)
-    assert pace.best(1.0) == 2  # it may be quicker now
-    for _ in range(FORGET + 1):
-        pace.took(2, 1.1, 2)
+        pace.record(0, 1.0)
+    assert pace.best(1.0) == 2  # it may be faster now
+    for _ in range(EXPIRY + 1):
+        pace.record(2, 1.1, 2)
     assert pace.best(1.0) == 0  # and this needs a plain pass to compare with
 
 
 def test_what_drafting_may_lose_is_bounded_whatever_the_estimates_say():
-    """Guesses that are never right and said to be nearly sure, passes that cost more than was measured."""
+    """Drafts that are rated nearly certain and never right, passes that cost more than was measured."""
     pace, seconds, passes = measured({0: 1.0, 1: 1.1, 2: 1.2}), 0.0, 20_000
     for _ in range(passes):
         drafts = pace.best(0.99)
         took = 1.0 + 1.5 * drafts
-        pace.took(drafts, took, 1)
+        pace.record(drafts, took, 1)
         seconds += took
-    assert 0 < seconds - passes <= REPAID * seconds + ALLOWED + 1.5 * MOST
+    assert 0 < seconds - passes <= LOSS_DECAY * seconds + MAX_LOSS + 1.5 * MOST
 
 
 def test_a_loss_is_forgiven():
     pace = measured({0: 1.0, 1: 1.1})
     assert pace.best(0.95) > 0
-    pace.took(2, ALLOWED + 3.0, 1)
+    pace.record(2, MAX_LOSS + 3.0, 1)
     assert pace.best(0.95) == 0
     while not pace.best(0.95):
-        pace.took(0, 1.0)
+        pace.record(0, 1.0)
 
 
 def test_what_a_pass_behind_drafts_costs_more_is_lost_by_them():
     pace = measured({0: 1.0, 1: 1.1})
     for _ in range(20):
-        pace.took(0, 1.5, steady=False)
+        pace.record(0, 1.5, steady=False)
     assert pace.best(0.95) == 0
     assert pace._plain == 1.0
 
 
 def test_a_model_whose_drafts_never_pay_rests_and_looks_again():
     pace = measured({k: k + 1.0 for k in range(MOST + 1)})
-    assert [pace.pays() for _ in range(REST)] == [False] * REST
-    assert pace.pays()  # nothing is known any more
-    for _ in range(SURE):
-        pace.took(0, 1.0)
-    assert pace.pays()  # and sure guesses may be cheap now
+    assert [pace.pays() for _ in range(PAUSE)] == [False] * PAUSE
+    assert pace.pays()  # all measurements are dropped
+    for _ in range(MIN_PLAIN):
+        pace.record(0, 1.0)
+    assert pace.pays()  # and certain drafts may pay now
     assert pace.best(1.0) > 0

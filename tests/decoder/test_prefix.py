@@ -1,6 +1,6 @@
-"""What was read before and is not read again changes nothing but the time it takes.
+"""Prefix reuse changes nothing but the time.
 
-Against a fresh run, always: logits where caches are at hand, ids where a reply is.
+Always against a fresh run: logits where the caches are accessible, ids where there is a reply.
 """
 
 import asyncio
@@ -42,7 +42,7 @@ WORDS = ("one", "two,", "three", "48 + 37", "그리고", "then?", "x = 3.14")
 
 
 def magistral(directory: Path, tokenizer: Tokenizer) -> Magistral:
-    """Random weights of two layers behind the real doors; it never says a control token of itself."""
+    """A real `Magistral` with random weights of two layers; it never samples a control token."""
     config = replace(
         models.TINY,
         vocab_size=tokenizer.vocab_size,
@@ -85,7 +85,7 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> Transformer:
 
 
 def read(model: Transformer, prefix: Prefix, prompt: Sequence[int]) -> mx.array:
-    """The last logits of `prompt`, of which no more is fed than the prefix has not read."""
+    """The last logits of `prompt`, feeding only what the prefix does not hold."""
     before = prefix.rewind(prompt)
     assert 0 <= before < len(prompt)
     assert {cache.offset for cache in prefix.caches} == {before}
@@ -113,8 +113,8 @@ IDS = np.random.default_rng(5).integers(0, 320, size=300).tolist()
         (IDS[:61], 60),
         (IDS[:25], 24),  # shorter
         (IDS[:1], 0),
-        ([IDS[0] ^ 1, *IDS[1:60]], 0),  # another from the first on
-        ([*IDS[:30], IDS[30] ^ 1, *IDS[31:300]], 30),  # and over a step of the cache
+        ([IDS[0] ^ 1, *IDS[1:60]], 0),  # different from the first id on
+        ([*IDS[:30], IDS[30] ^ 1, *IDS[31:300]], 30),  # beyond a step of the cache
         ([*IDS[:59], IDS[59] ^ 1], 59),
     ],
 )
@@ -129,7 +129,7 @@ def test_only_what_differs_is_read(bare: Transformer, second: list[int], reused:
 @given(st.data())
 @settings(max_examples=25)
 def test_any_run_of_prompts_and_forks(bare: Transformer, data: st.DataObject):
-    """Each prompt parts from the one before anywhere; what is read is exactly what is not common."""
+    """Each prompt differs from the previous one somewhere; exactly what is not common is fed."""
     prefixes = [Prefix(bare.new_caches())]
     prompts: list[list[int]] = [[]]
     for _ in range(data.draw(st.integers(2, 5), label="turns")):
@@ -144,7 +144,7 @@ def test_any_run_of_prompts_and_forks(bare: Transformer, data: st.DataObject):
         assert_fresh(bare, read(bare, prefixes[at], prompt), prompt)
         prompts[at] = prompt
     for prefix, prompt in zip(prefixes, prompts, strict=True):
-        if prompt:  # what others wrote since has not reached it
+        if prompt:  # it does not see what others wrote since
             assert_fresh(bare, read(bare, prefix, [*prompt, 7]), [*prompt, 7])
 
 
@@ -161,7 +161,7 @@ def test_a_prompt_read_in_part_counts_in_part(bare: Transformer):
 def test_layers_that_an_error_left_apart(bare: Transformer):
     prefix = Prefix(bare.new_caches())
     read(bare, prefix, IDS[:40])
-    bare.blocks[0](mx.zeros((1, 3, bare.config.dim)), prefix.caches[0])  # the first layer got further
+    bare.blocks[0](mx.zeros((1, 3, bare.config.dim)), prefix.caches[0])  # the first layer is ahead
     assert_fresh(bare, read(bare, prefix, IDS[:50]), IDS[:50])
 
 
@@ -169,7 +169,7 @@ def test_layers_that_an_error_left_apart(bare: Transformer):
 
 
 def assert_as_fresh(model: Magistral, reply: Reply, **options: Any) -> None:
-    """The reply's prompt again, with nothing read before."""
+    """The reply equals one to its prompt without a prefix."""
     stream = model.stream_ids(reply.prompt_ids, seed=reply.seed, **options)
     for _ in stream:
         pass
@@ -178,7 +178,7 @@ def assert_as_fresh(model: Magistral, reply: Reply, **options: Any) -> None:
 
 
 def talk_on(model: Magistral, talk: Conversation, turns: int, **options: Any) -> list[Reply]:
-    """Turns that each read no more than they must, and say what a fresh run would."""
+    """Turns that each prefill no more than necessary, and give the ids of a fresh run."""
     draw, replies = random.Random(turns), list[Reply]()
     encode = model.tokenizer.encode
     for turn in range(turns):
@@ -212,7 +212,7 @@ def test_turns_of_the_demo(demo: Magistral, keep: bool):
 @pytest.mark.parametrize("version", ["v11", "v13"])
 @pytest.mark.parametrize("keep", [True, False])
 def test_ten_turns_with_reasoning(tiny_tokenizer: Open, keep: bool, version: str):
-    """Dropped reasoning is behind the place to which the cache goes back; kept reasoning is read already."""
+    """Dropped reasoning lies after the point to which the cache is trimmed; kept reasoning is cached."""
     tokenizer = tiny_tokenizer(version)
     thought = "and so on " * 6
     said = tokenizer.encode(f"<think>\n{thought}\n</think>\n한 answer.")
@@ -288,7 +288,7 @@ def test_forks_go_on_both_ways(tiny: Magistral, first: int):
 def test_a_fork_waits_for_the_step_that_a_closed_stream_left(
     tiny: Magistral, monkeypatch: pytest.MonkeyPatch
 ):
-    """In mid-step the layers have read unequal numbers of ids: no fork may be taken there."""
+    """In mid-step the layers hold unequal numbers of ids: no fork may be taken then."""
     talk = begin(tiny, "one")
     stream = talk.stream("two")
     list(islice(stream, 2))
@@ -309,7 +309,7 @@ def test_a_fork_waits_for_the_step_that_a_closed_stream_left(
         forks: list[Conversation] = []
         forking = threading.Thread(target=lambda: forks.append(talk.fork()))
         forking.start()
-        forking.join(0.2)  # it would be done by then, if it did not wait
+        forking.join(0.2)  # it would have finished by now if it did not wait
         go_on.set()
         forking.join()
     prefix = forks[0]._prefix
@@ -321,7 +321,7 @@ def test_a_fork_waits_for_the_step_that_a_closed_stream_left(
 
 
 def test_two_streams_of_one_conversation(tiny: Magistral):
-    """The second has nothing to reuse while the first is open; each says what it would alone."""
+    """The second has nothing to reuse while the first is open; each gives the ids it gives alone."""
     talk = begin(tiny, "one")
     streams = [talk.stream("two"), talk.stream("three")]
     left = list(streams)
@@ -352,7 +352,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("seconds", [0.0, 0.002, 0.01])
 def test_closed_while_the_prompt_is_read(tiny: Magistral, seconds: float):
-    """From another thread, wherever that finds it."""
+    """From another thread, at any point."""
     talk = begin(tiny, "one")
     stream = talk.stream("word " * 80, max_tokens=1)
     threading.Timer(seconds, stream.close).start()
@@ -363,7 +363,7 @@ def test_closed_while_the_prompt_is_read(tiny: Magistral, seconds: float):
 
 @pytest.mark.usefixtures("small_chunks")
 def test_closed_after_some_of_the_prompt(tiny: Magistral):
-    """Step by step: what was read by then is not read again."""
+    """Step by step: what was prefilled by then is not prefilled again."""
     talk = begin(tiny, "one")
     before = 0
     for steps in (1, 3, 6):
@@ -423,7 +423,7 @@ class ConsumerError(Exception):
 
 
 def end_somehow(talk: Conversation, way: str, at: int, draw: random.Random) -> None:
-    """A stream that does not come to its end."""
+    """A stream that ends early in one of several ways."""
     stream = talk.stream("word " * draw.randrange(1, 12))
     if way == "abandon":
         list(islice(stream, at))
@@ -459,7 +459,7 @@ def end_somehow(talk: Conversation, way: str, at: int, draw: random.Random) -> N
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("points", [30, pytest.param(200, marks=pytest.mark.slow)])
 def test_ended_at_random_points(tiny: Magistral, points: int):
-    """However a stream ends, its memory comes back, and what is said next is right."""
+    """However a stream ends, its memory is released, and the next reply is right."""
     draw = random.Random(points)
     expected = tiny.ask("and now?", **OPTIONS).token_ids
     gc.collect()
@@ -489,7 +489,7 @@ def test_ended_at_random_points(tiny: Magistral, points: int):
 
 
 def test_ten_threads_take_fair_turns(tiny_tokenizer: Open):
-    """When the first has done, everybody else has had half of theirs."""
+    """When the first one is done, every other one has at least half of its ids."""
     with scripted(tiny_tokenizer("v11"), "a" * 40, step_seconds=0.002) as model:
         counts, at_first_end = [0] * 10, list[int]()
         together = threading.Barrier(10)
@@ -525,7 +525,7 @@ def test_in_a_running_event_loop(tiny: Magistral):
                 async for _ in inner:
                     pass
                 assert inner.reply.token_ids == alone.token_ids[:3]
-        plain = tiny.ask("one", **options)  # blocks the loop, and must not need it
+        plain = tiny.ask("one", **options)  # blocks the event loop, and must not need it
         return [await blocking, outer.reply, plain]
 
     assert [reply.token_ids for reply in asyncio.run(main())] == [alone.token_ids] * 3

@@ -1,4 +1,4 @@
-"""What is kept of earlier prompts: who gets it, what it costs, what goes first."""
+"""The pool of prefixes: which one a prompt gets, the memory they take, and eviction."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,7 +15,7 @@ ROOM = 2 * 2 * 256 * 32 * 4  # keys and values, two heads, 256 positions of 32 n
 
 
 def read(prefix: Prefix, ids: Sequence[int]) -> Prefix:
-    """Read the rest of `ids` behind what is there, as a generation would."""
+    """Prefill the rest of `ids` behind the prefix, as a generation would."""
     rest = list(ids)[prefix.rewind(ids) :]
     numbers = mx.array(rest, mx.float32).reshape(1, 1, -1, 1)
     part = mx.broadcast_to(numbers, (1, 2, len(rest), 32))
@@ -71,7 +71,7 @@ def test_those_who_share_leave_it_for_others():
 
 
 def test_another_conversation_with_the_same_beginning_is_forked():
-    """And neither spoils the other."""
+    """And neither affects the other."""
     pool = kept()
     first = [1, 2, *range(10, 30)]
     pool.put(read(pool.take([0]), first), 100)

@@ -16,11 +16,11 @@ from magistral_mlx.decoder.sampling import UNSETTLED, Sampler, Sampling, noise_k
 from magistral_mlx.errors import SamplingError
 
 MARGIN = 1e-5
-"""float32 cannot tell which side of the edge of a nucleus an id is on when it is nearer than this."""
+"""Nearer to the edge of a nucleus than this, float32 cannot tell on which side an id is."""
 
 
 class Given(Sampler):
-    """A sampler whose noise is handed in, so that a test decides which id comes first."""
+    """A sampler with given noise, so that a test decides which id comes first."""
 
     def __init__(self, sampling: Sampling, noise: mx.array) -> None:
         super().__init__(sampling, seed=0)
@@ -40,7 +40,7 @@ class Verdict:
 
 
 def reference(sampling: Sampling, logits: np.ndarray, seen: np.ndarray | None = None) -> Verdict:
-    """The nucleus in float64, from its definition; and again with every edge moved a little either way."""
+    """The nucleus in float64, from its definition; also with every edge moved slightly either way."""
     x = logits.astype(np.float64)
     if seen is not None:
         penalised = np.where(x > 0, x / sampling.repetition_penalty, x * sampling.repetition_penalty)
@@ -60,13 +60,13 @@ def _inside(sampling: Sampling, x: np.ndarray, p: np.ndarray, sign: int) -> np.n
     falling = -x[down]
     tolerance = 5e-7 * np.abs(np.where(np.isfinite(x), x, 0))
     count = np.searchsorted(falling, -x, side="left")
-    if sign < 0:  # near ties count as above; equals never do
+    if sign < 0:  # near ties count as above; exact ties never do
         equals = np.searchsorted(falling, -x, side="right") - count
         count = np.maximum(np.searchsorted(falling, -x + tolerance, side="right") - equals, count)
     elif sign > 0:
         count = np.minimum(np.searchsorted(falling, -x - tolerance, side="left"), count)
     above = np.concatenate([[0.0], np.cumsum(p[down])])[count]
-    # The likeliest has nothing above it, and no rounding puts anything there.
+    # Nothing is above the likeliest, whatever the rounding.
     inside = (above < sampling.top_p + sign * MARGIN) | ((count == 0) & (sign >= 0))
     if sampling.top_p == 1:
         inside = np.ones_like(inside)
@@ -127,7 +127,7 @@ def members(sampling: Sampling, logits: np.ndarray, seen: mx.array | None, ids: 
         drawn.append(steered.draw(x, 0, seen))
         settled.append(steered.settle(x, 0, seen))
     found = np.array(mx.stack(drawn))
-    masked = np.isneginf(logits[ids])  # no noise brings these forward: another id comes out
+    masked = np.isneginf(logits[ids])  # no noise can put these first: another id is drawn
     assert (masked | (found == ids) | (found == UNSETTLED)).all()
     np.testing.assert_array_equal(found == ids, np.array(mx.stack(settled)) == ids)
     return found == ids
@@ -205,7 +205,7 @@ def test_top_p_is_taken_after_the_temperature():
 
 @pytest.mark.parametrize("candidates", [1, 4])
 def test_draw_equals_settle(candidates: int, monkeypatch: pytest.MonkeyPatch):
-    """Real noise: a draw that finds its id without sorting finds the one that sorting would."""
+    """Real noise: a draw that succeeds without sorting gives the id that sorting gives."""
     monkeypatch.setattr(sampling_module, "CANDIDATES", candidates)
     rng = np.random.default_rng(candidates)
     drawn, settled = list[mx.array](), list[mx.array]()
@@ -216,7 +216,7 @@ def test_draw_equals_settle(candidates: int, monkeypatch: pytest.MonkeyPatch):
     pairs = list(zip(np.array(mx.stack(drawn)), np.array(mx.stack(settled)), strict=True))
     unsettled = sum(a == UNSETTLED for a, _ in pairs)
     assert all(a in (b, UNSETTLED) for a, b in pairs)
-    # The narrow nuclei did make it give up; four different candidates give up less than one.
+    # Narrow nuclei did leave draws unsettled; with four candidates fewer than with one.
     assert unsettled > 30 if candidates == 1 else unsettled < 25
 
 
@@ -246,7 +246,7 @@ def test_frequencies_pass_a_chi_square_test(name: str):
 
 
 def draws(sampling: Sampling, n: int) -> np.ndarray:
-    """`n` draws at positions 0, 1, …, settled where need be."""
+    """`n` draws at positions 0, 1, …, settled where necessary."""
     sampler, x, seen = Sampler(sampling, seed=19), mx.array(LOGITS), mx.array(SEEN)
     found = np.array(mx.stack([sampler.draw(x, position, seen) for position in range(n)]))
     for position in np.flatnonzero(found == UNSETTLED).tolist():
@@ -334,7 +334,7 @@ def test_the_same_seed_gives_the_same_ids_in_a_new_process():
 
 
 def test_a_seed_means_the_same_in_every_version():
-    """Recorded: whoever kept a seed gets the answer again. A change here belongs in the changelog."""
+    """Recorded: a saved seed must give the same answer again. A change here belongs in the changelog."""
     assert noise_key(7, 3).tolist() == KEY
     noise = Sampler(Sampling(), 7)._noise(3, (3,))
     np.testing.assert_allclose(np.array(noise), NOISE, rtol=1e-4)

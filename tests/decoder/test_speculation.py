@@ -1,4 +1,4 @@
-"""Speculation changes when ids come, never which: against the plain loop, whatever is guessed."""
+"""Speculation changes when ids come, never which: against the plain loop, whatever is drafted."""
 
 import math
 import sys
@@ -54,25 +54,25 @@ class Schedule(Pace):
 
 
 class Knowing:
-    """Guesses what will be said, and errs at times: each guess is right with a chance."""
+    """Drafts the true ids, each with probability `right`, otherwise a wrong one."""
 
     def __init__(self, truth: Sequence[int], right: float, seed: int = 0) -> None:
         self.truth = truth
         self.right = right
-        self.said = list[int]()
+        self.ids = list[int]()
         self.rng = np.random.default_rng(seed)
 
     def extend(self, ids: Sequence[int]) -> None:
-        self.said += ids
+        self.ids += ids
 
     def rewind(self, n: int) -> None:
-        del self.said[len(self.said) - n :]
+        del self.ids[len(self.ids) - n :]
 
     def chance(self) -> float:
         return 0.5
 
     def propose(self, most: int) -> mx.array | None:
-        follows = [*self.truth[len(self.said) :], *[0] * most][:most]
+        follows = [*self.truth[len(self.ids) :], *[0] * most][:most]
         return mx.array([id_ if self.rng.random() < self.right else (id_ + 1) % V for id_ in follows])
 
 
@@ -85,7 +85,7 @@ def say(
     *,
     check: Callable[[list[int], list[KVCache]], None] = lambda *_: None,
 ) -> tuple[list[int], list[KVCache]]:
-    """All ids of a reply in which, after so many of its own, those of `sent` were said in its place."""
+    """All ids of a reply in which those of `sent` are forced, by number of sampled ids."""
     logits, caches = start(model, PROMPT)
     ids, drawn, guide = list[int](), 0, None
     steps = decode(model, logits, caches, sampler=sampler, prompt=PROMPT, limit=limit)
@@ -97,7 +97,7 @@ def say(
         check(ids, caches)
         drawn += 1
         forced = (sent or {}).get(drawn, [])
-        guide = Guide(said=forced) if forced else None
+        guide = Guide(forced=forced) if forced else None
         if len(ids) < limit:
             ids += forced
 
@@ -134,10 +134,10 @@ def test_the_same_ids_whatever_is_guessed_when(  # noqa: PLR0917 -- hypothesis p
     sent: dict[int, list[int]],
     limit: int,
 ):
-    """Also where ids are sent in amid a draft, or the limit is in one; and the caches hold what was said."""
+    """Also if ids are forced or the limit is reached amid a draft; and the caches hold the ids so far."""
 
     def check(ids: list[int], caches: list[KVCache]) -> None:
-        assert drafter.said[: len(ids)] == ids
+        assert drafter.ids[: len(ids)] == ids
         for cache in caches:
             said = [*PROMPT, *ids][: cache.offset]
             assert remembered(cache)[: len(said)] == said
@@ -164,7 +164,7 @@ def test_the_same_ids_whatever_is_guessed_when(  # noqa: PLR0917 -- hypothesis p
 )
 @settings(max_examples=10)
 def test_the_same_ids_however_the_clock_goes(ticks: list[float], seed: int, period: int):
-    """The real pace, by a clock that a test makes up; its look-ups find much in a prompt that repeats."""
+    """The real pace with a made-up clock; look-ups find many matches in a repetitive reply."""
     at, steps = 0.0, cycle(ticks)
 
     def clock() -> float:
@@ -181,7 +181,7 @@ def test_the_same_ids_however_the_clock_goes(ticks: list[float], seed: int, peri
 
 
 class Periodic(Remembering):
-    """Likes to say again what it said so many ids before."""
+    """Tends to repeat the id `period` positions before."""
 
     def __init__(self, period: int) -> None:
         super().__init__()
@@ -207,7 +207,7 @@ def test_passes_when_every_guess_is_right():
     model.calls.clear()
     found, caches = say(speculation.decode, model, Sampler(GREEDY, 0), 22)
     assert found == expected
-    # The first id is the prompt's; then five a pass, as long as there is room for five.
+    # The first id follows the prompt; then five per pass, as long as the limit allows five.
     assert model.calls == [len(PROMPT), 5, 5, 5, 5, 1]
     assert speculation.passes == 6
     assert remembered(caches[0]) == [*PROMPT, *found[:-1]]
@@ -223,7 +223,7 @@ def test_passes_when_every_guess_is_wrong():
 
 
 def test_without_guesses_it_is_one_step_ahead():
-    """The same calls as the plain loop, at the same time: each id is fed before it is handed out."""
+    """The same calls as the plain loop at the same time: each id is fed before it is emitted."""
     plain, ours = Remembering(), Remembering()
 
     def ahead(ids: list[int], caches: list[KVCache]) -> None:
@@ -238,7 +238,7 @@ def test_without_guesses_it_is_one_step_ahead():
 
 @pytest.mark.parametrize("sent_after", range(1, 8))
 def test_ids_sent_in_amid_a_draft(sent_after: int):
-    """What was guessed beyond them is forgotten; one pass feeds them."""
+    """Drafts beyond them are dropped; one pass feeds the forced ids."""
     expected, _ = say(decode, Remembering(), Sampler(GREEDY, 0), 16, {sent_after: FORCED})
     model = Remembering()
     found, caches = say(
@@ -276,7 +276,7 @@ def test_numbers_that_fail_amid_a_draft_are_refused(sampling: Sampling, at: int)
 
 @pytest.mark.parametrize("kind", ["likeliest", "random"])
 def test_what_is_said_is_distributed_as_the_nucleus(kind: str):
-    """Against frequencies in float64, with a guesser that would like it otherwise."""
+    """Against frequencies in float64, with a drafter that is biased."""
     rng = np.random.default_rng(1)
     scores = rng.normal(size=24).astype(np.float32) * 1.5
     sampling = Sampling(temperature=0.9, top_p=0.8)
@@ -316,7 +316,7 @@ def test_what_is_said_is_distributed_as_the_nucleus(kind: str):
 
 
 def test_caches_side_by_side_trim_as_well(tmp_path: Path):
-    """Several replies are written without speculation, but nothing in their caches stands in its way."""
+    """Batched replies are decoded without speculation, but their caches would allow it."""
     model = load(open_checkpoint(models.write_hf(tmp_path)), mx.float32)
     rows = [start(model, PROMPT[:length])[1] for length in (3, 5, 8)]
     fed = mx.array([[5, 6, 7, 8]] * 3)
@@ -331,7 +331,7 @@ def test_caches_side_by_side_trim_as_well(tmp_path: Path):
 
 
 class Costing:
-    """Says a given text, and moves a clock by what its passes are made to cost."""
+    """Generates a given text, and advances a clock by the assumed cost of each pass."""
 
     def __init__(self, prompt: Sequence[int], text: Sequence[int], each_row: float) -> None:
         self.ids = mx.array([*prompt, *text, 0])
@@ -364,7 +364,7 @@ TEXTS = {
 @pytest.mark.parametrize("each_row", [0.0, 0.3, 0.7, 1.0, 3.0])
 @pytest.mark.parametrize("text", TEXTS)
 def test_it_costs_next_to_nothing_where_it_does_not_pay(text: str, each_row: float):
-    """By a clock of the test's own: no reply takes a twentieth longer; copies are quick where rows are."""
+    """With a made-up clock: no reply takes 5 % longer; copied text is fast if extra rows are cheap."""
     prompt, said = TEXTS[text]
     model = Costing(prompt, said, each_row)
     caches = model.new_caches()
@@ -384,7 +384,7 @@ def test_it_costs_next_to_nothing_where_it_does_not_pay(text: str, each_row: flo
 
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Draft wherever there is a guess, whatever it costs on this machine."""
+    """Draft whenever the drafter can, whatever it costs on this machine."""
     monkeypatch.setattr(pace.Pace, "best", lambda _, chance, most: min(most, 5) if chance else 0)
 
 
@@ -395,14 +395,14 @@ def demo() -> Iterator[Magistral]:
 
 
 def asked_again(model: Magistral, question: str, **options: Any) -> list[int]:
-    """A prompt in which the question was asked and answered before: much of the reply is in it."""
+    """A prompt that already contains the question and its answer, so much of the reply."""
     talk = model.conversation(keep_thinking=True, **options)
     talk.ask(question)
     return talk._prompt(question, talk.options)
 
 
 def same_ids(model: Magistral, prompts: Sequence[Sequence[int]], **options: Any) -> tuple[int, int]:
-    """Each prompt at temperatures 0 and 0.7, with and without; returns tokens and passes."""
+    """Each prompt at temperatures 0 and 0.7, with and without speculation; returns tokens and passes."""
     tokens = passes = 0
     for seed, prompt in enumerate(prompts):
         for temperature in (0.0, 0.7):
@@ -506,7 +506,7 @@ def test_thinking_that_is_stopped_amid_a_draft(demo: Magistral, prompt: list[int
 @pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("kv_bits", [None, 8])
 def test_what_was_read_is_right_after_speculation(demo: Magistral, prompt: list[int], kv_bits: int | None):
-    """Ended, or cancelled amid a draft: the logits behind what was said are those of a fresh run."""
+    """Finished, or cancelled amid a draft: the logits after the ids so far are those of a fresh run."""
     for ids_until in (None, 9, 11):
         held = demo.new_prefix(kv_bits)
         with demo.stream_ids(prompt, prefix=held, seed=3, speculate=True, max_tokens=50) as stream:
@@ -525,7 +525,7 @@ def test_what_was_read_is_right_after_speculation(demo: Magistral, prompt: list[
 def after(
     demo: Magistral, held: prefix.Prefix | None, ids: list[int], kv_bits: int | None = None
 ) -> np.ndarray:
-    """The logits behind `ids`, reading what `held` lacks of them."""
+    """The logits after `ids`, prefilling what `held` lacks."""
     model, held = demo.transformer, held or demo.new_prefix(kv_bits)
     common = held.rewind(ids)
     assert len(ids) - common <= 5 or common == 0
@@ -577,7 +577,7 @@ def four_bit(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.usefixtures("always")
 def test_a_draft_model_that_is_the_model_itself(demo: Magistral):
-    """Drawn with the same noise, each of its guesses is right."""
+    """Sampled with the same noise, all of its drafts are right."""
     with Magistral.load("demo", draft_model="demo") as model:
         for seed, sampling in enumerate((GREEDY, Sampling())):
             prompt = model.encode("What is 48 + 37?")
@@ -589,7 +589,7 @@ def test_a_draft_model_that_is_the_model_itself(demo: Magistral):
 
 @pytest.mark.usefixtures("always")
 def test_a_draft_model_of_fewer_bits(demo: Magistral, four_bit: Path):
-    """A conversation: what the draft model has read stays read, too."""
+    """A conversation: the draft model's prefix is reused too."""
     with Magistral.load("demo", draft_model=four_bit) as model:
         talk, twin = model.conversation(seed=5), demo.conversation(seed=5)
         for text in ("What is 48 + 37?", "Now add 12 to that."):

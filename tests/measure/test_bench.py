@@ -111,7 +111,7 @@ def test_a_mac_by_what_its_tools_say(monkeypatch: pytest.MonkeyPatch):
         "-json": '{"SPDisplaysDataType": [{"sppci_cores" : "40"}]}',
     }
     monkeypatch.setattr(machine.sys, "platform", "darwin")
-    monkeypatch.setattr(machine, "_says", lambda *command: said.get(command[-1], ""))
+    monkeypatch.setattr(machine, "_output_of", lambda *command: said.get(command[-1], ""))
     found = machine.this_computer()
     assert found.chip == "Apple M4 Max"
     assert found.cores == {"performance": 12, "efficiency": 4, "gpu": 40}

@@ -1,4 +1,4 @@
-"""The doctor, well and ill: every check must be able to fail, by a fault in what it checks."""
+"""The doctor: every check passes on a sound machine, and fails by a fault in what it checks."""
 
 import getpass
 import json

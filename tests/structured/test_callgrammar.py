@@ -1,4 +1,4 @@
-"""Calls that have to be made: whatever the logits say, they are calls of the tools that were offered."""
+"""Forced tool calls: whatever the logits, the reply has calls of offered tools."""
 
 import json
 from collections.abc import Callable
@@ -30,7 +30,7 @@ BOUND = [{"name": "weather", "parameters": PLACE}, {"name": "time-in_2", "parame
 
 
 class Noise(Script):
-    """Opens its reasoning, maybe, and from then on has other logits for each id."""
+    """Follows the script, then has random logits, different at each position."""
 
     def logits(self, h: mx.array) -> mx.array:
         said = int(h[0, -1, 0].item())
@@ -81,7 +81,7 @@ def check(name: str, arguments: Any, choice: str) -> None:
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("before", ["", "<think>Hm", "<think>Hm</thi", "<think>Hm.\n</think>\n\n"])
 def test_what_the_model_would_have_called(tiny_tokenizer: Open, version: str, before: str):
-    """A call that it makes itself goes through as it is, from any place."""
+    """A call that the model makes by itself, at any point of the reply, is not changed."""
     tokenizer = tiny_tokenizer(version)
     if tokenizer.think_ids:
         before = before.replace("<think>", "[THINK]").replace("</think>", "[/THINK]")
@@ -101,7 +101,7 @@ def test_what_the_model_would_have_called(tiny_tokenizer: Open, version: str, be
 
 
 def test_a_schema_beside_tools(tiny_tokenizer: Open):
-    """Either a call or an answer of its kind."""
+    """Either a call or an answer of the schema."""
     tokenizer, schema = tiny_tokenizer("v11"), {"enum": ["sunny", "rainy"]}
     for said, calls in ((f"[TOOL_CALLS]weather[ARGS]{PARIS}", 1), ('"rainy"', 0)):
         with scripted(tokenizer, ids_of(tokenizer, f"<think>Hm</think>\n\n{said}")) as model:

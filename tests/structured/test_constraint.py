@@ -1,4 +1,4 @@
-"""A grammar for the answer alone: where it begins, whatever the reasoning before it looks like."""
+"""A grammar for the answer only: it applies from the answer's first byte, whatever the reasoning."""
 
 import json
 import random
@@ -41,7 +41,7 @@ def full(full_tokenizer: Open) -> Vocabulary:
 
 
 class Writing:
-    """What `reply.ReplyBuilder` does with the two: each id to both, masks remembered."""
+    """Passes ids to transcript and constraint as `reply.ReplyBuilder` does, and keeps the current mask."""
 
     def __init__(self, constraint: Constraint, tokenizer: Tokenizer) -> None:
         self.constraint, self.tokenizer = constraint, tokenizer
@@ -74,7 +74,7 @@ class Writing:
 
 
 def cut(tokenizer: Tokenizer, text: str, draw: random.Random) -> list[int]:
-    """The ids of a text, as the tokenizer cuts it or in pieces of any size."""
+    """The ids of a text, as the tokenizer encodes it or in pieces of any size."""
     ids = list[int]()
     while text:
         size = draw.choice([1, 3, 20, 200])
@@ -99,7 +99,7 @@ THOUGHTS = [
 def test_any_reply_ends_in_an_answer_of_its_kind(
     vocabulary: Callable[[str], Vocabulary], version: str, think: bool
 ):
-    """A model that says what it likes where it may, and else anything that is allowed."""
+    """A model that follows a given text where the mask allows it, and otherwise takes any allowed id."""
     words = vocabulary(version)
     tokenizer = words.tokenizer
     tags = tokenizer.think_ids
@@ -127,7 +127,7 @@ def test_any_reply_ends_in_an_answer_of_its_kind(
 
 
 def said(constraint: Constraint, ids: list[int]) -> set[int]:
-    """What may come after `ids`."""
+    """The ids that are allowed after `ids`."""
     constraint.mask()
     for token in ids:
         constraint.accept(token)
@@ -140,7 +140,7 @@ def spelled(tokenizer: Tokenizer, piece: bytes) -> int:
 
 
 def test_an_id_that_closes_and_begins_the_answer(full: Vocabulary):
-    """`>The` ends the tag and begins an answer that no grammar saw: only where it may begin so."""
+    """`>The` ends the tag and begins the answer: allowed only if the grammar accepts `The`."""
     tokenizer = full.tokenizer
     half = [*tokenizer.encode(f"{OPEN}\nso 85\n</"), *tokenizer.encode("think")]
     straddling = {piece: i for i, piece in enumerate(tokenizer.pieces) if piece and piece.startswith(b">")}
@@ -162,8 +162,8 @@ def test_an_id_that_closes_and_begins_the_answer(full: Vocabulary):
 
 
 def test_reasoning_is_free_but_has_to_end(full: Vocabulary):
-    """Half a tag that turns out to be none forbids nothing; the end of text waits for the answer, and so does
-    a call of tools.
+    """Half a tag that turns out to be none forbids nothing; the end of text and tool calls must wait for the
+    answer.
     """
     constraint, tokenizer = Constraint(JSON, full), full.tokenizer
     free = set(range(CONTROLS, 131072))

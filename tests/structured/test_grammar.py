@@ -1,4 +1,4 @@
-"""Which ids a grammar lets through: walks at random through its masks, judged by jsonschema and by `re`."""
+"""Which ids a grammar allows: random walks through its masks, validated by jsonschema and by `re`."""
 
 import json
 import random
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from magistral_mlx import SchemaError
 from magistral_mlx.structured import grammar as grammar_module
-from magistral_mlx.structured.grammar import LARGEST, Grammar, Matcher, Vocabulary
+from magistral_mlx.structured.grammar import MAX_CHARACTERS, Grammar, Matcher, Vocabulary
 from magistral_mlx.text.tokenizer import Tokenizer
 from tests.schemas import schema
 
@@ -37,7 +37,7 @@ def ids_of(mask: int) -> list[int]:
 
 
 def walk(matcher: Matcher, vocabulary: Vocabulary, draw: random.Random, most: int) -> str:
-    """A text of ids drawn evenly from those allowed; at most so many, or it fails."""
+    """A text of ids sampled uniformly from those allowed; fails if it is longer than the limit."""
     said = list[int]()
     for _ in range(most):
         token = draw.choice(ids_of(matcher.mask()))
@@ -49,7 +49,7 @@ def walk(matcher: Matcher, vocabulary: Vocabulary, draw: random.Random, most: in
 
 
 def follows(matcher: Matcher, text: str) -> bool:
-    """Whether all of the text is let through, and may end there."""
+    """Whether the whole text is allowed, and may end there."""
     matcher.reset()
     if not matcher.would_accept(text.encode()):
         return False
@@ -202,7 +202,7 @@ HOSTILE: list[dict[str, Any]] = [
     cyclic(),
     nested(200),
     nested(20_000),
-    {"enum": ["x" * LARGEST]},
+    {"enum": ["x" * MAX_CHARACTERS]},
     {"type": "string", "default": object()},
     {"type": "number", "maximum": float("nan")},
     {"allOf": [{"anyOf": [{"pattern": f"a{{0,{i * j}}}"} for i in range(9)]} for j in range(9)]},
@@ -216,7 +216,7 @@ def test_hostile_schemas_are_refused(tiny: Vocabulary, wanted: dict[str, Any]):
         Matcher(Grammar.from_schema(wanted), tiny)
 
 
-@pytest.mark.parametrize("pattern", ["a" * (LARGEST + 1), 7])
+@pytest.mark.parametrize("pattern", ["a" * (MAX_CHARACTERS + 1), 7])
 def test_patterns_that_are_none_or_too_large_are_refused(pattern: str):
     with pytest.raises(SchemaError):
         Grammar.from_regex(pattern)

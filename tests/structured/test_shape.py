@@ -1,4 +1,4 @@
-"""What may stand for `schema`, and the values that answers then are."""
+"""The types that `schema` may have, and the values that answers are parsed to."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -66,7 +66,7 @@ def test_json_that_python_refuses(deep: str):
 
 
 def test_types_are_closed_unless_they_say_otherwise():
-    """Keys that Pydantic would drop are not asked for."""
+    """Keys that Pydantic would drop are not allowed."""
 
     class Open(BaseModel):
         model_config = ConfigDict(extra="allow")

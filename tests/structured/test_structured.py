@@ -1,4 +1,4 @@
-"""Structured answers as a user has them: on the demo model, and on logits that mean nothing."""
+"""Structured answers through the public interface: with the demo model, and with random logits."""
 
 import json
 import random
@@ -34,7 +34,7 @@ class Sum(BaseModel):
 
 
 class Noise(Script):
-    """Logits that mean nothing, other ones at each position."""
+    """Random logits, different at each position."""
 
     def __init__(self, tokenizer: Tokenizer, seed: int) -> None:
         super().__init__([], tokenizer, 0.0)
@@ -61,7 +61,7 @@ def demo() -> Iterator[Magistral]:
 
 
 def check_valid(model: Magistral, seed: int) -> None:
-    """A schema drawn at random, an answer to it that is cut off by nothing."""
+    """An answer to a random schema, not cut off, is valid."""
     draw = random.Random(seed)
     wanted, longest = schema(draw)
     reply = model.stream(
@@ -167,7 +167,7 @@ def test_an_answer_that_is_cut_off(demo: Magistral, limit: int):
     reply = demo.stream(QUESTION, schema=Sum, seed=7, max_tokens=limit).drain()
     assert reply.finish_reason == "length"
     assert raised.value.answer == reply.answer
-    assert len(demo.ask(QUESTION, n=2, schema=Sum, seed=7, max_tokens=limit)) == 2  # told by `parsed` only
+    assert len(demo.ask(QUESTION, n=2, schema=Sum, seed=7, max_tokens=limit)) == 2  # only `parsed` raises
 
 
 def test_an_answer_that_is_stopped(demo: Magistral):
@@ -188,7 +188,7 @@ def test_mistakes_are_told_before_anything_is_read(demo: Magistral):
 
 
 def test_a_model_that_closes_with_a_word_of_its_own(full_tokenizer: Callable[[str], Tokenizer]):
-    """`>The` would begin the answer; the next likeliest end of the tag is said instead."""
+    """`>The` would begin the answer; the next likeliest end of the tag is sampled instead."""
     tokenizer = full_tokenizer("v11")
     ids = tokenizer.encode("<think>\nso 85\n</think>The sum is 85")
     assert ">The" in map(tokenizer.decode, ([i] for i in ids))

@@ -261,11 +261,11 @@ class Model:
         yield None
         for token in self.thought:
             if sent := (yield token):
-                self.sent.append(list(sent.said))
+                self.sent.append(list(sent.forced))
                 break
         for token in (*(self.answer if self.sent else self.own), EOS):
             if sent := (yield token):
-                self.sent.append(list(sent.said))
+                self.sent.append(list(sent.forced))
 
 
 def open_stream(
