@@ -93,7 +93,7 @@ _LATE = {
 
 
 def __getattr__(name: str) -> Any:
-    """Names that need mlx, looked up when they are first used (PEP 562)."""
+    """Import the names of `_LATE` when they are first used (PEP 562)."""
     if name not in _LATE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_LATE[name]}", __name__), name)
