@@ -1,4 +1,4 @@
-"""When reasoning is closed early: its budget is spent, it repeats itself without end, or a user asks for it.
+"""When to close the reasoning early: its budget is spent, it repeats itself without end, or the user asks.
 
 It may still finish its line or sentence, within a small grace, so that the answer can build on it. Knows
 counts and the state of a transcript; not how the tag is inserted (`transcript`) or fed (`engine`).
@@ -10,16 +10,16 @@ from .thinking import CLOSE
 from .transcript import Transcript
 
 GRACE = 32
-"""Tokens that the reasoning may go on for, looking for the end of a line or sentence."""
+"""Tokens that the reasoning may still take to reach the end of a line or sentence."""
 
 TEAR = len(CLOSE) - 1
-"""Further tokens, in which half a closing tag or half a character may be completed."""
+"""Further tokens, in which a partial closing tag or character may be completed."""
 
 
 class Closing:
-    """Asked once per id. `budget`: tokens of thinking, None for no limit; `ask` may come from any thread.
+    """Call `due` once per id, and `ask` from any thread. budget: tokens of thinking, None for no limit.
 
-    Reasoning that has begun is at most `max(budget, 1) + GRACE + TEAR` tokens long, and the closing tag.
+    Reasoning that has begun is at most `max(budget, 1) + GRACE + TEAR` tokens long, plus the closing tag.
     """
 
     def __init__(self, budget: int | None = None) -> None:

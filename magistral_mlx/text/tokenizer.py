@@ -1,7 +1,7 @@
-"""Messages → ids and ids → text, with mistral_common behind one door.
+"""Messages → token ids and ids → text, by mistral_common.
 
-Knows mistral_common: its requests, its errors, its control tokens. Every id of a prompt comes from it;
-nothing here spells a template. Does not know phases (`thinking`), events (`transcript`) or arrays.
+Knows mistral_common: its requests, its errors, its control tokens. Every id of a prompt comes from it; no
+chat template is written out here. Does not know phases (`thinking`), events (`transcript`) or arrays.
 
 mistral_common is imported when the first tokenizer is opened: it takes about a second.
 """
@@ -24,10 +24,10 @@ from .toolcalls import Marker
 from .tools import Tools, read_tools
 
 VERSIONS = ("v7", "v11", "v13")
-"""Those with a system prompt between control tokens, as Magistral's template has it."""
+"""Tokenizer versions whose template has a system prompt between control tokens, as Magistral's does."""
 
 ORIGINAL = "mistralai/Magistral-Small-2506"
-"""The repository that has these files, on the Hub."""
+"""A repository on the Hub that has these files."""
 
 _Content: TypeAlias = str | list[dict[str, str]]
 
@@ -45,7 +45,7 @@ class Tokenizer:
     call_markers: dict[int, Marker]
     """The control tokens of tool calls, by id."""
     system_prompt: str = field(repr=False)
-    _mistral: Any = field(repr=False)  # a MistralTokenizer: generic in seven unknowns, so untyped here
+    _mistral: Any = field(repr=False)  # a MistralTokenizer: it has seven type parameters, so untyped
 
     @classmethod
     def from_directory(cls, directory: Path | str) -> Self:
@@ -63,7 +63,7 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: Path | str, *, system_prompt: str | None = None) -> Self:
-        """Open a `tekken.json`. Without a system prompt, the text on the model's card is used."""
+        """Open a `tekken.json`. Without a system prompt, that of the model card is used."""
         mistral = _open(Path(path))
         tekken = mistral.instruct_tokenizer.tokenizer
         version = str(tekken.version.value)
@@ -92,7 +92,7 @@ class Tokenizer:
         """The ids of plain text: no begin or end of text, and no string in it becomes a control token.
 
         Raises:
-            PromptError: text that is none, or with white space beyond measure.
+            PromptError: not a string of Unicode text, or too long a run of white space.
         """
         text = check_text(text, "the text", may_be_blank=True)
         try:
@@ -121,16 +121,16 @@ class Tokenizer:
 
         The checkpoint's system prompt, which makes the model think, comes first; `system` is placed before
         it, and `think=False` leaves it out. A system message in `messages` replaces all of that, verbatim.
-        Reasoning before the last question is dropped unless `keep_thinking`, and with it a reply that came no
-        further. What tools can do is said where the template of this version wants it.
+        Reasoning before the last question is dropped unless `keep_thinking`, and with it a reply that has
+        nothing else. Tool definitions are placed where the template of this version has them.
 
         Raises:
-            PromptError: messages that have no place in the template, or tools that are none.
+            PromptError: messages that the template does not allow, or invalid tools.
         """
         turns = read_messages(messages)
         if not keep_thinking:
             turns = without_thinking(turns)
-        turns = [  # empty ones are refused
+        turns = [  # mistral_common refuses empty ones
             turn for turn in turns if turn.content or turn.thinking or turn.calls or turn.answers
         ]
         own = [turn.content for turn in turns if turn.role == "system"]
@@ -153,11 +153,11 @@ class Tokenizer:
         tools: Tools = (),
         behind: Sequence[int] = (),
     ) -> list[int] | None:
-        """The ids that carry a running conversation on, after its end of text.
+        """The ids to append to a running conversation, after its end of text.
 
         said: one more user message, or the results of `calls`, which the reply before it made.
-        behind: the prompt and that reply. None is returned where they lack what a template has in them: an id
-            that a result names, or `tools` as they are now, unless they come with the last question.
+        behind: the conversation so far: a prompt and that reply. Returns None if it lacks what the template
+            would have there: a call id that a result names, or `tools`, unless they come with this message.
         """
         if isinstance(said, str):
             said = [{"role": "user", "content": check_text(said, "the message")}]
@@ -170,12 +170,12 @@ class Tokenizer:
         return turn if all(call.id in before for call in calls if call.id in now) else None
 
     def _tools_in(self, ids: Sequence[int]) -> list[int]:
-        """What a prompt, or a part of one, says of tools."""
+        """The ids of the tool definitions in a prompt, or in a part of one."""
         begin, end = map(self._tekken.get_special_token, ("[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"))
         return [*ids[ids.index(begin) : ids.index(end)]] if begin in ids else []
 
     def _content(self, turn: Turn) -> _Content:
-        """Text, or chunks where reasoning has tokens of its own."""
+        """Text, or chunks where reasoning has control tokens."""
         if turn.role == "system" and self.think_ids and (found := _think_template(turn.content)):
             before, thinking, after = found
             return [_text(before), _thinking(thinking), _text(after)]
@@ -186,7 +186,7 @@ class Tokenizer:
         return f"{OPEN}\n{turn.thinking}\n{CLOSE}\n{turn.content}"
 
     def _message(self, turn: Turn) -> dict[str, Any]:
-        """A turn as mistral_common wants it."""
+        """A turn in mistral_common's format."""
         message: dict[str, Any] = {"role": turn.role, "content": self._content(turn)}
         if turn.calls:
             message["tool_calls"] = [call.message for call in turn.calls]
@@ -206,7 +206,7 @@ class Tokenizer:
             raise PromptError(f"mistral_common refuses these messages: {error}") from error
 
     def has_think_template(self, text: str) -> bool:
-        """Whether a system prompt shows how to think, without which the model does not."""
+        """Whether a system prompt has the think template, without which the model does not think."""
         return _think_template(text) is not None if self.think_ids else OPEN in text
 
     def _warn_if_thoughtless(self, system: list[str]) -> None:
@@ -225,16 +225,16 @@ class Tokenizer:
 
     @cached_property
     def pieces(self) -> list[bytes | None]:
-        """The bytes of every id, None for a control token: looked up once, as asking costs 50 times more."""
+        """The bytes of every id, None for a control token. Cached: mistral_common is 50 times slower."""
         tekken = self._tekken
         controls: list[bytes | None] = [None] * tekken.num_special_tokens
         return controls + [tekken.id_to_byte_piece(i) for i in range(len(controls), self.vocab_size)]
 
 
 def _think_template(text: str) -> tuple[str, str, str] | None:
-    """What stands before, in and behind the last `[THINK]…[/THINK]`.
+    """The text before, inside and after the last `[THINK]…[/THINK]`.
 
-    Searched for: a pattern takes the square of a text's length.
+    By string search: a regular expression takes quadratic time.
     """
     start = text.rfind("[THINK]", 0, max(text.rfind("[/THINK]"), 0))
     if start < 0:
@@ -245,7 +245,7 @@ def _think_template(text: str) -> tuple[str, str, str] | None:
 
 
 def find_words(directory: Path, name: str) -> Path | None:
-    """A file of words in a model directory: in its root, or in `mistral/`."""
+    """A tokenizer file or system prompt of a model directory: in its root, or in `mistral/`."""
     places = (directory / name, directory / "mistral" / name)
     return next((place for place in places if place.is_file()), None)
 
@@ -267,7 +267,7 @@ def _open(path: Path) -> Any:
 
     try:
         return cast("Any", MistralTokenizer).from_file(path)
-    # Beside what mistral_common raises: what its reading of JSON that is no tokenizer ends in.
+    # mistral_common's own errors, and those that it runs into with JSON that is no tokenizer.
     except (
         MistralCommonException,
         ValueError,
