@@ -105,13 +105,13 @@ class Magistral:
         checkpoint = open_checkpoint(found.weights)
         for difference in manifest.wrong_sizes(found.weights):
             warnings.warn(f"{found.weights}: {difference}; convert it again", MagistralWarning, stacklevel=2)
-        number = getattr(mx, dtype) if dtype else memory.default_dtype()
-        drafts = None if draft_model is None else _open_draft(str(draft_model), checkpoint)
-        guard = _guard(checkpoint, drafts, number, kv_bits, quantize_after)
+        mx_dtype = getattr(mx, dtype) if dtype else memory.default_dtype()
+        draft = None if draft_model is None else _open_draft(str(draft_model), checkpoint)
+        guard = _guard(checkpoint, draft, mx_dtype, kv_bits, quantize_after)
         guard.check_load(str(name))
         worker = Worker(f"magistral {found.weights.name}")
-        weights: Pending[Transformer] = worker.submit(lambda: load(checkpoint, number))
-        guesser = worker.submit(lambda: drafts and load(drafts, number))
+        model: Pending[Transformer] = worker.submit(lambda: load(checkpoint, mx_dtype))
+        drafter = worker.submit(lambda: draft and load(draft, mx_dtype))
         try:
             tokenizer = Tokenizer.from_directory(found.words)  # a second or two, while the weights are read
             tokenizer.detokenizer()  # looks up the bytes of all ids now, not in the first stream
@@ -119,11 +119,11 @@ class Magistral:
                 checkpoint,
                 tokenizer,
                 worker,
-                weights.wait(),
+                model.wait(),
                 kv_bits=kv_bits,
                 quantize_after=quantize_after,
                 guard=guard,
-                draft=guesser.wait(),
+                draft=drafter.wait(),
             )
         except BaseException:
             worker.close()
@@ -168,7 +168,7 @@ class Magistral:
         at_once: how many replies are decoded at once, each with its own KV cache; when one ends, the next
             starts. By default as many as fit into this machine's memory, at most 8.
         """
-        with self._together(questions, at_once, options) as streams:
+        with self._open_batch(questions, at_once, options) as streams:
             return [stream.drain() for stream in streams]
 
     def astream(self, messages: Messages, **options: Unpack[Options]) -> Stream:
@@ -198,7 +198,7 @@ class Magistral:
         self, questions: Sequence[Messages], *, at_once: int | None = None, **options: Unpack[Options]
     ) -> list[Reply]:
         """`ask_many`, for `await`; cancelling it stops all replies."""
-        with self._together(questions, at_once, options) as streams:
+        with self._open_batch(questions, at_once, options) as streams:
             return [await stream.adrain() for stream in streams]
 
     def conversation(self, **options: Unpack[Options]) -> Conversation:
@@ -247,12 +247,12 @@ class Magistral:
         """
         check(options)
         prefix = prefix or self.new_prefix(self.kv_bits)
-        owed = batch.owed if batch else 0
-        builder, request = self._prepare(prompt, seed_of(options), options, held=prefix.nbytes - owed)
+        unallocated = batch.unallocated if batch else 0
+        builder, request = self._prepare(prompt, seed_of(options), options, held=prefix.nbytes - unallocated)
         if batch:
-            needs = self._guard.kv(len(prompt))
+            kv_bytes = self._guard.kv(len(prompt))
             generation = Generation(self.transformer, request, prefix)
-            return Stream(batch.join(generation, builder, needs=needs), builder, on_end=on_end)
+            return Stream(batch.join(generation, builder, kv_bytes=kv_bytes), builder, on_end=on_end)
         drafting = None
         if options.get("speculate", self._draft is not None):
             drafting = Drafting(pace=self._pace, model=self._draft)
@@ -322,7 +322,7 @@ class Magistral:
         return self._model
 
     @contextmanager
-    def _together(
+    def _open_batch(
         self, questions: Sequence[Messages], at_once: int | None, options: Options
     ) -> Generator[list[Stream]]:
         """Streams that advance without a consumer. Invalid input raises before anything is computed."""
@@ -332,11 +332,11 @@ class Magistral:
         at_once = self.at_once if at_once is None else whole_number("at_once", at_once, least=1)
         seed = seed_of(options)
         prompts = [self.encode(messages, **options) for messages in questions]
-        begun = [self._prepare(prompt, seed + at, options) for at, prompt in enumerate(prompts)]
-        batch = ContinuousBatch(self._worker, at_once=at_once, followed=False)
+        prepared = [self._prepare(prompt, seed + at, options) for at, prompt in enumerate(prompts)]
+        batch = ContinuousBatch(self._worker, at_once=at_once, streaming=False)
         with ExitStack() as open_streams:
             streams = list[Stream]()
-            for builder, request in begun:
+            for builder, request in prepared:
                 generation = Generation(self.transformer, request, self.new_prefix(self.kv_bits))
                 stream = Stream(batch.join(generation, builder), builder, whole=True)
                 streams.append(open_streams.enter_context(stream))

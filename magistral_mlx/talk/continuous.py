@@ -2,9 +2,9 @@
 
 An iteration on the model's thread prefills a piece of one prompt and decodes one step of every reply whose
 prompt is complete. Iterations follow one another as long as any reply's consumer wants ids; other jobs of the
-thread run between two of them. A reply is at most `LEAD` steps ahead of its consumer: with a slow consumer it
-skips iterations, and delays no other reply. One that leaves takes part in no further iteration. Does not know
-text, nor what a request is.
+thread run between two of them. A reply is at most `MAX_AHEAD` steps ahead of its consumer: with a slow
+consumer it skips iterations, and delays no other reply. One that leaves takes part in no further iteration.
+Does not know text, nor what a request is.
 """
 
 import math
@@ -26,9 +26,9 @@ from .reply import ReplyBuilder
 from .stream import OnStep
 from .worker import Pending, Worker
 
-LEAD = 4
+MAX_AHEAD = 4
 """Steps that a reply may be ahead of its consumer."""
-PIECE = 256
+PREFILL_PIECE = 256
 """Prompt positions prefilled per iteration while other replies are decoded: enough for most of the speed, and
 at Magistral's size half a second or so."""
 
@@ -37,27 +37,27 @@ class ContinuousBatch:
     """All replies of one model that are decoded together. `join` from any thread.
 
     at_once: how many are active; the others wait for one to end. Unlimited by default: the caller decides.
-    followed: replies have consumers that read them as they grow. If False, only the total time counts: they
+    streaming: replies have consumers that read them as they grow. If False, only the total time counts: they
         advance without a consumer, and prompts are prefilled one after another before the next decoding step,
         so that more replies share a pass; a prefix shared with the prompt before is not prefilled again.
     """
 
-    def __init__(self, worker: Worker, *, at_once: float = math.inf, followed: bool = True) -> None:
+    def __init__(self, worker: Worker, *, at_once: float = math.inf, streaming: bool = True) -> None:
         self.lock = threading.RLock()
-        self.lead = LEAD if followed else math.inf
+        self.max_ahead = MAX_AHEAD if streaming else math.inf
         self._at_once = at_once
-        self._followed = followed
+        self._streaming = streaming
         self._worker = worker
         self._members: list[Member] = []  # active, in the order in which their prompts get the next piece
         self._waiting = deque[Member]()
-        self._turning = False
+        self._scheduled = False
 
-    def join(self, generation: Generation, builder: ReplyBuilder, *, needs: int = 0) -> "Member":
+    def join(self, generation: Generation, builder: ReplyBuilder, *, kv_bytes: int = 0) -> "Member":
         """Add a reply; nothing is computed until its first step is requested.
 
-        builder: of the reply. needs: bytes of its prompt's KV cache, if they are to be counted in `owed`.
+        builder: of the reply. kv_bytes: of its prompt's KV cache, if they are to be counted in `unallocated`.
         """
-        member = Member(self, generation, builder, needs)
+        member = Member(self, generation, builder, kv_bytes)
         with self.lock:
             self._waiting.append(member)
             self._admit()
@@ -73,18 +73,18 @@ class ContinuousBatch:
             self.wake()
 
     @property
-    def owed(self) -> int:
+    def unallocated(self) -> int:
         """Bytes of KV cache that active prompts have still to allocate."""
         with self.lock:
-            return sum(member.owed for member in self._members)
+            return sum(member.unallocated for member in self._members)
 
     def wake(self) -> None:
         """Schedule an iteration, if any reply takes part. Call with the lock held."""
-        if self._turning or not any(member.wants for member in self._members):
+        if self._scheduled or not any(member.runnable for member in self._members):
             return
         try:
-            self._worker.submit(self._turn)
-            self._turning = True
+            self._worker.submit(self._iterate)
+            self._scheduled = True
         except ClosedError as error:
             left = [*self._members, *self._waiting]
             self._members.clear()
@@ -96,29 +96,30 @@ class ContinuousBatch:
         while self._waiting and len(self._members) < self._at_once:
             self._members.append(self._waiting.popleft())
 
-    def _turn(self) -> None:
+    def _iterate(self) -> None:
         with self.lock:
-            here = [member for member in self._members if member.wants]
-        reader = next((member for member in here if not member.row), None)
-        if reader and self._followed:
-            reader.read(PIECE if any(member.row for member in here) else None)
+            runnable = [member for member in self._members if member.runnable]
+        prefilling = next((member for member in runnable if not member.row), None)
+        if prefilling and self._streaming:
+            prefilling.prefill(PREFILL_PIECE if any(member.row for member in runnable) else None)
             with self.lock:
-                self._members.sort(key=lambda member: member is reader)
-        elif reader:
-            reader.read(None)
-            self._pass_on(reader)
-        if self._followed or not reader:
-            _step([member for member in here if member.row])
+                self._members.sort(key=lambda member: member is prefilling)
+        elif prefilling:
+            prefilling.prefill(None)
+            self._share_prefix(prefilling)
+        if self._streaming or not prefilling:
+            _step([member for member in runnable if member.row])
         with self.lock:
-            self._turning = False
+            self._scheduled = False
             self.wake()
 
-    def _pass_on(self, reader: "Member") -> None:
+    def _share_prefix(self, prefilled: "Member") -> None:
         """Once a prompt is prefilled, share its prefix with the reply whose prompt comes next."""
         with self.lock:
-            heir = next((other for other in chain(self._members, self._waiting) if not other.begun), None)
-        if heir and reader.row:
-            heir.follow(reader)
+            members = chain(self._members, self._waiting)
+            following = next((member for member in members if not member.started), None)
+        if following and prefilled.row:
+            following.reuse_prefix(prefilled)
 
 
 def _step(members: Sequence["Member"]) -> None:
@@ -139,15 +140,15 @@ class Member:
     """One reply of the batch: the `Source` of its stream."""
 
     def __init__(
-        self, batch: ContinuousBatch, generation: Generation, builder: ReplyBuilder, needs: int
+        self, batch: ContinuousBatch, generation: Generation, builder: ReplyBuilder, kv_bytes: int
     ) -> None:
         self.model = generation.model
         self.row: Row | None = None  # from the end of prefill to the end of the reply; model's thread only
         self._batch = batch
         self.generation = generation
         self._builder = builder
-        self._needs = needs
-        self._reading: Generator[None, object, Row] | None = None
+        self._kv_bytes = kv_bytes
+        self._prefilling: Generator[None, object, Row] | None = None
         self._on_step: OnStep | None = None
         self._cost = Cost()  # since the last id was emitted
         self._pending: Pending[None] | None = None  # a request that the next step resolves
@@ -156,17 +157,17 @@ class Member:
         self._error: Exception | None = None
 
     @property
-    def wants(self) -> bool:
+    def runnable(self) -> bool:
         """Whether it takes part in the next iteration."""
-        return self._on_step is not None and not self._ended and self._ahead < self._batch.lead
+        return self._on_step is not None and not self._ended and self._ahead < self._batch.max_ahead
 
     @property
-    def begun(self) -> bool:
-        return self.row is not None or self._reading is not None
+    def started(self) -> bool:
+        return self.row is not None or self._prefilling is not None
 
     @property
-    def owed(self) -> int:
-        return max(self._needs - self.generation.prefix.nbytes, 0)
+    def unallocated(self) -> int:
+        return max(self._kv_bytes - self.generation.prefix.nbytes, 0)
 
     def reused(self) -> int:
         return self.generation.reused
@@ -174,7 +175,7 @@ class Member:
     def passes(self) -> int | None:
         """None: one for each id."""
 
-    def ask(self, on_step: OnStep) -> Pending[None]:
+    def request_step(self, on_step: OnStep) -> Pending[None]:
         """Request a step; resolved at once if any was taken since the last request.
 
         The stream has received the step before this is resolved.
@@ -193,19 +194,19 @@ class Member:
         self._batch.leave(self)
         self._notify()
 
-    def read(self, most: int | None) -> None:
+    def prefill(self, most: int | None) -> None:
         """Prefill the next piece of the prompt, of at most `most` ids."""
         try:
-            if self._reading is None:
-                self._reading, most = self.generation.row(most), None
-            _, cost = step.take(self._reading, most)
+            if self._prefilling is None:
+                self._prefilling, most = self.generation.row(most), None
+            _, cost = step.take(self._prefilling, most)
             self._emit(None, cost)
         except StopIteration as read:
-            self._reading, self.row = None, read.value
+            self._prefilling, self.row = None, read.value
         except Exception as error:  # noqa: BLE001 -- raised again to the reply's consumer
             self.fail(error)
 
-    def follow(self, other: "Member") -> None:
+    def reuse_prefix(self, other: "Member") -> None:
         """Reuse the prefix that this prompt shares with that of `other`, which was just prefilled."""
         try:
             self.generation.follow(other.generation)
@@ -229,7 +230,7 @@ class Member:
 
     def fail(self, error: Exception) -> None:
         """End this reply by an error. Its caches are emptied: arrays that failed to evaluate would again."""
-        self.row = self._reading = None
+        self.row = self._prefilling = None
         self.generation.prefix.restart()
         self._error = error
         self.leave()

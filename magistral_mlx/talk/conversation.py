@@ -132,7 +132,7 @@ class Conversation:
 
     def fork(self) -> "Conversation":
         """A copy that continues independently; the KV cache is shared until one of them writes to it."""
-        return Conversation(self._model, {**self.options}, turns=self._turns, prefix=self._twin())
+        return Conversation(self._model, {**self.options}, turns=self._turns, prefix=self._fork_prefix())
 
     def save(self, path: str | Path, *, with_cache: bool = True) -> None:
         """Save to a file from which `Magistral.load_conversation` continues, in any later process.
@@ -149,7 +149,7 @@ class Conversation:
             raise ConversationError(
                 "a stream of this conversation is open; read it to its end or close it, then save"
             )
-        prefix = self._twin() if with_cache else None  # a copy: a later stream may change the original
+        prefix = self._fork_prefix() if with_cache else None  # a copy: a later stream may change the original
         saved = saving.Saved(options=self.options, turns=tuple(self._turns), prefix=prefix)
         saving.save(Path(path), saved, self._model)
 
@@ -158,7 +158,7 @@ class Conversation:
         self._turns.clear()
         self._prefix = None
 
-    def _twin(self) -> Prefix | None:
+    def _fork_prefix(self) -> Prefix | None:
         """A copy of the caches, made on the model's thread: a stream just closed may be in mid-step there."""
         return self._model.run(self._prefix.fork) if self._prefix else None
 
@@ -172,11 +172,11 @@ class Conversation:
         keeps = options.get("keep_thinking") or not isinstance(message, str)
         if keeps and last and last.token_ids:
             end = [] if last.token_ids[-1] == tokenizer.eos_id else [tokenizer.eos_id]
-            behind = [*last.prompt_ids, *last.token_ids, *end]
+            history = [*last.prompt_ids, *last.token_ids, *end]
             tools = offered(options)
-            turn = tokenizer.encode_turn(message, calls=last.tool_calls, tools=tools, behind=behind)
+            turn = tokenizer.encode_turn(message, calls=last.tool_calls, tools=tools, history=history)
             if turn is not None:
-                return behind + turn
+                return history + turn
         return self._model.encode([*self.messages, *messages], **options)
 
 

@@ -63,7 +63,7 @@ class Preparation:
             Transcript(
                 self._tokenizer,
                 stop=(stop,) if isinstance(stop, str) else tuple(stop),
-                calls=CallParser(_key(prompt, seed), most=None if several else 1) if tools else None,
+                calls=CallParser(_call_id_key(prompt, seed), most=None if several else 1) if tools else None,
             ),
             self._tokenizer,
             prompt_ids=tuple(prompt),
@@ -116,6 +116,6 @@ def seed_of(options: Options) -> int:
     return secrets.randbits(32) if seed is None else whole_number("seed", seed, least=0)
 
 
-def _key(prompt: Sequence[int], seed: int) -> str:
+def _call_id_key(prompt: Sequence[int], seed: int) -> str:
     """From which ids of tool calls are derived: the same for the same prompt and seed."""
     return f"{sha256(array('I', prompt).tobytes()).hexdigest()}/{seed}"

@@ -136,11 +136,11 @@ class ReplyBuilder:
 
     def stop_thinking(self) -> None:
         """Close the reasoning at the next line or sentence. From any thread."""
-        self._closing.ask()
+        self._closing.request()
 
     def prefilled(self, reused: int, cost: Cost) -> None:
         """Account for a prefilled piece of the prompt, of which `reused` ids were in the KV cache before."""
-        self._stats = _prefilled(self._stats, reused, cost)
+        self._stats = _with_prefill(self._stats, reused, cost)
 
     def add(self, token: int, cost: Cost, passes: int | None = None) -> Guide | None:
         """Account for one id. Returns how the reply continues; None: it has ended, or nothing changes.
@@ -153,7 +153,7 @@ class ReplyBuilder:
             self.logprobs.append(self._logprob())
         self.events += self._transcript.feed(token)
         passes = self._stats.forward_passes + 1 if passes is None else passes
-        self._stats = _added(self._stats, self._transcript.phase, cost, passes)
+        self._stats = _with_id(self._stats, self._transcript.phase, cost, passes)
         if token == self._tokenizer.eos_id or self._transcript.stopped:
             self._finish("stop")
             return None
@@ -164,7 +164,7 @@ class ReplyBuilder:
             if self.phase == "answer":
                 self._finish("loop")
                 return None
-            self._closing.ask()
+            self._closing.request()
             self._loops.reset()
         if self._closing.due(self._transcript, self._stats.thinking_tokens):
             forced = self._close_thinking()
@@ -203,7 +203,7 @@ class ReplyBuilder:
         self.events.append(Finished(reason=self.finish_reason, stats=self._stats, token_ids=leftover))
 
 
-def _prefilled(stats: Stats, reused: int, cost: Cost) -> Stats:
+def _with_prefill(stats: Stats, reused: int, cost: Cost) -> Stats:
     """`stats` after a prefilled piece of the prompt."""
     return replace(
         stats,
@@ -213,7 +213,7 @@ def _prefilled(stats: Stats, reused: int, cost: Cost) -> Stats:
     )
 
 
-def _added(stats: Stats, phase: Phase, cost: Cost, passes: int) -> Stats:
+def _with_id(stats: Stats, phase: Phase, cost: Cost, passes: int) -> Stats:
     """`stats` after one id, which counts for the phase that it leads to. Hot: so one `replace`, not three."""
     now = stats.prefill_seconds + stats.decode_seconds + cost.seconds
     thought, first_answer = phase == "thinking", stats.first_answer_seconds

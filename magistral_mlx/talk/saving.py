@@ -77,7 +77,7 @@ class Saved:
 
 def save(path: Path, saved: Saved, model: HostModel) -> None:
     """Write the file atomically. Besides the cache, memory holds a copy of one array at a time."""
-    text = json.dumps(_described(saved, model.fingerprint()), ensure_ascii=False)
+    text = json.dumps(_as_json(saved, model.fingerprint()), ensure_ascii=False)
     talkfile.write(path, text, model.run(partial(_arrays, saved)), model.run)
 
 
@@ -115,7 +115,7 @@ def load(path: Path, model: HostModel, *, any_model: bool = False) -> Saved:
 # ------------------------------------------------------------------ writing
 
 
-def _described(saved: Saved, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+def _as_json(saved: Saved, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
     options: dict[str, Any] = {**saved.options}
     if "sampling" in saved.options:
         options["sampling"] = asdict(saved.options["sampling"])
@@ -139,11 +139,11 @@ def _described(saved: Saved, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
             }
             for message, reply in saved.turns
         ],
-        "cache": _kind(saved.prefix),
+        "cache": _cache_info(saved.prefix),
     }
 
 
-def _kind(prefix: Prefix | None) -> dict[str, Any] | None:
+def _cache_info(prefix: Prefix | None) -> dict[str, Any] | None:
     """A cache's length and quantization; None: it is empty."""
     if prefix is None or not prefix.length:
         return None

@@ -25,7 +25,7 @@ OnStep: TypeAlias = Callable[[int | None, Cost], Guide | None]
 class Source(Protocol):
     """Where a stream's ids come from."""
 
-    def ask(self, on_step: OnStep) -> Pending[None]:
+    def request_step(self, on_step: OnStep) -> Pending[None]:
         """Request a step; `on_step` gets it on the model's thread, which Ctrl-C does not interrupt."""
         ...
 
@@ -59,7 +59,7 @@ class OnDemand:
         self.reused = reused
         self.passes = passes
 
-    def ask(self, on_step: OnStep) -> Pending[None]:
+    def request_step(self, on_step: OnStep) -> Pending[None]:
         return self._worker.submit(partial(self._step, on_step))
 
     def leave(self) -> None:
@@ -98,8 +98,8 @@ class Stream:
         return self
 
     def __next__(self) -> Event:
-        while not self._events and (asked := self._ask()):
-            self._receive(asked)
+        while not self._events and (pending := self._ask()):
+            self._receive(pending)
         if not self._events:
             raise StopIteration
         return self._events.popleft()
@@ -108,13 +108,13 @@ class Stream:
         return self
 
     async def __anext__(self) -> Event:
-        while not self._events and (asked := self._ask()):
+        while not self._events and (pending := self._ask()):
             try:
-                await asyncio.wait([asyncio.wrap_future(asked)])
+                await asyncio.wait([asyncio.wrap_future(pending)])
             except asyncio.CancelledError:
                 self.close()
                 raise
-            self._receive(asked)
+            self._receive(pending)
         if not self._events:
             raise StopAsyncIteration
         return self._events.popleft()
@@ -189,8 +189,8 @@ class Stream:
         if self._builder.finish_reason is not None:
             self._end()
         with self._lock:
-            if self._source is not None and (self._pending is None or _went_well(self._pending)):
-                self._pending = self._source.ask(self._on_step)
+            if self._source is not None and (self._pending is None or _succeeded(self._pending)):
+                self._pending = self._source.request_step(self._on_step)
             return self._pending
 
     def _on_step(self, token: int | None, cost: Cost) -> Guide | None:
@@ -208,10 +208,10 @@ class Stream:
                 self._end()
         return guide
 
-    def _receive(self, asked: Pending[None]) -> None:
+    def _receive(self, pending: Pending[None]) -> None:
         """Wait for the step, if it is not done yet."""
         try:
-            asked.wait()
+            pending.wait()
         except Exception:  # the step's own; KeyboardInterrupt, of the wait, is not one
             self.close()
             raise
@@ -230,6 +230,6 @@ class Stream:
         self._on_end(self.reply)  # not under the lock: the callback may wait for the model's thread
 
 
-def _went_well(done: Pending[None]) -> bool:
+def _succeeded(done: Pending[None]) -> bool:
     """Whether a step has finished without an error. A failed one is kept: the next request raises it too."""
     return done.finished and done.exception() is None

@@ -27,8 +27,8 @@ from magistral_mlx.disk.tensorfile import NAMES, Entry, plan_file, read_whole_he
 from magistral_mlx.errors import CheckpointError, ClosedError, ConversationError, MagistralError
 
 VERSION = 2
-_READS = ("1", "2")  # 1 had no tool calls
-_MARK = "magistral_mlx"
+_READABLE = ("1", "2")  # 1 had no tool calls
+_VERSION_KEY = "magistral_mlx"
 T = TypeVar("T")
 
 
@@ -44,10 +44,10 @@ def write(path: Path, text: str, arrays: dict[str, mx.array], run: Run) -> None:
     digest = hashlib.sha256(text.encode())
 
     def head() -> bytes:
-        metadata = {_MARK: str(VERSION), "conversation": text, "sha256": digest.hexdigest()}
+        metadata = {_VERSION_KEY: str(VERSION), "conversation": text, "sha256": digest.hexdigest()}
         return plan_file(path, shapes, metadata)[0]
 
-    with _becoming(path) as file:
+    with _atomic_write(path) as file:
         file.write(head())
         for name in shapes:
             data = run(partial(_bytes, arrays, name))
@@ -129,7 +129,7 @@ def _bytes(arrays: dict[str, mx.array], name: str) -> memoryview:
 
 
 @contextmanager
-def _becoming(path: Path) -> Generator[IO[bytes], None, None]:
+def _atomic_write(path: Path) -> Generator[IO[bytes], None, None]:
     """A temporary file beside `path`, flushed and renamed to it at the end; removed after an error."""
     try:
         _check_replaceable(path)
@@ -151,19 +151,19 @@ def _check_replaceable(path: Path) -> None:
     if not path.exists():
         return
     with suppress(CheckpointError):
-        if _MARK in read_whole_header(path)[1]:
+        if _VERSION_KEY in read_whole_header(path)[1]:
             return
     raise ConversationError(f"{path} exists and is no saved conversation; choose another name")
 
 
 def _check_version(path: Path, metadata: Mapping[str, str]) -> None:
-    found = metadata.get(_MARK)
+    found = metadata.get(_VERSION_KEY)
     if found is None:
         raise ConversationError(
             f"{path} is no saved conversation, but a safetensors file of another kind; "
             "expected one that Conversation.save wrote"
         )
-    if found not in _READS:
+    if found not in _READABLE:
         raise ConversationError(
             f"{path} was saved by a newer magistral_mlx: it is of format {found[:20]}, this one reads "
             f"{VERSION}; update magistral_mlx"

@@ -17,24 +17,24 @@ TEAR = len(CLOSE) - 1
 
 
 class Closing:
-    """Call `due` once per id, and `ask` from any thread. budget: tokens of thinking, None for no limit.
+    """Call `due` once per id, and `request` from any thread. budget: tokens of thinking, None for no limit.
 
     Reasoning that has begun is at most `max(budget, 1) + GRACE + TEAR` tokens long, plus the closing tag.
     """
 
     def __init__(self, budget: int | None = None) -> None:
         self._budget = None if budget is None else whole_number("think_budget", budget, least=0)
-        self._asked = False
+        self._requested = False
         self._waited = 0
 
-    def ask(self) -> None:
+    def request(self) -> None:
         """Close at the next end of a line or sentence."""
-        self._asked = True
+        self._requested = True
 
     def due(self, transcript: Transcript, thinking_tokens: int) -> bool:
         """Whether to close now."""
         spent = self._budget is not None and thinking_tokens >= self._budget
-        if not (spent or self._asked) or transcript.phase != "thinking":
+        if not (spent or self._requested) or transcript.phase != "thinking":
             return False
         self._waited += 1
         if not transcript.can_close:

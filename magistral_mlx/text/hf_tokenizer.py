@@ -33,7 +33,7 @@ class Vocabulary:
         config = tekken["config"]
         reserved: int = config["default_num_special_tokens"]
         specials = [f"<SPECIAL_{i}>" for i in range(reserved)]
-        for token in tekken.get("special_tokens") or _names_of_old():
+        for token in tekken.get("special_tokens") or _default_special_tokens():
             specials[token["rank"]] = str(getattr(token["token_str"], "value", token["token_str"]))
         rows = tekken["vocab"][: config["default_vocab_size"] - reserved]
         pieces = [base64.b64decode(row["token_bytes"]) for row in rows]
@@ -49,7 +49,7 @@ def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
     specials, letters = vocabulary.specials, _letters()
     pieces = [piece.decode("latin-1").translate(letters) for piece in vocabulary.pieces]
     bytes_only = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    words = {
+    split = {
         "type": "Split",
         "pattern": {"Regex": vocabulary.pattern},
         "behavior": "Isolated",
@@ -61,7 +61,7 @@ def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
         "padding": None,
         "added_tokens": [_added(i, text) for i, text in enumerate(specials)],
         "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [words, bytes_only]},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, bytes_only]},
         "post_processor": _begin_of_text("<s>", specials.index("<s>")),
         "decoder": bytes_only,
         "model": {
@@ -113,7 +113,7 @@ def _begin_of_text(text: str, i: int) -> dict[str, Any]:
     }
 
 
-def _names_of_old() -> Any:
+def _default_special_tokens() -> Any:
     from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
     return Tekkenizer.DEPRECATED_SPECIAL_TOKENS

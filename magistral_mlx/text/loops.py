@@ -75,7 +75,7 @@ class LoopGuard:
             periods.add(now - last)
         # 2. Examine them while there is credit; a failed attempt says when the next could succeed.
         for period in sorted(periods):
-            run, wait = self._look(period) if self._credit > 0 else (0, 8)
+            run, wait = self._examine(period) if self._credit > 0 else (0, 8)
             if not wait:
                 self._looping = True
                 return True
@@ -85,7 +85,7 @@ class LoopGuard:
                 self._due.setdefault(now + wait, set()).add(period)
         return False
 
-    def _look(self, period: int) -> tuple[int, int]:
+    def _examine(self, period: int) -> tuple[int, int]:
         """(tokens compared, tokens to wait before the next attempt; 0: they are a loop)."""
         ids, size = self._ids, len(self._ids)
         least = max(ceil(_COPIES * period), _EXACT)
@@ -100,12 +100,12 @@ class LoopGuard:
                 at, other = at - 1, other - 1
                 continue
             need = max(ceil(_NEAR_COPIES * period), min(_MOST, max(_NEAR, 4 * weight)))
-            here, there = _shift(ids, at, other)
-            edited += max(here, there)
-            if not here + there or edited > 3 + _EDITS * run:
+            skipped, theirs = _shift(ids, at, other)
+            edited += max(skipped, theirs)
+            if not skipped + theirs or edited > 3 + _EDITS * run:
                 return run, max(least - run, (need - run) // 8 if run > 2 * period else 0, period // 16, 8)
-            edits.append(_Edit(at - here + 1, at + 1, other - there + 1, other + 1))
-            at, other = at - here, other - there
+            edits.append(_Edit(at - skipped + 1, at + 1, other - theirs + 1, other + 1))
+            at, other = at - skipped, other - theirs
         loop = edited <= _EDITS * need and not _makes_progress(ids, edits, need)
         return need, 0 if loop else max(need // 40, 8)
 
@@ -123,10 +123,10 @@ def _shift(ids: list[int], at: int, other: int) -> tuple[int, int]:
     """The fewest ids to skip back from `at` and from `other` until two in a row match; (0, 0): none found."""
     if other < 8:
         return 0, 0
-    for here, there in _SHIFTS:
-        a, b = at - here, other - there
+    for skipped, theirs in _SHIFTS:
+        a, b = at - skipped, other - theirs
         if b < a and ids[a] == ids[b] and ids[a - 1] == ids[b - 1]:
-            return here, there
+            return skipped, theirs
     return 0, 0
 
 

@@ -60,8 +60,8 @@ class Turn:
     content: str
     thinking: str = ""
     calls: tuple[ToolCall, ...] = ()
-    answers: str = ""
-    """In a tool's message: the id of the call."""
+    tool_call_id: str = ""
+    """In a tool's message: the id of the call that it answers."""
 
 
 def read_messages(messages: Messages) -> list[Turn]:
@@ -92,12 +92,12 @@ def _check_answers(turns: Sequence[Turn]) -> None:
     open_calls: list[str] = []
     for at, turn in enumerate(turns):
         if turn.role == "tool":
-            if turn.answers not in open_calls:
+            if turn.tool_call_id not in open_calls:
                 raise PromptError(
                     f"Expected messages[{at}] to answer a tool call of the message before, found another "
                     "tool_call_id. Each call has one result, behind the message that calls."
                 )
-            open_calls.remove(turn.answers)
+            open_calls.remove(turn.tool_call_id)
         elif open_calls:
             raise _unanswered(open_calls, f"before messages[{at}]")
         open_calls += [call.id for call in turn.calls]
@@ -133,9 +133,9 @@ def _turn(message: object, where: str) -> Turn:
         )
     content = fields.pop("content", None)
     if role == "assistant":
-        elsewhere = fields.pop("reasoning_content", None)  # as other servers and clients name it
+        reasoning = fields.pop("reasoning_content", None)  # as other servers and clients name it
         calls = read_calls(fields.pop("tool_calls", ()), f"{where}'s tool_calls")
-        turn = _assistant(content, fields.pop("thinking", None) or elsewhere, calls, where)
+        turn = _assistant(content, fields.pop("thinking", None) or reasoning, calls, where)
     elif role == "tool":
         turn = _result(content, fields.pop("tool_call_id", None), where)
         fields.pop("name", None)  # the tool's name, which the call has too
@@ -160,6 +160,7 @@ def _assistant(content: object, thinking: object, calls: tuple[ToolCall, ...], w
     return Turn(role="assistant", content=answer, thinking=thinking, calls=calls)
 
 
-def _result(content: object, answers: object, where: str) -> Turn:
+def _result(content: object, given_id: object, where: str) -> Turn:
     text = check_text(content, f"{where}'s content", may_be_blank=True)  # a tool may return nothing
-    return Turn(role="tool", content=text, answers=call_id(check_text(answers, f"{where}'s tool_call_id")))
+    found = check_text(given_id, f"{where}'s tool_call_id")
+    return Turn(role="tool", content=text, tool_call_id=call_id(found))

@@ -18,7 +18,7 @@ from typing import Any
 from magistral_mlx.errors import MagistralWarning
 
 from .hf_tokenizer import Vocabulary, tokenizer_json
-from .tokenizer import ORIGINAL, Tokenizer, find_words
+from .tokenizer import ORIGINAL, Tokenizer, find_text_file
 
 _DEMO = Path(__file__).parents[1] / "demo"
 _DEMO_SOURCE = (
@@ -65,10 +65,10 @@ or the model answers without reasoning.
 """
 
 
-def files(words: Path, *, name: str, recipe: str, context: int, size: str = "") -> dict[str, bytes]:
+def files(source: Path, *, name: str, recipe: str, context: int, size: str = "") -> dict[str, bytes]:
     """All sidecars of a conversion.
 
-    `words` is the directory with tekken.json and SYSTEM_PROMPT.txt, in its root or in `mistral/`; without
+    `source` is the directory with tekken.json and SYSTEM_PROMPT.txt, in its root or in `mistral/`; without
     a prompt, the model card's text is used, as in loading. `name` is what the user calls the source: a Hub
     name, a directory or "demo". `recipe` says how it was quantized, `context` is its longest context in
     tokens, `size` what the weights take.
@@ -79,10 +79,10 @@ def files(words: Path, *, name: str, recipe: str, context: int, size: str = "") 
     Raises:
         TokenizerError: tekken.json is unreadable, or of a version without Magistral's template.
     """
-    demo = name == "demo" or words.resolve() == _DEMO.resolve()
+    demo = name == "demo" or source.resolve() == _DEMO.resolve()
     card = {"README.md": model_card(name, recipe=recipe, demo=demo, size=size).encode()}
-    tekken = find_words(words, "tekken.json")
-    return card | (_kept(words) if tekken is None else _made(words, tekken, context))
+    tekken = find_text_file(source, "tekken.json")
+    return card | (_copied(source) if tekken is None else _generated(source, tekken, context))
 
 
 def model_card(name: str, *, recipe: str, demo: bool, size: str = "") -> str:
@@ -127,11 +127,11 @@ def chat_template(tokenizer: Tokenizer) -> str:
     )
 
 
-def _made(words: Path, tekken: Path, context: int) -> dict[str, bytes]:
-    spoken = _spoken(words)  # first: it checks tekken.json, and says what is wrong
+def _generated(source: Path, tekken: Path, context: int) -> dict[str, bytes]:
+    chat_files = _template_and_prompt(source)  # first: it checks tekken.json, and says what is wrong
     raw = tekken.read_bytes()
     vocabulary = Vocabulary.from_tekken(json.loads(raw))
-    return spoken | {
+    return chat_files | {
         "tokenizer.json": _json(tokenizer_json(vocabulary)),
         "tokenizer_config.json": _json(_tokenizer_config(vocabulary.specials, context), indent=2),
         "generation_config.json": _json(_generation_config(vocabulary.specials), indent=2),
@@ -139,10 +139,10 @@ def _made(words: Path, tekken: Path, context: int) -> dict[str, bytes]:
     }
 
 
-def _spoken(words: Path) -> dict[str, bytes]:
+def _template_and_prompt(source: Path) -> dict[str, bytes]:
     """The chat template and the system prompt; the tokenizer they come from is large, and freed on return."""
-    tokenizer = Tokenizer.from_directory(words)
-    prompt = find_words(words, "SYSTEM_PROMPT.txt")
+    tokenizer = Tokenizer.from_directory(source)
+    prompt = find_text_file(source, "SYSTEM_PROMPT.txt")
     return {
         "chat_template.jinja": chat_template(tokenizer).encode(),
         "mistral/SYSTEM_PROMPT.txt": prompt.read_bytes() if prompt else tokenizer.system_prompt.encode(),
@@ -169,17 +169,17 @@ def _generation_config(specials: Sequence[str]) -> dict[str, Any]:
     return {**ids, "do_sample": True, "temperature": 0.7, "top_p": 0.95}
 
 
-def _kept(words: Path) -> dict[str, bytes]:
+def _copied(source: Path) -> dict[str, bytes]:
     """The tokenizer files of a source without tekken.json, unchanged."""
-    kept = {name: (words / name).read_bytes() for name in _HF_FILES if (words / name).is_file()}
+    copied = {name: (source / name).read_bytes() for name in _HF_FILES if (source / name).is_file()}
     warnings.warn(
-        f"Found no tekken.json in {words}: {', '.join(kept) or 'no tokenizer file'} goes along as it is. "
+        f"Found no tekken.json in {source}: {', '.join(copied) or 'no tokenizer file'} goes along as it is. "
         "magistral_mlx will want tekken.json and SYSTEM_PROMPT.txt in the converted directory's mistral/: "
         f"copy them from the original repository (such as {ORIGINAL}).",
         MagistralWarning,
         stacklevel=3,
     )
-    return kept
+    return copied
 
 
 def _json(content: dict[str, Any], *, indent: int | None = None) -> bytes:

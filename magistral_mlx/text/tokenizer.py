@@ -51,14 +51,14 @@ class Tokenizer:
     def from_directory(cls, directory: Path | str) -> Self:
         """Open `tekken.json` and `SYSTEM_PROMPT.txt` of a model directory: in its root, or in `mistral/`."""
         directory = Path(directory)
-        file = find_words(directory, "tekken.json")
+        file = find_text_file(directory, "tekken.json")
         if file is None:
             found = ", ".join(sorted(entry.name for entry in directory.glob("*"))) or "nothing"
             raise TokenizerError(
                 f"Expected tekken.json in {directory} or its mistral/, found {found}. Conversions often "
                 f"leave it out: copy it and SYSTEM_PROMPT.txt from the original repository ({ORIGINAL}, say)."
             )
-        text = find_words(directory, "SYSTEM_PROMPT.txt")
+        text = find_text_file(directory, "SYSTEM_PROMPT.txt")
         return cls.from_file(file, system_prompt=None if text is None else _read(text))
 
     @classmethod
@@ -131,13 +131,13 @@ class Tokenizer:
         if not keep_thinking:
             turns = without_thinking(turns)
         turns = [  # mistral_common refuses empty ones
-            turn for turn in turns if turn.content or turn.thinking or turn.calls or turn.answers
+            turn for turn in turns if turn.content or turn.thinking or turn.calls or turn.tool_call_id
         ]
         own = [turn.content for turn in turns if turn.role == "system"]
         if own and system is not None:
             raise PromptError("Expected either system=… or a system message, found both. Leave one out.")
         if own and think:
-            self._warn_if_thoughtless(own)
+            self._warn_if_no_think_template(own)
         if not own:
             before = None if system is None else check_text(system, "system")
             parts = [part for part in (before, self.system_prompt if think else None) if part]
@@ -147,26 +147,26 @@ class Tokenizer:
 
     def encode_turn(
         self,
-        said: Messages,
+        message: Messages,
         *,
         calls: Sequence[ToolCall] = (),
         tools: Tools = (),
-        behind: Sequence[int] = (),
+        history: Sequence[int] = (),
     ) -> list[int] | None:
         """The ids to append to a running conversation, after its end of text.
 
-        said: one more user message, or the results of `calls`, which the reply before it made.
-        behind: the conversation so far: a prompt and that reply. Returns None if it lacks what the template
+        message: one more user message, or the results of `calls`, which the reply before it made.
+        history: the conversation so far: a prompt and that reply. Returns None if it lacks what the template
             would have there: a call id that a result names, or `tools`, unless they come with this message.
         """
-        if isinstance(said, str):
-            said = [{"role": "user", "content": check_text(said, "the message")}]
+        if isinstance(message, str):
+            message = [{"role": "user", "content": check_text(message, "the message")}]
         reply = {"role": "assistant", "content": "-", "tool_calls": [call.message for call in calls]}
-        ids = self._encode(read_messages([{"role": "user", "content": "-"}, reply, *said]), tools)
+        ids = self._encode(read_messages([{"role": "user", "content": "-"}, reply, *message]), tools)
         turn = ids[len(ids) - ids[::-1].index(self.eos_id) :]
-        if self._tools_in(behind) + self._tools_in(turn) != self._tools_in(ids):
+        if self._tools_in(history) + self._tools_in(turn) != self._tools_in(ids):
             return None
-        before, now = (self.decode(ids) if calls else "" for ids in (behind, turn))
+        before, now = (self.decode(ids) if calls else "" for ids in (history, turn))
         return turn if all(call.id in before for call in calls if call.id in now) else None
 
     def _tools_in(self, ids: Sequence[int]) -> list[int]:
@@ -190,8 +190,8 @@ class Tokenizer:
         message: dict[str, Any] = {"role": turn.role, "content": self._content(turn)}
         if turn.calls:
             message["tool_calls"] = [call.message for call in turn.calls]
-        if turn.answers:
-            message["tool_call_id"] = turn.answers
+        if turn.tool_call_id:
+            message["tool_call_id"] = turn.tool_call_id
         return message
 
     def _encode(self, turns: Sequence[Turn], tools: Tools) -> list[int]:
@@ -209,7 +209,7 @@ class Tokenizer:
         """Whether a system prompt has the think template, without which the model does not think."""
         return _think_template(text) is not None if self.think_ids else OPEN in text
 
-    def _warn_if_thoughtless(self, system: list[str]) -> None:
+    def _warn_if_no_think_template(self, system: list[str]) -> None:
         if not any(map(self.has_think_template, system)):
             tags = "[THINK]…[/THINK]" if self.think_ids else f"{OPEN}…{CLOSE}"
             warnings.warn(
@@ -239,12 +239,12 @@ def _think_template(text: str) -> tuple[str, str, str] | None:
     start = text.rfind("[THINK]", 0, max(text.rfind("[/THINK]"), 0))
     if start < 0:
         return None
-    _, _, behind = text[start:].partition("[THINK]")
-    thinking, _, after = behind.partition("[/THINK]")
+    _, _, rest = text[start:].partition("[THINK]")
+    thinking, _, after = rest.partition("[/THINK]")
     return text[:start], thinking, after
 
 
-def find_words(directory: Path, name: str) -> Path | None:
+def find_text_file(directory: Path, name: str) -> Path | None:
     """A tokenizer file or system prompt of a model directory: in its root, or in `mistral/`."""
     places = (directory / name, directory / "mistral" / name)
     return next((place for place in places if place.is_file()), None)

@@ -78,7 +78,7 @@ class CallParser:
         if self._state == "id" and marker == "[ARGS]":
             self._id, self._state = word, "arguments"
             return []
-        return self._broken()
+        return self._as_text()
 
     def feed(self, text: str) -> list[Part]:
         if not text or not self.active:
@@ -86,21 +86,21 @@ class CallParser:
         self._raw.append(text)
         match self._state:
             case "name" | "id":
-                return self._word(text)
+                return self._name_or_id(text)
             case "arguments":
                 return self._arguments(text)
             case "list":
                 return self._list(text)
             case _:
-                return self._broken() if text.strip() else []
+                return self._as_text() if text.strip() else []
 
     def flush(self) -> list[Part]:
         """The end of the input. An incomplete call becomes text; white space after a call is dropped."""
         if self._state == "after":
             self._raw, self._state = [], "text"
-        return self._broken() if self.active else []
+        return self._as_text() if self.active else []
 
-    def _word(self, text: str) -> list[Part]:
+    def _name_or_id(self, text: str) -> list[Part]:
         """Part of a name or an id: of letters, digits, - and _."""
         self._held += text
         word = self._held.strip()
@@ -108,14 +108,14 @@ class CallParser:
             self._state = "list"
             return self._list(self._held.lstrip())
         legal = not word or FUNCTION_NAME.fullmatch(word)
-        return [] if legal and len(self._held) <= _LONGEST else self._broken()
+        return [] if legal and len(self._held) <= _LONGEST else self._as_text()
 
     def _arguments(self, text: str) -> list[Part]:
         new = text if self._json else text.lstrip()
         if not new:
             return []
         if not self._json and not new.startswith("{"):
-            return self._broken()
+            return self._as_text()
         first = not self._json
         end = self._depth.feed(new)
         self._json.append(new[:end])
@@ -125,9 +125,9 @@ class CallParser:
             return parts
         arguments = "".join(self._json)
         if not is_object(arguments):
-            return parts + self._broken()
+            return parts + self._as_text()
         self.calls += (ToolCall(id=self._id, name=self._name, arguments=arguments),)
-        return parts + self._whole(new[end:])
+        return parts + self._end_call(new[end:])
 
     def _list(self, text: str) -> list[Part]:
         end = self._depth.feed(text)
@@ -136,12 +136,12 @@ class CallParser:
             return []
         calls = _listed("".join(self._json))[: self._most]
         if not calls:
-            return self._broken()
+            return self._as_text()
         parts: list[Part] = []
         for self._name, self._id, arguments in calls:
             parts.append(self._begin(arguments))
             self.calls += (ToolCall(id=self._id, name=self._name, arguments=arguments),)
-        return parts + self._whole(text[end:])
+        return parts + self._end_call(text[end:])
 
     def _piece(self, text: str) -> ToolCallToken:
         return ToolCallToken(text=text, index=self._index)
@@ -155,11 +155,11 @@ class CallParser:
         self._ids.add(self._id)
         return ToolCallToken(text=text, index=self._index, id=self._id, name=self._name)
 
-    def _whole(self, rest: str) -> list[Part]:
+    def _end_call(self, rest: str) -> list[Part]:
         self._state, self._raw = "after", []
         return self.feed(rest)
 
-    def _broken(self) -> list[Part]:
+    def _as_text(self) -> list[Part]:
         """What came since the last call is text."""
         raw, self._raw, self._state = "".join(self._raw), [], "text"
         return [raw]
@@ -194,12 +194,12 @@ def _listed(text: str) -> list[tuple[str, str, str]]:
     """(name, id, arguments) of each call in a JSON list; empty if any of them is invalid."""
     try:
         found: list[Any] = json.loads(text)
-        return [_read(call["name"], call.get("id"), call["arguments"]) for call in found]
+        return [_checked(call["name"], call.get("id"), call["arguments"]) for call in found]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return []
 
 
-def _read(name: str, given: object, arguments: object) -> tuple[str, str, str]:
+def _checked(name: str, given: object, arguments: object) -> tuple[str, str, str]:
     if not FUNCTION_NAME.fullmatch(name):
         raise ValueError(name)
     text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)

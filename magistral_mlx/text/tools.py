@@ -48,10 +48,10 @@ def offered(tools: object, choice: object) -> list[dict[str, Any]]:
 
 def forced(tools: object, choice: object) -> list[dict[str, Any]]:
     """The definitions of which one must be called; empty: the model may answer."""
-    told = offered(tools, choice)
+    definitions = offered(tools, choice)
     if choice == "auto":  # a tool may have that name
         return []
-    return [tool for tool in told if choice in ("required", tool["function"]["name"])]
+    return [tool for tool in definitions if choice in ("required", tool["function"]["name"])]
 
 
 def call_id(text: str) -> str:

@@ -99,7 +99,7 @@ class Transcript:
         late: drop a closing tag that the model may still generate.
         Ids still without text come before that, if need be on an event without text.
         """
-        events = self._events(
+        events = self._text_events(
             self._parser.feed(self._detokenizer.flush()) + self._parser.force_close(late=late)
         )
         if self._pending:
@@ -111,11 +111,11 @@ class Transcript:
         self._pending.append(token_id)
         text = self._detokenizer.feed(token_id)
         self._tail = (self._tail + text)[-8:]
-        events = self._said(self._calls.feed(text))
+        events = self._call_events(self._calls.feed(text))
         if marker := self._markers.get(token_id):
             if marker == "[TOOL_CALLS]":
                 events += self._interrupt()
-            events += self._said(self._calls.mark(marker))
+            events += self._call_events(self._calls.mark(marker))
         elif self._think_ids and token_id == self._think_ids[0]:
             self._parser.mark_open()
         elif self._think_ids and token_id == self._think_ids[1]:
@@ -124,29 +124,29 @@ class Transcript:
 
     def flush(self) -> tuple[list[TextEvent], tuple[int, ...]]:
         """The last events, and the ids left over."""
-        events = self._said(self._calls.feed(self._detokenizer.flush()))
-        events += self._said(self._calls.flush()) + self._events(self._parser.flush())
+        events = self._call_events(self._calls.feed(self._detokenizer.flush()))
+        events += self._call_events(self._calls.flush()) + self._text_events(self._parser.flush())
         events += self._event("answer", self._stop.flush())
         leftover, self._pending = tuple(self._pending), []
         return events, leftover
 
     def _interrupt(self) -> list[TextEvent]:
         """A tool call begins: emit the text that was held back, and end the reasoning."""
-        events = self._said(self._calls.flush()) + self._events(self._parser.interrupt())
+        events = self._call_events(self._calls.flush()) + self._text_events(self._parser.interrupt())
         return events + self._event("answer", self._stop.flush())
 
-    def _said(self, parts: Iterable[Part]) -> list[TextEvent]:
+    def _call_events(self, parts: Iterable[Part]) -> list[TextEvent]:
         """Events of pieces of calls, and of the text outside of them."""
         events: list[TextEvent] = []
         for part in parts:
             if isinstance(part, str):
-                events += self._events(self._parser.feed(part))
+                events += self._text_events(self._parser.feed(part))
             else:
                 token_ids, self._pending = tuple(self._pending), []
                 events.append(replace(part, token_ids=token_ids))
         return events
 
-    def _events(self, pieces: list[Piece]) -> list[TextEvent]:
+    def _text_events(self, pieces: list[Piece]) -> list[TextEvent]:
         events: list[TextEvent] = []
         for phase, text in pieces:
             events += self._event(phase, text if phase == "thinking" else self._stop.feed(text))

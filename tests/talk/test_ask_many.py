@@ -152,8 +152,8 @@ def test_when_one_has_ended_the_next_begins(demo: Magistral, monkeypatch: pytest
 
 def test_those_who_wait_take_no_time_of_a_turn(demo: Magistral, monkeypatch: pytest.MonkeyPatch):
     looks = list[Member]()
-    wants = Member.wants.fget
-    monkeypatch.setattr(Member, "wants", property(lambda member: looks.append(member) or wants(member)))  # type: ignore[misc]
+    runnable = Member.runnable.fget
+    monkeypatch.setattr(Member, "runnable", property(lambda member: looks.append(member) or runnable(member)))  # type: ignore[misc]
     demo.ask_many(["Hi"] * 40, at_once=1, max_tokens=1, think=False)
     assert len(looks) < 40 * 20  # not 40 in every turn
 

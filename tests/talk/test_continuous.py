@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from magistral_mlx import ClosedError, Magistral, MemoryLimitError, Regex, Reply, Sampling
-from magistral_mlx.talk.continuous import LEAD, PIECE, ContinuousBatch, Member
+from magistral_mlx.talk.continuous import MAX_AHEAD, PREFILL_PIECE, ContinuousBatch, Member
 from magistral_mlx.talk.stream import Stream
 from tests.decoder.test_batch import Watching
 
@@ -135,11 +135,11 @@ def test_they_decode_in_one_pass(demo: Magistral, watching: Watching):
 def test_one_that_is_not_read_holds_nobody_up(demo: Magistral, watching: Watching):
     slow, quick = both(demo, demo.new_continuous_batch())
     before = len(slow.reply.token_ids)
-    assert len(quick.drain().token_ids) > 2 * LEAD
+    assert len(quick.drain().token_ids) > 2 * MAX_AHEAD
     demo.run(lambda: None)
-    assert len(slow.reply.token_ids) <= before + LEAD + 1
+    assert len(slow.reply.token_ids) <= before + MAX_AHEAD + 1
     shapes = [B for B, L in watching.fed if L == 1]
-    assert shapes[-LEAD:] == [1] * LEAD  # the last passes were without it
+    assert shapes[-MAX_AHEAD:] == [1] * MAX_AHEAD  # the last passes were without it
     slow.close()
 
 
@@ -170,7 +170,7 @@ def test_a_long_prompt_is_read_by_pieces_between_steps(demo: Magistral, watching
     batch = demo.new_continuous_batch()
     one, other = both(demo, batch)
     watching.fed.clear()
-    prompt = [5 + at % 90 for at in range(3 * PIECE)]
+    prompt = [5 + at % 90 for at in range(3 * PREFILL_PIECE)]
     long = demo.stream_ids(prompt, batch=batch, max_tokens=2, seed=1)
 
     async def main() -> list[Reply]:
@@ -179,7 +179,7 @@ def test_a_long_prompt_is_read_by_pieces_between_steps(demo: Magistral, watching
     asyncio.run(main())
     pieces = [at for at, (_, L) in enumerate(watching.fed) if L > 1]
     assert sum(watching.fed[at][1] for at in pieces) == len(prompt)
-    assert watching.fed[pieces[0]] == (1, PIECE)  # others were being answered
+    assert watching.fed[pieces[0]] == (1, PREFILL_PIECE)  # others were being answered
     assert pieces[1] - pieces[0] > 1  # and went on meanwhile
 
 
@@ -189,13 +189,13 @@ def test_prompts_are_read_in_turns(demo: Magistral, watching: Watching):
     others = both(demo, batch)
     watching.fed.clear()
     demo.submit(both_asked.wait)
-    long = demo.stream_ids([7] * 3 * PIECE, batch=batch, max_tokens=2, seed=1)
+    long = demo.stream_ids([7] * 3 * PREFILL_PIECE, batch=batch, max_tokens=2, seed=1)
     short = demo.stream_ids([7] * 9, batch=batch, max_tokens=2, seed=1)
     long.start()
     short.start()
     both_asked.set()
     short.drain()
-    assert [L for _, L in watching.fed if L > 1][:2] == [PIECE, 9]
+    assert [L for _, L in watching.fed if L > 1][:2] == [PREFILL_PIECE, 9]
     for stream in (long, *others):
         stream.close()
 
@@ -213,11 +213,11 @@ def test_what_prompts_will_take_is_counted(demo: Magistral, monkeypatch: pytest.
     machine = replace(plan.machine, budget=plan.total + needs // 2)
     monkeypatch.setattr(guard, "_plan", replace(guard._plan, machine=machine))
     with demo.stream_ids(prompt, batch=batch, max_tokens=3) as stream:
-        assert batch.owed == needs
+        assert batch.unallocated == needs
         with pytest.raises(MemoryLimitError, match="300 tokens"):
             demo.stream_ids(prompt, batch=batch, max_tokens=3)
         next(stream)
-        assert batch.owed == 0  # it is held now, and counted as such
+        assert batch.unallocated == 0  # it is held now, and counted as such
 
 
 def test_nothing_stays_behind_however_they_end(demo: Magistral):
