@@ -100,7 +100,7 @@ class Magistral:
         _check_choice("dtype", dtype, get_args(DType))
         _check_choice("kv_bits", kv_bits, get_args(KVBits))
         if whole_number("quantize_after", quantize_after, least=0) and kv_bits is None:
-            raise SamplingError("quantize_after says when an 8-bit KV cache begins; give kv_bits=8 too")
+            raise SamplingError("quantize_after is for an 8-bit KV cache; give kv_bits=8 too")
         found = hub.resolve(str(name))
         checkpoint = open_checkpoint(found.weights)
         for difference in manifest.wrong_sizes(found.weights):
@@ -351,7 +351,7 @@ def _open_draft(name: str, target: Checkpoint) -> Checkpoint:
     ours, theirs = target.config.vocab_size, draft.config.vocab_size
     if ours != theirs:
         raise CheckpointError(
-            f"a draft model has the vocabulary of the model it guesses for: expected {ours} ids, found "
+            f"a draft model must have the same vocabulary as the model: expected {ours} ids, found "
             f"{theirs} in {name}; use a smaller model of the same family"
         )
     return draft

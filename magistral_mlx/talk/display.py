@@ -116,9 +116,9 @@ def shortcoming(reply: "Reply") -> str | None:
     """One line for the user if a reply was cut short or has no answer; otherwise None."""
     match reply.finish_reason:
         case "length":
-            return "cut off: max_tokens or the context was spent"
+            return "cut off: max_tokens or the context was used up"
         case "loop":
-            return "stopped: it went round in circles"
+            return "stopped: it repeated itself without end"
         case "stop" if not reply.answer and not reply.tool_calls:
             return "it ended without an answer; ask again, or give another seed"
         case _:

@@ -54,7 +54,7 @@ class Reply:
             raise AnswerError("Expected a reply to a question with schema=…, found one without.", self.answer)
         if self.finish_reason != "stop":
             raise AnswerError(
-                f"the answer was cut off before it was whole ({_CUT_OFF[self.finish_reason]}); it begins: "
+                f"the answer was cut off before it was complete ({_CUT_OFF[self.finish_reason]}); it begins: "
                 f"{self.answer[:200]!r}",
                 self.answer,
             )
@@ -72,8 +72,8 @@ class Reply:
 
 
 _CUT_OFF: dict[FinishReason, str] = {
-    "length": "max_tokens or the context was spent: allow more, set think_budget, or bound the schema",
-    "loop": "it went round in circles",
+    "length": "max_tokens or the context was used up: allow more, set think_budget, or bound the schema",
+    "loop": "it repeated itself without end",
     "cancelled": "it was stopped",
 }
 

@@ -176,7 +176,7 @@ def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """The differences of two fingerprints as text; empty: there are none."""
     names = [name for name in {**was, **now} if was.get(name) != now.get(name)]
     if names == ["weights"]:
-        return "its weights are others, such as a fine-tune's"
+        return "its weights differ, as those of a fine-tune do"
     return ", ".join(
         f"{name} was {was.get(name)!r}, is {now.get(name)!r}"[:120] for name in names if name != "weights"
     )
@@ -190,7 +190,7 @@ def _options(found: dict[str, Any]) -> Options:
     if options.get("schema"):
         options["schema"] = from_json(options["schema"])
     for name, value in options.items():
-        expect(name in hints and _fits(value, hints[name]), f"the option {name}")
+        expect(name in hints and _fits(value, hints[name]), f"option {name}")
     return cast("Options", options)
 
 
@@ -212,10 +212,10 @@ def _is_input(value: object) -> bool:
 def _reply(turn: dict[str, Any]) -> Reply:
     """A reply from its JSON, without ids: these are tensors."""
     stats = Stats(**turn["stats"])
-    expect(all(type(n) in (int, float) and n >= 0 for n in asdict(stats).values()), "a reply's statistics")
-    expect(turn["finish_reason"] in get_args(FinishReason), "a finish reason")
-    expect(type(turn["seed"]) is int, "a seed")
-    expect(isinstance(turn["thinking"], str) and isinstance(turn["answer"], str), "a reply")
+    expect(all(type(n) in (int, float) and n >= 0 for n in asdict(stats).values()), "statistics of a reply")
+    expect(turn["finish_reason"] in get_args(FinishReason), "finish reason")
+    expect(type(turn["seed"]) is int, "seed")
+    expect(isinstance(turn["thinking"], str) and isinstance(turn["answer"], str), "text of a reply")
     calls = tuple(ToolCall(**call) for call in turn.get("tool_calls", ()))
     expect(all(isinstance(text, str) for call in calls for text in asdict(call).values()), "tool calls")
     return Reply(
@@ -241,7 +241,7 @@ def _check_layout(
     if cache is not None:
         expected["cache.ids"] = ("U32", (cache["positions"],))
         config, positions = model.config, cache["positions"]
-        expect(type(positions) is int and positions > 0, "the cache's length")
+        expect(type(positions) is int and positions > 0, "length of the cache")
         for n in range(config.n_layers):
             packed = cache["kv_bits"] is not None and f"cache.{n}.keys" not in entries
             layout = state_layout(config.n_kv_heads, config.head_dim, positions, model.dtype, packed=packed)
@@ -251,14 +251,14 @@ def _check_layout(
     expect(entries.keys() == expected.keys(), f"tensors {sorted(entries.keys() ^ expected.keys())[:4]}")
     for name, (dtype, shape) in expected.items():
         entry = entries[name]
-        expect((entry.dtype, entry.shape) == (dtype, shape), f"{name}, {entry.dtype} {list(entry.shape)},")
+        expect((entry.dtype, entry.shape) == (dtype, shape), f"{name}: {entry.dtype} {list(entry.shape)}")
 
 
 def _take_ids(arrays: dict[str, mx.array], vocab_size: int) -> dict[str, tuple[int, ...]]:
     """Remove the tensors of ids from `arrays`; returns them as numbers."""
     names = [name for name in arrays if name.endswith("ids")]
     ids = {name: tuple(cast("list[int]", arrays.pop(name).tolist())) for name in names}
-    expect(all(max(of, default=0) < vocab_size for of in ids.values()), "ids beyond the vocabulary")
+    expect(all(max(of, default=0) < vocab_size for of in ids.values()), "ids, beyond the vocabulary")
     return ids
 
 

@@ -80,7 +80,7 @@ class TalkFile:
         in_order = sorted(self.entries.items(), key=lambda item: (item[1].offset, item[1].nbytes))
         for name, entry in in_order:
             run(partial(one, name, entry))
-        expect(digest.hexdigest() == self.sha256, "its bytes")
+        expect(digest.hexdigest() == self.sha256, "checksum")
         return arrays
 
 
@@ -120,7 +120,7 @@ def damage(path: Path) -> Generator[None, None, None]:
 def expect(holds: bool, what: str) -> None:
     """Check a condition inside `damage`."""
     if not holds:
-        raise ValueError(f"{what} cannot be as found")
+        raise ValueError(f"invalid {what}")
 
 
 def _bytes(arrays: dict[str, mx.array], name: str) -> memoryview:

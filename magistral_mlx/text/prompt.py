@@ -95,7 +95,7 @@ def _check_answers(turns: Sequence[Turn]) -> None:
             if turn.tool_call_id not in open_calls:
                 raise PromptError(
                     f"Expected messages[{at}] to answer a tool call of the message before, found another "
-                    "tool_call_id. Each call has one result, behind the message that calls."
+                    "tool_call_id. Each call has one result, after the message with the call."
                 )
             open_calls.remove(turn.tool_call_id)
         elif open_calls:

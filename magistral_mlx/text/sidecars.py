@@ -173,8 +173,8 @@ def _copied(source: Path) -> dict[str, bytes]:
     """The tokenizer files of a source without tekken.json, unchanged."""
     copied = {name: (source / name).read_bytes() for name in _HF_FILES if (source / name).is_file()}
     warnings.warn(
-        f"Found no tekken.json in {source}: {', '.join(copied) or 'no tokenizer file'} goes along as it is. "
-        "magistral_mlx will want tekken.json and SYSTEM_PROMPT.txt in the converted directory's mistral/: "
+        f"Found no tekken.json in {source}: {', '.join(copied) or 'no tokenizer file'} is copied as it is. "
+        "magistral_mlx needs tekken.json and SYSTEM_PROMPT.txt in the converted directory's mistral/: "
         f"copy them from the original repository (such as {ORIGINAL}).",
         MagistralWarning,
         stacklevel=3,

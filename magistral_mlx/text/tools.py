@@ -129,7 +129,7 @@ def _mapping(value: object, where: str) -> dict[str, Any]:
 
 def _check_type(fields: Mapping[str, Any], where: str) -> None:
     if (kind := fields.get("type", "function")) != "function":
-        raise PromptError(f"Expected {where} to be of the type function, found {kind!r}. Others are not had.")
+        raise PromptError(f"Expected {where} to be of the type function, found {kind!r}. It is the only one.")
 
 
 def _name(fields: Mapping[str, Any], where: str) -> str:

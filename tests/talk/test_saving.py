@@ -267,7 +267,7 @@ def test_another_model(model: Magistral, tmp_path: Path, home: Path, talked: byt
     path.write_bytes(talked)
     expected = model.load_conversation(path)
     for name, how, difference in (
-        ("tuned", {"seed": 1}, "its weights are others"),
+        ("tuned", {"seed": 1}, "its weights differ"),
         ("wide", {"hidden_dim": 128}, "intermediate_size was 96, is 128"),
         ("deep", {"n_layers": 3}, "num_hidden_layers was 2, is 3"),
     ):
@@ -365,7 +365,7 @@ def ids(*numbers: int) -> tuple[str, tuple[int], bytes]:
         (lambda told, _: told.update(model=[]), "damaged or changed"),
         (lambda told, _: told["turns"].pop(), "tensors .*turns.1"),
         (lambda told, _: told["turns"][0].update(said=1), "turns"),
-        (lambda told, _: told["turns"][0].update(answer=None), "a reply"),
+        (lambda told, _: told["turns"][0].update(answer=None), "text of a reply"),
         (lambda told, _: told["turns"][0].update(seed="1"), "seed"),
         (lambda told, _: told["turns"][0].update(finish_reason="bored"), "finish reason"),
         (lambda told, _: told["turns"][0]["stats"].update(prompt_tokens=-1), "statistics"),
@@ -378,11 +378,14 @@ def ids(*numbers: int) -> tuple[str, tuple[int], bytes]:
         (lambda told, _: told["cache"].update(kv_bits=3), "in 16 or in 8 bits"),
         (lambda told, _: told["cache"].update(quantize_after=-1), "quantize_after"),
         (lambda told, _: told.update(cache=None), "tensors .*cache"),
-        (shorter, r"cache.1.values, F32 \[1, 2, \d+, 32\]"),
+        (shorter, r"cache.1.values: F32 \[1, 2, \d+, 32\]"),
         (lambda _, tensors: tensors.pop("cache.0.keys"), "cache.0.keys"),
         (lambda _, tensors: tensors.update({"cache.2.keys": ids(1)}), "cache.2.keys"),
         (lambda _, tensors: tensors.update({"cache.ids": ids(1, 2)}), "cache.ids"),
-        (lambda _, tensors: tensors.update({"turns.0.token_ids": ids(5, 1280)}), "ids beyond the vocabulary"),
+        (
+            lambda _, tensors: tensors.update({"turns.0.token_ids": ids(5, 1280)}),
+            "ids, beyond the vocabulary",
+        ),
         (
             lambda _, tensors: tensors.update({"turns.0.token_ids": ("U32", (), bytes(4))}),
             "turns.0.token_ids",

@@ -243,7 +243,7 @@ def test_a_source_without_a_prompt_gets_the_cards(tmp_path):
 def test_a_source_without_tekken_keeps_what_it_has(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "config.json").write_text("{}")
-    with pytest.warns(MagistralWarning, match=r"no tekken\.json .* tokenizer\.json goes along"):
+    with pytest.warns(MagistralWarning, match=r"no tekken\.json .* tokenizer\.json is copied"):
         files = sidecars.files(tmp_path, name="x", recipe="4 bit", context=4096)
     assert files.keys() == {"README.md", "tokenizer.json"}
 
