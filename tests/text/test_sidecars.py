@@ -149,7 +149,7 @@ def test_ids_of_the_written_tokenizer_are_mistral_commons(full):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_ids_over_a_large_corpus(full):
-    """Every different line of Python's own library, and soup of many scripts.
+    """Every distinct line of Python's own library, and random text of many scripts.
 
     Not texts that spell a control token: other readers make a control token of it.
     """
