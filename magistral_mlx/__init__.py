@@ -81,7 +81,7 @@ __all__ = [
     "consensus",
 ]
 
-_LATE = {
+_LAZY = {
     "Conversation": "talk.conversation",
     "consensus": "talk.answers",
     "Magistral": "chat",
@@ -93,7 +93,7 @@ _LATE = {
 
 
 def __getattr__(name: str) -> Any:
-    """Names that need mlx, looked up when they are first used (PEP 562)."""
-    if name not in _LATE:
+    """Import the names of `_LAZY` when they are first used (PEP 562)."""
+    if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_LATE[name]}", __name__), name)
+    return getattr(import_module(f".{_LAZY[name]}", __name__), name)

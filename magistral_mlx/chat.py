@@ -1,9 +1,9 @@
-"""Where numbers and words meet: a loaded model that answers messages.
+"""A loaded model that answers messages: where text modules and array modules meet.
 
-`Magistral` turns messages into ids, and ids into a `Stream`. Does not know how anything is shown, and leaves
-every rule to the module that owns it: prompts to `tokenizer`, options to `preparation`, events to `reply`,
-steps to `generation`, time and threads to `stream`, `continuous` and `worker`, memory of what was said to
-`conversation`.
+`Magistral` turns messages into token ids, and ids into a `Stream`. Does not know how replies are displayed,
+and leaves every rule to the module that owns it: prompts to `tokenizer`, options to `preparation`, events to
+`reply`, decoding to `generation`, timing and threads to `stream`, `continuous` and `worker`, message history
+to `conversation`.
 """
 
 import warnings
@@ -45,11 +45,11 @@ DType: TypeAlias = Literal["bfloat16", "float16", "float32"]
 KVBits: TypeAlias = Literal[8]
 
 AT_ONCE = 8
-"""Replies under way, at most. At Magistral's shape eight of 4000 tokens hold 5 GB of keys and values."""
+"""Most replies at once, by default. At Magistral's shape, eight of 4000 tokens take 5 GB of KV cache."""
 
 
 class Magistral:
-    """A loaded model. `load` one; ask it from any thread, or from asyncio."""
+    """A loaded model. Create one with `load`; use it from any thread, or from asyncio."""
 
     def __init__(
         self,
@@ -88,48 +88,49 @@ class Magistral:
     ) -> Self:
         """Load a model: a directory, a name on the Hub that was downloaded before, or "demo".
 
-        dtype: what activations are computed in; by default bfloat16 on a GPU and float32 on a CPU.
-        kv_bits: 8 keeps the KV cache in half the memory; see `magistral-mlx plan`.
-        quantize_after: with `kv_bits`, positions up to which a cache stays as it was computed; the position
-            that passes them packs all of it.
-        draft_model: a smaller model with the same vocabulary, which guesses what this one will say; replies
-            then speculate (see `Options`), and are what they are without it.
-        Nothing is downloaded. Refuses before reading what would not fit into this machine's memory.
+        dtype: of the activations; by default bfloat16 on a GPU and float32 on a CPU.
+        kv_bits: 8 quantizes the KV cache, to about half the memory; see `magistral-mlx plan`.
+        quantize_after: with `kv_bits`, the number of positions up to which a cache stays unquantized; the
+            next position quantizes all of it.
+        draft_model: a smaller model with the same vocabulary, which drafts tokens for this one; replies then
+            use speculative decoding (see `Options`), and are the same as without it.
+        Nothing is downloaded. Before any weights are read, a model that would not fit into this machine's
+        memory is refused.
         """
         _check_choice("dtype", dtype, get_args(DType))
         _check_choice("kv_bits", kv_bits, get_args(KVBits))
         if whole_number("quantize_after", quantize_after, least=0) and kv_bits is None:
-            raise SamplingError("quantize_after says when an 8-bit KV cache begins; give kv_bits=8 too")
+            raise SamplingError("quantize_after is for an 8-bit KV cache; give kv_bits=8 too")
         found = hub.resolve(str(name))
         checkpoint = open_checkpoint(found.weights)
         for difference in manifest.wrong_sizes(found.weights):
             warnings.warn(f"{found.weights}: {difference}; convert it again", MagistralWarning, stacklevel=2)
-        number = getattr(mx, dtype) if dtype else memory.default_dtype()
-        drafts = None if draft_model is None else _open_draft(str(draft_model), checkpoint)
-        guard = _guard(checkpoint, drafts, number, kv_bits, quantize_after)
+        mx_dtype = getattr(mx, dtype) if dtype else memory.default_dtype()
+        draft = None if draft_model is None else _open_draft(str(draft_model), checkpoint)
+        guard = _guard(checkpoint, draft, mx_dtype, kv_bits, quantize_after)
         guard.check_load(str(name))
         worker = Worker(f"magistral {found.weights.name}")
-        weights: Pending[Transformer] = worker.submit(lambda: load(checkpoint, number))
-        guesser = worker.submit(lambda: drafts and load(drafts, number))
+        model: Pending[Transformer] = worker.submit(lambda: load(checkpoint, mx_dtype))
+        drafter = worker.submit(lambda: draft and load(draft, mx_dtype))
         try:
             tokenizer = Tokenizer.from_directory(found.words)  # a second or two, while the weights are read
-            tokenizer.detokenizer()  # looks all pieces up, so that the first stream need not
+            tokenizer.detokenizer()  # looks up the bytes of all ids now, not in the first stream
             return cls(
                 checkpoint,
                 tokenizer,
                 worker,
-                weights.wait(),
+                model.wait(),
                 kv_bits=kv_bits,
                 quantize_after=quantize_after,
                 guard=guard,
-                draft=guesser.wait(),
+                draft=drafter.wait(),
             )
         except BaseException:
             worker.close()
             raise
 
     def stream(self, messages: Messages, **options: Unpack[Options]) -> Stream:
-        """Begin a reply to a question, or to `{"role", "content"}` messages. Nothing is computed yet."""
+        """Start a reply to a question, or to `{"role", "content"}` messages. Nothing is computed yet."""
         return self.stream_ids(self.encode(messages, **options), **options)
 
     @overload
@@ -143,13 +144,13 @@ class Magistral:
     @overload
     def ask(self, messages: Messages, **options: Unpack[Plain]) -> Reply: ...
     def ask(self, messages: Messages, *, n: int | None = None, **options: Unpack[Options]) -> Any:
-        """The same, waited for; with `n`, so many replies, written together (see `ask_many`).
+        """Wait for the whole reply and return it; with `n`, a list of `n` replies (see `ask_many`).
 
-        With a `schema` the value itself: of that type, what its JSON says, or text that a `Regex` matches.
-        With `n` too there are replies, whose `parsed` is the value: one of them may have been cut off.
+        With a `schema`, return the value: an instance of that type, parsed JSON, or text that a `Regex`
+        matches. With both, return replies, whose `parsed` is the value: any of them may have been cut off.
 
         Raises:
-            AnswerError: with `schema`, an answer that was cut off, or that its type refuses.
+            AnswerError: with a `schema`, and without `n`: the answer was cut off, or its type rejects it.
         """
         if n is not None:
             return self.ask_many(_repeated(messages, n), **options)
@@ -159,15 +160,15 @@ class Magistral:
     def ask_many(
         self, questions: Sequence[Messages], *, at_once: int | None = None, **options: Unpack[Options]
     ) -> list[Reply]:
-        """A reply to each question, written together; a beginning that neighbours share is read once.
+        """A reply to each question, decoded together; a prefix that neighbouring prompts share is read once.
 
-        Each has its own seed: `seed`, `seed + 1`, …, and says the same as when asked alone with it (in
+        Each has its own seed: `seed`, `seed + 1`, …, and is the same as when asked alone with that seed (in
         float32). Seconds in a reply's statistics are of passes that it shares with others.
 
-        at_once: so many are under way, each with its own KV cache; when one ends, the next begins. By default
-            as many as this machine's memory has room for, at most 8.
+        at_once: how many replies are decoded at once, each with its own KV cache; when one ends, the next
+            starts. By default as many as fit into this machine's memory, at most 8.
         """
-        with self._together(questions, at_once, options) as streams:
+        with self._open_batch(questions, at_once, options) as streams:
             return [stream.drain() for stream in streams]
 
     def astream(self, messages: Messages, **options: Unpack[Options]) -> Stream:
@@ -197,7 +198,7 @@ class Magistral:
         self, questions: Sequence[Messages], *, at_once: int | None = None, **options: Unpack[Options]
     ) -> list[Reply]:
         """`ask_many`, for `await`; cancelling it stops all replies."""
-        with self._together(questions, at_once, options) as streams:
+        with self._open_batch(questions, at_once, options) as streams:
             return [await stream.adrain() for stream in streams]
 
     def conversation(self, **options: Unpack[Options]) -> Conversation:
@@ -207,18 +208,19 @@ class Magistral:
     def load_conversation(
         self, path: str | Path, *, any_model: bool = False, **options: Unpack[Options]
     ) -> Conversation:
-        """A conversation from the file that `Conversation.save` wrote; `options` replace those saved with it.
+        """A conversation from the file that `Conversation.save` wrote; `options` override the saved ones.
 
-        any_model: take also what was said with another model; it is then read again by this one.
+        any_model: also accept a conversation with another model; this one then prefills its messages again.
 
         Raises:
-            ConversationError: no whole saved conversation, of another model, or of a newer version.
+            ConversationError: the file is not a complete saved conversation, is of another model, or was
+                written by a newer version.
         """
         saved = saving.load(Path(path), self, any_model=any_model)
         return Conversation(self, {**saved.options, **options}, turns=saved.turns, prefix=saved.prefix)
 
     def encode(self, messages: Messages, **options: Unpack[Options]) -> list[int]:
-        """The prompt's ids, as `stream` would feed them."""
+        """The token ids of the prompt that `stream` would prefill."""
         return self.tokenizer.encode_chat(
             messages,
             system=options.get("system"),
@@ -236,20 +238,21 @@ class Magistral:
         on_end: Callable[[Reply], None] = lambda _: None,
         **options: Unpack[Options],
     ) -> Stream:
-        """`stream` from ids that were encoded before.
+        """`stream`, for a prompt that is already encoded.
 
-        prefix: what was read in an earlier turn; nobody else may use it until `on_end`, which is called once,
-            with what was said.
-        batch: those it is written with (`new_continuous_batch`); without, it takes turns with others.
+        prefix: KV caches of an earlier turn, to be reused; nothing else may use them until `on_end`, which is
+            called once, with the reply.
+        batch: decode together with the others of this batch (`new_continuous_batch`); without one, open
+            streams take turns.
         """
         check(options)
         prefix = prefix or self.new_prefix(self.kv_bits)
-        owed = batch.owed if batch else 0
-        builder, request = self._prepare(prompt, seed_of(options), options, held=prefix.nbytes - owed)
+        unallocated = batch.unallocated if batch else 0
+        builder, request = self._prepare(prompt, seed_of(options), options, held=prefix.nbytes - unallocated)
         if batch:
-            needs = self._guard.kv(len(prompt))
+            kv_bytes = self._guard.kv(len(prompt))
             generation = Generation(self.transformer, request, prefix)
-            return Stream(batch.join(generation, builder, needs=needs), builder, on_end=on_end)
+            return Stream(batch.join(generation, builder, kv_bytes=kv_bytes), builder, on_end=on_end)
         drafting = None
         if options.get("speculate", self._draft is not None):
             drafting = Drafting(pace=self._pace, model=self._draft)
@@ -263,7 +266,7 @@ class Magistral:
         return Stream(source, builder, on_end=on_end)
 
     def close(self) -> None:
-        """Give the memory back. A stream that is still open ends with a `ClosedError`."""
+        """Free the model's memory. A stream that is still open raises `ClosedError`."""
         self._model = self._draft = None
         self._worker.close()
 
@@ -274,12 +277,12 @@ class Magistral:
         self.close()
 
     def new_prefix(self, kv_bits: int | None = None, *, quantize_after: int | None = None) -> Prefix:
-        """Empty caches; see `Transformer.new_caches`. Without `quantize_after` the model's own is taken."""
+        """Empty KV caches; see `Transformer.new_caches`. `quantize_after` defaults to the model's own."""
         after = self.quantize_after if quantize_after is None else quantize_after
         return Prefix(self.transformer.new_caches(kv_bits, quantize_after=after))
 
     def new_continuous_batch(self) -> ContinuousBatch:
-        """For replies that are written together, each by `stream_ids(…, batch=…)`."""
+        """A batch of replies that are decoded together; add each with `stream_ids(…, batch=…)`."""
         return ContinuousBatch(self._worker)
 
     def run(self, job: Callable[[], T]) -> T:
@@ -291,23 +294,23 @@ class Magistral:
         return self._worker.submit(job)
 
     def new_prefixes(self, limit: int | None = None) -> Prefixes:
-        """A place to keep what prompts have read; bytes, by default an eighth of what the weights leave."""
+        """A pool of KV caches for prefix reuse. limit: bytes, by default an eighth of what weights leave."""
         return Prefixes(
             lambda: self.new_prefix(self.kv_bits), self._guard.for_prefixes if limit is None else limit
         )
 
     @property
     def at_once(self) -> int:
-        """How many long replies this machine's memory has room for at once: 1 to 8."""
+        """How many long replies fit into this machine's memory at once: 1 to 8."""
         return self._guard.at_once(AT_ONCE)
 
     @property
     def dtype(self) -> mx.Dtype:
-        """What activations are computed in."""
+        """The dtype of the activations."""
         return self.transformer.dtype
 
     def fingerprint(self) -> dict[str, Any]:
-        """What two models have in common only if one can go on from what the other has read."""
+        """Equal for two models only if one can continue from the other's KV cache. Plain JSON."""
         weights = self.run(self._checkpoint.fingerprint)
         return self.config.to_json() | {"dtype": NAMES[self.dtype], "weights": weights}
 
@@ -319,21 +322,21 @@ class Magistral:
         return self._model
 
     @contextmanager
-    def _together(
+    def _open_batch(
         self, questions: Sequence[Messages], at_once: int | None, options: Options
     ) -> Generator[list[Stream]]:
-        """Streams that go on without being read. Every mistake is told before anything is computed."""
+        """Streams that advance without a consumer. Invalid input raises before anything is computed."""
         if isinstance(questions, str):
             raise PromptError("ask_many takes a list of questions, found one string; ask takes one")
         check(options)
         at_once = self.at_once if at_once is None else whole_number("at_once", at_once, least=1)
         seed = seed_of(options)
         prompts = [self.encode(messages, **options) for messages in questions]
-        begun = [self._prepare(prompt, seed + at, options) for at, prompt in enumerate(prompts)]
-        batch = ContinuousBatch(self._worker, at_once=at_once, followed=False)
+        prepared = [self._prepare(prompt, seed + at, options) for at, prompt in enumerate(prompts)]
+        batch = ContinuousBatch(self._worker, at_once=at_once, streaming=False)
         with ExitStack() as open_streams:
             streams = list[Stream]()
-            for builder, request in begun:
+            for builder, request in prepared:
                 generation = Generation(self.transformer, request, self.new_prefix(self.kv_bits))
                 stream = Stream(batch.join(generation, builder), builder, whole=True)
                 streams.append(open_streams.enter_context(stream))
@@ -343,12 +346,12 @@ class Magistral:
 
 
 def _open_draft(name: str, target: Checkpoint) -> Checkpoint:
-    """The checkpoint of a draft model: its ids must mean the same."""
+    """The checkpoint of a draft model. Its ids must mean the same; only their number is checked."""
     draft = open_checkpoint(hub.resolve(name).weights)
     ours, theirs = target.config.vocab_size, draft.config.vocab_size
     if ours != theirs:
         raise CheckpointError(
-            f"a draft model has the vocabulary of the model it guesses for: expected {ours} ids, found "
+            f"a draft model must have the same vocabulary as the model: expected {ours} ids, found "
             f"{theirs} in {name}; use a smaller model of the same family"
         )
     return draft
@@ -361,7 +364,7 @@ def _guard(
     kv_bits: KVBits | None,
     quantize_after: int,
 ) -> Guard:
-    """What watches over memory, where these weights are held."""
+    """The memory guard for these weights."""
     weights = checkpoint.nbytes(dtype) + (draft.nbytes(dtype) if draft else 0)
     return Guard(
         checkpoint.config, weights, itemsize=dtype.size, kv_bits=kv_bits, quantize_after=quantize_after

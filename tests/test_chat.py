@@ -1,4 +1,4 @@
-"""A loaded model from its user's side: streams, replies, conversations, threads, asyncio, endings."""
+"""A loaded model through its public interface: streams, replies, conversations, threads, asyncio, endings."""
 
 import asyncio
 import gc
@@ -51,7 +51,7 @@ def demo() -> Iterator[Magistral]:
 
 @pytest.fixture
 def script(tiny_tokenizer: Callable[[str], Tokenizer]) -> Iterator[Callable[..., Magistral]]:
-    """Says what it is told to; closed when the test ends."""
+    """Makes models with a scripted reply; closed when the test ends."""
     models: list[Magistral] = []
 
     def make(reply: Any = REPLY, **how: Any) -> Magistral:
@@ -127,7 +127,7 @@ def test_past_the_advised_context_a_reply_says_so_once(
     monkeypatch.setattr("magistral_mlx.talk.guard.USUAL_CONTEXT", len(model.encode(QUESTION)) + 20)
     with pytest.warns(MagistralWarning, match="tokens of context the model's quality drops") as said:
         first = model.ask(QUESTION)
-    model.ask(QUESTION)  # said: another warning would be an error here
+    model.ask(QUESTION)  # warned before: another warning would be an error here
     assert (len(said), first.finish_reason, first.answer) == (1, "stop", "word " * 40)
 
 
@@ -139,7 +139,7 @@ def test_demo_thinks_and_answers(demo: Magistral):
 
 
 def test_a_cache_may_be_packed_late():
-    """Up to `quantize_after` a reply is what it is without `kv_bits`."""
+    """Up to `quantize_after` a reply is the same as without `kv_bits`."""
     with Magistral.load("demo") as plain, Magistral.load("demo", kv_bits=8, quantize_after=10**4) as late:
         options = {"seed": 5, "max_tokens": 40}
         assert late.ask(QUESTION, **options).token_ids == plain.ask(QUESTION, **options).token_ids
@@ -229,7 +229,7 @@ def test_mistakes_are_told_before_anything_runs(
 
 @pytest.mark.parametrize("prompt", [[], [-1], [2024], ["1"]])
 def test_ids_that_are_not_the_models_are_refused(demo: Magistral, prompt: list[int]):
-    """MLX would read what lies in memory there, or crash."""
+    """MLX would read other memory, or crash."""
     with pytest.raises(PromptError, match="ids from 0 to 2023, and one at least"):
         demo.stream_ids(prompt)
 
@@ -289,7 +289,7 @@ def test_a_finished_stream_stays_finished(script: Callable[..., Magistral]):
 
 
 def test_nothing_leaks(demo: Magistral):
-    """Closed, abandoned and broken streams give their caches back."""
+    """Closed, abandoned and failed streams free their caches."""
     prompt = "Add 12 and 13. " * 8
 
     def level() -> int:
@@ -308,7 +308,7 @@ def test_nothing_leaks(demo: Magistral):
 
 
 def test_an_interrupted_wait_loses_no_token(script: Callable[..., Magistral]):
-    """Ctrl-C while waiting, caught: the next `next` takes up the step that was under way."""
+    """Ctrl-C while waiting, caught: the next `next` waits for the same step."""
     expected = script().ask(QUESTION)
     stream, events, interrupts = script(step_seconds=0.02).stream(QUESTION), [], 0
     signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))

@@ -1,20 +1,20 @@
-"""Replies as they grow, and conversations. `magistral_mlx.chat` puts these and the decoder together.
+"""Replies as they are generated, and conversations. `magistral_mlx.chat` connects these with the decoder.
 
     worker        the thread that owns the arrays
-    step          one step there, and what it took
-    guard         does it fit into memory?
-    options       what one reply is asked for
-    reply         one reply, whole or as it grows
-    preparation   options → what a reply's ids will say, and how they are drawn
-    notebook      a stream in Jupyter
-    stream        one reply as it is written
-    continuous    replies that take their steps together
-    answers       what several replies agree on
-    talkfile      text and tensors under a seal
+    step          one step there, and its cost
+    guard         whether a load or a reply fits into memory
+    options       the options of one reply
+    reply         one reply, complete or in progress
+    preparation   options → a reply's builder, and the decoder's request
+    notebook      a stream shown in Jupyter
+    stream        one reply as an iterator of events
+    continuous    continuous batching
+    answers       the most common answer of several replies
+    talkfile      text and tensors in one file, with a checksum
     saving        a conversation as text and tensors, and back
-    conversation  messages that grow
-    wrapping      lines as wide as a terminal
-    display       a stream in a terminal
+    conversation  message history, and the KV cache kept for it
+    wrapping      word wrapping of streamed text
+    display       a stream shown in a terminal
 
 Each imports only what stands above it.
 """

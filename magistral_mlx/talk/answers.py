@@ -1,7 +1,7 @@
-r"""What several replies agree on: the answer that each ends in, written one way, and the commonest of them.
+r"""The final answer of each reply, normalised, and the most common one of several replies.
 
 For mathematics: "**1,234.50**", "\boxed{1234.5}" and "so it is 1 234.5." are one answer. Whether `1/2` and
-`\frac{1}{2}` are the same is algebra, and not asked here. Pure: text in, text out.
+`\frac{1}{2}` are equal is algebra, and not decided here. Pure: text in, text out.
 """
 
 import re
@@ -19,23 +19,23 @@ _TYPESETTING = re.compile(r"\$|\\[()\[\],;:! ]|\\(?:left|right)(?![a-z])")
 _THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:,\d{3})+|(?: \d{3})+)(?![\d,])")
 _TRAILING_ZEROS = re.compile(r"(?<![\d.])(\d+)\.(?:0+|(\d*?[1-9])0+)(?![\d.])")
 _SPACES = re.compile(r"(?<![^\W\d_])\s+|\s+(?![^\W\d_])")
-"""All but those between two words."""
+"""White space, except between two letters."""
 
 
 def consensus(replies: Sequence[Reply]) -> str | None:
-    """The final answer that most replies give, normalised; of those given equally often, the first.
+    """The final answer that most replies give, normalised; on a tie, the first.
 
-    Replies that were cut off, or that have no final answer, have no vote. None: nobody voted.
+    Replies that were cut off, or that have no final answer, have no vote. None: there were no votes.
     """
     answers = [final_answer(reply.answer) for reply in replies if reply.finish_reason == "stop"]
     votes = Counter(answer.casefold() for answer in answers if answer)
-    # Counted in the order of the replies, of which `max` takes the first.
+    # A Counter keeps the order of the replies, and `max` takes the first of equals.
     winner = max(votes, key=lambda vote: votes[vote], default=None)
     return next((answer for answer in answers if answer and answer.casefold() == winner), None)
 
 
 def final_answer(text: str) -> str | None:
-    r"""What a text ends in: its last `\boxed{…}`, or else its last **bold** words, or its last number.
+    r"""The final answer in a text: its last `\boxed{…}`, or else its last **bold** words, or its last number.
 
     Bold words with a colon are a label; the answer is what follows them.
     """
@@ -46,7 +46,7 @@ def final_answer(text: str) -> str | None:
 
 
 def normalized(answer: str) -> str:
-    """One way of writing it: without typesetting, spaces, thousands separators, trailing zeros, `x =`."""
+    """The canonical spelling: without typesetting, spaces, thousands separators, trailing zeros, `x =`."""
     text = answer.replace("{,}", ",")
     text = re.sub(r"\\[,;:! ](?=\d)", " ", text)
     text = _TYPESETTING.sub("", text).replace("\u2212", "-")
@@ -59,7 +59,7 @@ def normalized(answer: str) -> str:
 
 
 def _boxed(text: str) -> str | None:
-    r"""What stands in the last `\boxed{…}`, whose braces may hold others."""
+    r"""The content of the last `\boxed{…}`, which may contain nested braces."""
     start = text.rfind(r"\boxed{")
     if start < 0:
         return None

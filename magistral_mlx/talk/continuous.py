@@ -1,9 +1,10 @@
-"""Continuous batching: all replies that are under way take their steps in one pass of the model.
+"""Continuous batching: all active replies take their steps in one forward pass of the model.
 
-A turn on the model's thread reads a piece of one prompt and makes one step of every reply whose prompt is
-read. Turns follow one another as long as somebody wants ids; what else is asked of the thread is done between
-two of them. A reply is at most `LEAD` ids ahead of its reader: one that is read slowly sits out, and holds
-nobody up. Whoever leaves is in no further turn. Does not know text, nor what a request is.
+An iteration on the model's thread prefills a piece of one prompt and decodes one step of every reply whose
+prompt is complete. Iterations follow one another as long as any reply's consumer wants ids; other jobs of the
+thread run between two of them. A reply is at most `MAX_AHEAD` steps ahead of its consumer: with a slow
+consumer it skips iterations, and delays no other reply. One that leaves takes part in no further iteration.
+Does not know text, nor what a request is.
 """
 
 import math
@@ -25,37 +26,38 @@ from .reply import ReplyBuilder
 from .stream import OnStep
 from .worker import Pending, Worker
 
-LEAD = 4
-PIECE = 256
-"""Positions of a prompt that are read at once while others are being answered: enough for most of the speed,
-and at Magistral's size half a second or so."""
+MAX_AHEAD = 4
+"""Steps that a reply may be ahead of its consumer."""
+PREFILL_PIECE = 256
+"""Prompt positions prefilled per iteration while other replies are decoded: enough for most of the speed, and
+at Magistral's size half a second or so."""
 
 
 class ContinuousBatch:
-    """All replies of one model that are written together. Any thread may `join`.
+    """All replies of one model that are decoded together. `join` from any thread.
 
-    at_once: how many are under way; the others wait for one to end. By default whoever joins has seen to it.
-    followed: replies are read as they grow. If not, all that counts is when the last has ended: they go on
-        without a reader, and prompts are read one after another, so that more replies share a pass; what a
-        prompt has in common with the one before it is not read again.
+    at_once: how many are active; the others wait for one to end. Unlimited by default: the caller decides.
+    streaming: replies have consumers that read them as they grow. If False, only the total time counts: they
+        advance without a consumer, and prompts are prefilled one after another before the next decoding step,
+        so that more replies share a pass; a prefix shared with the prompt before is not prefilled again.
     """
 
-    def __init__(self, worker: Worker, *, at_once: float = math.inf, followed: bool = True) -> None:
+    def __init__(self, worker: Worker, *, at_once: float = math.inf, streaming: bool = True) -> None:
         self.lock = threading.RLock()
-        self.lead = LEAD if followed else math.inf
+        self.max_ahead = MAX_AHEAD if streaming else math.inf
         self._at_once = at_once
-        self._followed = followed
+        self._streaming = streaming
         self._worker = worker
-        self._members: list[Member] = []  # under way; whose prompt is to get a piece next comes first
+        self._members: list[Member] = []  # active, in the order in which their prompts get the next piece
         self._waiting = deque[Member]()
-        self._turning = False
+        self._scheduled = False
 
-    def join(self, generation: Generation, builder: ReplyBuilder, *, needs: int = 0) -> "Member":
-        """One reply more; nothing is computed until it is asked for ids.
+    def join(self, generation: Generation, builder: ReplyBuilder, *, kv_bytes: int = 0) -> "Member":
+        """Add a reply; nothing is computed until its first step is requested.
 
-        builder: of the reply. needs: bytes of its prompt's keys and values, if they are to be `owed`.
+        builder: of the reply. kv_bytes: of its prompt's KV cache, if they are to be counted in `unallocated`.
         """
-        member = Member(self, generation, builder, needs)
+        member = Member(self, generation, builder, kv_bytes)
         with self.lock:
             self._waiting.append(member)
             self._admit()
@@ -71,18 +73,18 @@ class ContinuousBatch:
             self.wake()
 
     @property
-    def owed(self) -> int:
-        """Bytes that prompts will take which are not read yet."""
+    def unallocated(self) -> int:
+        """Bytes of KV cache that active prompts have still to allocate."""
         with self.lock:
-            return sum(member.owed for member in self._members)
+            return sum(member.unallocated for member in self._members)
 
     def wake(self) -> None:
-        """Go on, if anybody wants ids. Under the lock."""
-        if self._turning or not any(member.wants for member in self._members):
+        """Schedule an iteration, if any reply takes part. Call with the lock held."""
+        if self._scheduled or not any(member.runnable for member in self._members):
             return
         try:
-            self._worker.submit(self._turn)
-            self._turning = True
+            self._worker.submit(self._iterate)
+            self._scheduled = True
         except ClosedError as error:
             left = [*self._members, *self._waiting]
             self._members.clear()
@@ -94,39 +96,40 @@ class ContinuousBatch:
         while self._waiting and len(self._members) < self._at_once:
             self._members.append(self._waiting.popleft())
 
-    def _turn(self) -> None:
+    def _iterate(self) -> None:
         with self.lock:
-            here = [member for member in self._members if member.wants]
-        reader = next((member for member in here if not member.row), None)
-        if reader and self._followed:
-            reader.read(PIECE if any(member.row for member in here) else None)
+            runnable = [member for member in self._members if member.runnable]
+        prefilling = next((member for member in runnable if not member.row), None)
+        if prefilling and self._streaming:
+            prefilling.prefill(PREFILL_PIECE if any(member.row for member in runnable) else None)
             with self.lock:
-                self._members.sort(key=lambda member: member is reader)
-        elif reader:
-            reader.read(None)
-            self._pass_on(reader)
-        if self._followed or not reader:
-            _step([member for member in here if member.row])
+                self._members.sort(key=lambda member: member is prefilling)
+        elif prefilling:
+            prefilling.prefill(None)
+            self._share_prefix(prefilling)
+        if self._streaming or not prefilling:
+            _step([member for member in runnable if member.row])
         with self.lock:
-            self._turning = False
+            self._scheduled = False
             self.wake()
 
-    def _pass_on(self, reader: "Member") -> None:
-        """What a prompt has read, as soon as it is read, to the one that is read next."""
+    def _share_prefix(self, prefilled: "Member") -> None:
+        """Once a prompt is prefilled, share its prefix with the reply whose prompt comes next."""
         with self.lock:
-            heir = next((other for other in chain(self._members, self._waiting) if not other.begun), None)
-        if heir and reader.row:
-            heir.follow(reader)
+            members = chain(self._members, self._waiting)
+            following = next((member for member in members if not member.started), None)
+        if following and prefilled.row:
+            following.reuse_prefix(prefilled)
 
 
 def _step(members: Sequence["Member"]) -> None:
-    """One id of each, by one pass. An error of the pass is everybody's, one behind it is its row's alone."""
+    """One step of each, in one forward pass. An error of the pass fails all, a later one its member only."""
     start = time.perf_counter()
     mx.reset_peak_memory()
     if members:
         try:
             feed(members[0].model, [member.row for member in members if member.row])
-        except Exception as error:  # noqa: BLE001 -- it is raised where the ids are asked for
+        except Exception as error:  # noqa: BLE001 -- raised again to the reply's consumer
             for member in members:
                 member.fail(error)
     for member in members:
@@ -137,43 +140,46 @@ class Member:
     """One reply of the batch: the `Source` of its stream."""
 
     def __init__(
-        self, batch: ContinuousBatch, generation: Generation, builder: ReplyBuilder, needs: int
+        self, batch: ContinuousBatch, generation: Generation, builder: ReplyBuilder, kv_bytes: int
     ) -> None:
         self.model = generation.model
-        self.row: Row | None = None  # from when its prompt is read until it ends; the model's thread's own
+        self.row: Row | None = None  # from the end of prefill to the end of the reply; model's thread only
         self._batch = batch
         self.generation = generation
         self._builder = builder
-        self._needs = needs
-        self._reading: Generator[None, object, Row] | None = None
+        self._kv_bytes = kv_bytes
+        self._prefilling: Generator[None, object, Row] | None = None
         self._on_step: OnStep | None = None
-        self._cost = Cost()  # since its last id was emitted
-        self._pending: Pending[None] | None = None  # resolved by the next step
-        self._ahead = 0  # steps that nobody has waited for
+        self._cost = Cost()  # since the last id was emitted
+        self._pending: Pending[None] | None = None  # a request that the next step resolves
+        self._ahead = 0  # steps taken since the last request was resolved
         self._ended = False
         self._error: Exception | None = None
 
     @property
-    def wants(self) -> bool:
-        """Whether it takes part in the next turn."""
-        return self._on_step is not None and not self._ended and self._ahead < self._batch.lead
+    def runnable(self) -> bool:
+        """Whether it takes part in the next iteration."""
+        return self._on_step is not None and not self._ended and self._ahead < self._batch.max_ahead
 
     @property
-    def begun(self) -> bool:
-        return self.row is not None or self._reading is not None
+    def started(self) -> bool:
+        return self.row is not None or self._prefilling is not None
 
     @property
-    def owed(self) -> int:
-        return max(self._needs - self.generation.prefix.nbytes, 0)
+    def unallocated(self) -> int:
+        return max(self._kv_bytes - self.generation.prefix.nbytes, 0)
 
     def reused(self) -> int:
         return self.generation.reused
 
     def passes(self) -> int | None:
-        """One for each id."""
+        """None: one for each id."""
 
-    def ask(self, on_step: OnStep) -> Pending[None]:
-        """A step, if there was none since the last time; the stream has it before this is done."""
+    def request_step(self, on_step: OnStep) -> Pending[None]:
+        """Request a step; resolved at once if any was taken since the last request.
+
+        The stream has received the step before this is resolved.
+        """
         with self._batch.lock:
             self._on_step, self._pending = on_step, Pending()
             pending = self._pending
@@ -183,32 +189,32 @@ class Member:
         return pending
 
     def leave(self) -> None:
-        """No further id is wanted; whoever waits for one, in another thread, need not."""
+        """Leave the batch. Another thread that waits for a step is woken."""
         self._ended = True
         self._batch.leave(self)
         self._notify()
 
-    def read(self, most: int | None) -> None:
-        """A piece of the prompt, of at most so many ids."""
+    def prefill(self, most: int | None) -> None:
+        """Prefill the next piece of the prompt, of at most `most` ids."""
         try:
-            if self._reading is None:
-                self._reading, most = self.generation.row(most), None
-            _, cost = step.take(self._reading, most)
+            if self._prefilling is None:
+                self._prefilling, most = self.generation.row(most), None
+            _, cost = step.take(self._prefilling, most)
             self._emit(None, cost)
         except StopIteration as read:
-            self._reading, self.row = None, read.value
-        except Exception as error:  # noqa: BLE001 -- it is raised where the ids are asked for
+            self._prefilling, self.row = None, read.value
+        except Exception as error:  # noqa: BLE001 -- raised again to the reply's consumer
             self.fail(error)
 
-    def follow(self, other: "Member") -> None:
-        """Its prompt comes next: what both begin with is not read again."""
+    def reuse_prefix(self, other: "Member") -> None:
+        """Reuse the prefix that this prompt shares with that of `other`, which was just prefilled."""
         try:
             self.generation.follow(other.generation)
-        except Exception as error:  # noqa: BLE001 -- it is raised where the ids are asked for
+        except Exception as error:  # noqa: BLE001 -- raised again to the reply's consumer
             self.fail(error)
 
     def take(self, start: float) -> None:
-        """The id of this step, begun at `start`."""
+        """Hand out the id of this step. start: `time.perf_counter()` at its beginning."""
         if not self.row:
             return
         try:
@@ -219,18 +225,18 @@ class Member:
                 guide = self._emit(token, cost)
             if not self.row.go_on(None if self._ended else guide or AS_BEFORE):
                 self.row = None
-        except Exception as error:  # noqa: BLE001 -- it is raised where the ids are asked for
+        except Exception as error:  # noqa: BLE001 -- raised again to the reply's consumer
             self.fail(error)
 
     def fail(self, error: Exception) -> None:
-        """It ends; its arrays may be such whose evaluation failed."""
-        self.row = self._reading = None
+        """End this reply by an error. Its caches are emptied: arrays that failed to evaluate would again."""
+        self.row = self._prefilling = None
         self.generation.prefix.restart()
         self._error = error
         self.leave()
 
     def _emit(self, token: int | None, cost: Cost) -> Guide | None:
-        """Hand a step to the stream, then tell whoever waits that it is there."""
+        """Pass a step to the stream, then wake its consumer."""
         assert self._on_step
         guide = self._on_step(token, cost)
         if token is not None:
@@ -242,7 +248,7 @@ class Member:
         return guide
 
     def _notify(self) -> None:
-        """Resolve what is waited for, or count a step that the next request will find."""
+        """Resolve the pending request, or count a step for the next one."""
         with self._batch.lock:
             pending, self._pending = self._pending, None
             self._ahead = 0 if pending else self._ahead + 1

@@ -1,7 +1,7 @@
-"""Messages that grow, and what the model has read of them.
+"""A conversation: its message history, and the KV cache kept for it.
 
-Knows turns, and that prompts of one conversation begin alike. Encoding is the tokenizer's, reuse of what was
-read the `prefix`'s, replies the `stream`'s.
+Knows turns, and that the prompts of a conversation share a prefix. Does not know how messages are encoded
+(`tokenizer`), how caches are reused (`prefix`), or how replies are generated (`stream`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class ChatModel(saving.HostModel, Protocol):
-    """What a conversation asks of a model; `Magistral` is one."""
+    """What a conversation needs from a model; `Magistral` has it."""
 
     @property
     def tokenizer(self) -> Tokenizer: ...
@@ -44,10 +44,10 @@ class ChatModel(saving.HostModel, Protocol):
 
 
 class Conversation:
-    """Messages that grow: each reply joins them when its stream ends, also one that was closed half-way.
+    """A message history: a turn is appended when its stream ends, even if that was closed early.
 
-    What the model has read stays read: of the next prompt only what differs from there on is read again. That
-    holds a KV cache (160 KiB a token for Magistral) until `reset`, or until the conversation is dropped.
+    The KV cache is kept between turns: of the next prompt, only what follows the common prefix is prefilled.
+    It takes 160 KiB a token for Magistral, until `reset`, or until the conversation is dropped.
 
     options: for every reply; may be changed between replies.
     """
@@ -63,19 +63,19 @@ class Conversation:
         self.options = options
         self._model = model
         self._turns = list(turns)
-        self._prefix = prefix  # what the model has read of it; away while a stream uses it
+        self._prefix = prefix  # the KV caches; None while a stream uses them
         self._streams: WeakSet[Stream] = WeakSet()
 
     @property
     def messages(self) -> list[dict[str, Any]]:
-        """What was said so far, as `Magistral.stream` takes it."""
+        """The messages so far, in the form that `Magistral.stream` takes."""
         pairs = ([*_messages(message), reply.message] for message, reply in self._turns)
         return [message for pair in pairs for message in pair]
 
     def stream(self, message: saving.UserInput, **options: Unpack[Options]) -> Stream:
-        """Say something; `options` are for this reply only.
+        """Send a message and stream the reply; `options` are for this reply only.
 
-        message: text, or, after a reply with `tool_calls`, the result of each: `[call.result(…), …]`.
+        message: text; or, after a reply with `tool_calls`, the result of each: `[call.result(…), …]`.
         """
         merged: Options = {**self.options, **options}
 
@@ -103,7 +103,7 @@ class Conversation:
     @overload
     def ask(self, message: saving.UserInput, **options: Unpack[Plain]) -> Reply: ...
     def ask(self, message: saving.UserInput, **options: Unpack[Options]) -> Any:
-        """The same, waited for; with a `schema`, the value itself (see `Magistral.ask`)."""
+        """Send a message and wait for the reply; with a `schema`, for its value (see `Magistral.ask`)."""
         reply = self.stream(message, **options).drain()
         return reply if options.get("schema") is None else reply.parsed
 
@@ -127,20 +127,20 @@ class Conversation:
         return reply if options.get("schema") is None else reply.parsed
 
     def undo(self) -> saving.UserInput | None:
-        """Forget the last exchange; returns what was said in it, to be said again or otherwise."""
+        """Remove the last turn; returns its message, to send it again or change it. None: no turn is left."""
         return self._turns.pop()[0] if self._turns else None
 
     def fork(self) -> "Conversation":
-        """Another conversation with the same past, to go on otherwise; what was read is shared."""
-        return Conversation(self._model, {**self.options}, turns=self._turns, prefix=self._twin())
+        """A copy that continues independently; the KV cache is shared until one of them writes to it."""
+        return Conversation(self._model, {**self.options}, turns=self._turns, prefix=self._fork_prefix())
 
     def save(self, path: str | Path, *, with_cache: bool = True) -> None:
-        """Write it to a file that `Magistral.load_conversation` goes on from, in any later process.
+        """Save to a file from which `Magistral.load_conversation` continues, in any later process.
 
-        with_cache: keep what the model has read, too (160 KiB a token for Magistral), so that going on reads
-            nothing again; False makes a small file, and everything is read again.
+        with_cache: save the KV cache too (160 KiB a token for Magistral), so that nothing is prefilled again;
+            False makes a small file, and everything is prefilled again.
 
-        The file is there whole or not at all; an earlier save of that name is replaced, nothing else is.
+        The write is atomic. It replaces an earlier save at that path, but no other file.
 
         Raises:
             ConversationError: a stream of this conversation is open, or the file cannot be written.
@@ -149,34 +149,34 @@ class Conversation:
             raise ConversationError(
                 "a stream of this conversation is open; read it to its end or close it, then save"
             )
-        prefix = self._twin() if with_cache else None  # a later stream goes its way
+        prefix = self._fork_prefix() if with_cache else None  # a copy: a later stream may change the original
         saved = saving.Saved(options=self.options, turns=tuple(self._turns), prefix=prefix)
         saving.save(Path(path), saved, self._model)
 
     def reset(self) -> None:
-        """Forget everything that was said, and what was read."""
+        """Forget all messages, and drop the KV cache."""
         self._turns.clear()
         self._prefix = None
 
-    def _twin(self) -> Prefix | None:
-        """What was read, once more. On the model's thread, where a stream just closed may be in mid-step."""
+    def _fork_prefix(self) -> Prefix | None:
+        """A copy of the caches, made on the model's thread: a stream just closed may be in mid-step there."""
         return self._model.run(self._prefix.fork) if self._prefix else None
 
     def _prompt(self, message: saving.UserInput, options: Options) -> list[int]:
-        """Kept reasoning goes on from the ids as they were sampled; encoding its text again could differ.
+        """The next prompt. Kept reasoning keeps its sampled ids: encoding its text again could give others.
 
-        Reasoning that led to tool calls is kept until they are answered and the next question comes.
+        Reasoning that led to tool calls is kept while these are answered, until the next question.
         """
         tokenizer, last = self._model.tokenizer, self._turns[-1][1] if self._turns else None
         messages = _messages(message)
         keeps = options.get("keep_thinking") or not isinstance(message, str)
         if keeps and last and last.token_ids:
             end = [] if last.token_ids[-1] == tokenizer.eos_id else [tokenizer.eos_id]
-            behind = [*last.prompt_ids, *last.token_ids, *end]
+            history = [*last.prompt_ids, *last.token_ids, *end]
             tools = offered(options)
-            turn = tokenizer.encode_turn(message, calls=last.tool_calls, tools=tools, behind=behind)
+            turn = tokenizer.encode_turn(message, calls=last.tool_calls, tools=tools, history=history)
             if turn is not None:
-                return behind + turn
+                return history + turn
         return self._model.encode([*self.messages, *messages], **options)
 
 

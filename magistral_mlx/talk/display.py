@@ -1,6 +1,6 @@
-"""A stream drawn in a terminal: reasoning dim, the answer plain, each where a pipe would want it.
+"""A stream shown in a terminal: reasoning dim, the answer plain, and apart when output is redirected.
 
-On a terminal both go to standard output. Where that is a file or a pipe it gets the answer only, and the
+On a terminal both go to standard output. If that is a file or a pipe, it gets the answer only, and the
 reasoning goes to standard error. Knows events and terminals; not models.
 """
 
@@ -31,18 +31,18 @@ if TYPE_CHECKING:
     from .reply import Reply
 
 _CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
-"""Characters by which a model's text could steer a terminal (move, recolour, write its clipboard)."""
+"""Characters with which a model's text could control a terminal (move the cursor, write the clipboard)."""
 
 
 class Terminal:
-    """Standard output and standard error, as one reply after another is shown."""
+    """Shows one reply after another on standard output and standard error."""
 
     def __init__(self, *, show_thinking: bool = True) -> None:
         self.show_thinking = show_thinking
         self._lines = Lines()
 
     def show(self, events: Iterable[Event]) -> Finished | None:
-        """Draw a reply as it comes; returns how it ended, or None when the stream was closed."""
+        """Show a reply as it is generated; returns its `Finished` event, or None if the stream was closed."""
         finished, thought, answered = None, False, False
         self._lines = Lines()
         with Console(stderr=True).status("thinking …") as status:
@@ -71,12 +71,12 @@ class Terminal:
         return finished
 
     def note(self, text: str) -> None:
-        """A line about the work and not of it: to standard error, and only if someone is looking."""
+        """A status line, to standard error, and only if that is a terminal."""
         if sys.stderr.isatty():
             click.secho(_wrapped(text, get_terminal_size().columns - 1), dim=True, err=True)
 
     def _write(self, text: str, *, thinking: bool = False) -> None:
-        """Text to where it belongs, at once; click leaves styles out where no terminal would show them."""
+        """Write text to its stream at once; click leaves styles out where that is no terminal."""
         is_terminal = sys.stdout.isatty()
         shown = text.translate(_CONTROLS) if is_terminal else text
         if is_terminal and environ.get("TERM") != "dumb":
@@ -85,12 +85,12 @@ class Terminal:
 
 
 def complain(text: str) -> None:
-    """What went wrong: to standard error, whoever looks."""
+    """An error message, to standard error, terminal or not."""
     click.echo(text, err=True)
 
 
 def _wrapped(text: str, columns: int) -> str:
-    """Lines of so many columns; of several parts, each stays whole."""
+    """Wrap to so many columns; the parts of a list separated by " · " are not broken."""
     if " · " in text:
         text = " · ".join(part.replace(" ", "\xa0") for part in text.split(" · "))
     return "\n".join(textwrap.wrap(text, columns, break_long_words=False)).replace("\xa0", " ")
@@ -113,12 +113,12 @@ def summary(finished: Finished) -> str:
 
 
 def shortcoming(reply: "Reply") -> str | None:
-    """What a reply lacks, in a line that its reader should see; None: nothing."""
+    """One line for the user if a reply was cut short or has no answer; otherwise None."""
     match reply.finish_reason:
         case "length":
-            return "cut off: max_tokens or the context was spent"
+            return "cut off: max_tokens or the context was used up"
         case "loop":
-            return "stopped: it went round in circles"
+            return "stopped: it repeated itself without end"
         case "stop" if not reply.answer and not reply.tool_calls:
             return "it ended without an answer; ask again, or give another seed"
         case _:

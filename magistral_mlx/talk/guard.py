@@ -1,6 +1,6 @@
-"""Stands before loads and replies: refuses what cannot fit into memory, and warns once of what might not.
+"""Memory checks before loads and replies: refuses what cannot fit, and warns once of what might not.
 
-The figures are `memory`'s. Does not know what a reply says.
+The figures come from `memory`. Does not know what is in a reply.
 """
 
 import warnings
@@ -12,11 +12,11 @@ from magistral_mlx.errors import MagistralWarning, MemoryLimitError
 from magistral_mlx.memory import USUAL_CONTEXT, MemoryPlan
 
 REPLY = 4096
-"""Tokens of a long reply with its question, where it is asked how many may be written at once."""
+"""Tokens of a long reply with its prompt, as assumed for the number of replies decoded at once."""
 
 
 class Guard:
-    """Checks loads and replies of one model: refuses what cannot fit, warns once of what might not."""
+    """The memory checks of one model."""
 
     def __init__(
         self,
@@ -42,25 +42,28 @@ class Guard:
 
     @property
     def weights(self) -> int:
-        """Bytes of the model itself."""
+        """Bytes of the weights, a draft model's included."""
         return self._plan.weights
 
     @property
     def for_prefixes(self) -> int:
-        """Bytes that may be kept of what earlier prompts read: an eighth of what the weights leave."""
+        """Bytes for the KV caches of earlier prompts: an eighth of what the weights leave."""
         return max(self._plan.machine.budget - self._plan.weights, 0) // 8
 
     def kv(self, positions: int) -> int:
-        """Bytes of keys and values."""
+        """Bytes of the KV cache of so many positions."""
         return replace(self._plan, context=positions).kv
 
     def at_once(self, most: int) -> int:
-        """How many replies, of `REPLY` tokens each, may be written at once: 1 to `most`."""
+        """How many replies, of `REPLY` tokens each, may be decoded at once: 1 to `most`."""
         plan = replace(self._plan, context=REPLY, held=self.for_prefixes)
         return max(1, min(most, (plan.machine.budget - plan.total) // plan.kv + 1))
 
     def check_load(self, source: str) -> None:
-        """Before anything is read: refused where not even 1024 positions fit, warned where fewer do."""
+        """Before weights are read: warns if the usual context does not fit.
+
+        Refuses if not even 1024 positions fit, with an 8-bit KV cache either.
+        """
         plan = self._plan
         if plan.fits:
             return
@@ -75,9 +78,9 @@ class Guard:
         raise MemoryLimitError(f"{source} takes {least.excess()}; {advice}")
 
     def check_reply(self, prompt: int, max_tokens: int, *, held: int = 0) -> None:
-        """Before a prompt is read: the lengths of both in tokens; held: bytes of other caches.
+        """Before prefill: refuses a prompt that does not fit. Lengths in tokens; held: bytes held by others.
 
-        Nothing is reserved for the reply: one that could outgrow memory is warned of, once.
+        Nothing is reserved for the reply: if it could outgrow memory, there is one warning.
         """
         plan = replace(self._plan, context=prompt, held=held)
         if not plan.fits:
@@ -92,7 +95,7 @@ class Guard:
         self.check_context(prompt)
 
     def check_context(self, context: int) -> None:
-        """While a reply grows: says once that the context has passed what the model card advises."""
+        """While a reply grows: warns once that the context is longer than the model card advises."""
         if context > USUAL_CONTEXT:
             self._warn("context", f"past {USUAL_CONTEXT:,} tokens of context the model's quality drops")
 

@@ -1,4 +1,4 @@
-"""A stream drawn in a Jupyter notebook: reasoning in a block that folds, the answer in Markdown.
+"""A stream shown in a Jupyter notebook: reasoning in a collapsible block, the answer in Markdown.
 
 Redraws at most ten times a second, whatever the model's speed. Knows events and IPython's display; not
 models.
@@ -13,12 +13,12 @@ from typing import Any
 from magistral_mlx.events import AnswerToken, Event, Finished, ThinkToken, ToolCallToken
 
 INTERVAL = 0.1
-"""Seconds between two drawings: smooth to the eye, and cheap for a browser that redraws all of it."""
+"""Seconds between two redraws: smooth to the eye, and cheap for a browser that renders all of it again."""
 
 
 def show(events: Iterable[Event]) -> None:
-    """Draw a reply as it comes. Interrupting the kernel ends it; what was said stays on the page."""
-    ipython: Any = import_module("IPython.display")  # a notebook has it; this package does not ask for it
+    """Show a reply as it is generated. Interrupting the kernel ends it; its text so far stays on the page."""
+    ipython: Any = import_module("IPython.display")  # any notebook has it; no dependency of this package
     thinking = ipython.display(ipython.HTML(""), display_id=True)
     answer = ipython.display(ipython.Markdown(""), display_id=True)
     view, drawn = _View(), 0.0
@@ -39,7 +39,7 @@ def show(events: Iterable[Event]) -> None:
 
 
 class _View:
-    """What is to be seen at a moment."""
+    """The reply so far, as HTML and Markdown."""
 
     def __init__(self) -> None:
         self.answer = ""
@@ -68,7 +68,7 @@ class _View:
         return self.answer + (f"\n\n```{self.calls}\n```" if self.calls else "")
 
     def thinking(self) -> str:
-        """A block that is open while the model thinks and folded from the answer on."""
+        """A block that is open while the model thinks, and collapsed once the answer begins."""
         if not self._thoughts:
             return "" if self.markdown() or self.over else "<i>thinking …</i>"
         thinks = not self.markdown() and not self.over

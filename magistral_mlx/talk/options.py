@@ -1,4 +1,4 @@
-"""What can be set for one reply: the keywords that `stream`, `ask` and the like share."""
+"""The options of one reply: the keyword arguments that `stream`, `ask` and the like share."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict, cast
@@ -13,26 +13,27 @@ MAX_TOKENS = 40960
 
 
 class Plain(TypedDict, total=False):
-    """What can be set for one reply; whatever is left out is the model card's or the checkpoint's.
+    """The options of one reply; the defaults are the model card's or the checkpoint's.
 
-    sampling: how ids are drawn (`Sampling()`: temperature 0.7, top_p 0.95).
-    seed: the same seed gives the same reply; left out, a new one is drawn and kept in `Reply.seed`.
-    max_tokens: of reasoning and answer together, 40960; never more than the context has room for.
+    sampling: how ids are sampled (`Sampling()`: temperature 0.7, top_p 0.95).
+    seed: the same seed gives the same reply; by default a random one, which `Reply.seed` has.
+    max_tokens: of reasoning and answer together, 40960 by default; never more than the context has room for.
     think_budget: tokens of reasoning, after which it is closed at the next line or sentence; None: no limit.
-    loop_guard: notice reasoning or an answer that repeats itself, and end it. Off unless asked for: it
-        misses some, and may take a table of a strict pattern for a loop.
-    think: False leaves out the prompt that makes the model think: quicker, and worse at hard questions.
-    system: placed before the checkpoint's system prompt.
-    keep_thinking: earlier reasoning ("thinking" of an assistant's message) is read again, not only answers.
-    speculate: guess several ids ahead and check them in one forward pass, where that is measured to be
-        quicker; for a seed the reply is the same. Off, unless the model was loaded with a draft model.
-        Several replies at once are always written without it.
+    loop_guard: detect reasoning or an answer that repeats itself without end, and end it. Off by default: it
+        misses some loops, and may mistake a table with a strict pattern for one.
+    think: False leaves out the prompt that makes the model think: faster, and worse at hard questions.
+    system: text placed before the checkpoint's system prompt.
+    keep_thinking: keep earlier reasoning ("thinking" of an assistant's message) in the prompt, not only
+        answers.
+    speculate: speculative decoding: draft several ids and verify them in one forward pass, where that is
+        measured to be faster; the reply to a seed is the same. Off by default, unless the model was loaded
+        with a draft model. Never used for replies that are decoded together.
     stop: a string, or several, that ends the answer and is not part of it; reasoning may contain it.
     tools: functions that the model may call: `{"type": "function", "function": {"name", "description",
-        "parameters"}}`, as OpenAI has them. Calls are in `Reply.tool_calls`.
-    tool_choice: "auto": the model calls or answers, as it likes; "none": the prompt does not hold the tools;
-        "required": it has to call; or the name of the one that it has to call.
-    parallel_tool_calls: False ends a reply after its first call, if it calls at all.
+        "parameters"}}`, as in OpenAI's interface. Calls are in `Reply.tool_calls`.
+    tool_choice: "auto": the model decides whether to call; "none": the tools are left out of the prompt;
+        "required": it must call a tool; or the name of the tool that it must call.
+    parallel_tool_calls: False ends a reply after its first call.
     logprobs: a number from 0 to 20: keep the log-probability of each id, and of that many likeliest ones, in
         `Reply.logprobs`.
     """
@@ -54,11 +55,11 @@ class Plain(TypedDict, total=False):
 
 
 class Options(Plain, total=False):
-    """`Plain`, and what the answer is to be.
+    """`Plain`, and the form of the answer.
 
-    schema: a Pydantic model or another type, a JSON schema, or a `Regex`. The answer is held to it, the
-        reasoning is free; `Reply.parsed` is the value. The model is not told: say in the question what is
-        wanted.
+    schema: a Pydantic model or another type, a JSON schema, or a `Regex`. The answer is constrained to it,
+        the reasoning is free; `Reply.parsed` is the value. The schema is not put into the prompt: describe
+        in the question what is wanted.
     """
 
     schema: Schema | None
@@ -68,10 +69,10 @@ _FLAGS = ("think", "loop_guard", "keep_thinking", "speculate", "parallel_tool_ca
 
 
 def check(given: Mapping[str, Any]) -> None:
-    """The names, which Python does not check in `**options`, and types that nobody else does.
+    """Check the names, which Python does not check in `**options`, and the types that nothing else checks.
 
     Raises:
-        SamplingError: what is expected, and what was found.
+        SamplingError: an unknown name, or a wrong type.
     """
     if unknown := sorted(given.keys() - Options.__optional_keys__):
         known = ", ".join(sorted(Options.__optional_keys__))
@@ -97,5 +98,5 @@ def offered(options: Options) -> list[dict[str, Any]]:
 
 
 def forced(options: Options) -> list[dict[str, Any]]:
-    """The definitions of the tools of which it has to call one."""
+    """The definitions of the tools of which a reply must call one; empty: it may answer."""
     return tools.forced(options.get("tools") or (), options.get("tool_choice") or "auto")

@@ -1,7 +1,7 @@
-"""One reply, prepared: options become a builder of its events, and a request for its ids.
+"""Prepares one reply: turns its options into the builder of its events and the decoder's request.
 
-Every mistake in the options, a prompt without room in the context, and a reply without room in memory show
-here, before anything is computed.
+Raises here, before anything is computed, for invalid options and for a prompt that does not fit into the
+context or into memory.
 """
 
 import secrets
@@ -44,9 +44,10 @@ class Preparation:
     def __call__(
         self, prompt: Sequence[int], seed: int, options: Options, *, held: int = 0
     ) -> tuple[ReplyBuilder, Request]:
-        """Both halves of a reply: for words and for arrays.
+        """The builder of the reply's events, and the decoder's request for its ids.
 
-        held: bytes of active memory that are this reply's own already, less those that others will yet take.
+        held: bytes of active memory that this reply already owns (its prefix), less the bytes that prompts of
+            other replies have still to allocate.
         """
         self._check_ids(prompt)
         limit = self._limit(prompt, options.get("max_tokens", MAX_TOKENS))
@@ -62,7 +63,7 @@ class Preparation:
             Transcript(
                 self._tokenizer,
                 stop=(stop,) if isinstance(stop, str) else tuple(stop),
-                calls=CallParser(_key(prompt, seed), most=None if several else 1) if tools else None,
+                calls=CallParser(_call_id_key(prompt, seed), most=None if several else 1) if tools else None,
             ),
             self._tokenizer,
             prompt_ids=tuple(prompt),
@@ -89,7 +90,7 @@ class Preparation:
         return Vocabulary(self._tokenizer)
 
     def _check_ids(self, prompt: Sequence[Any]) -> None:
-        """MLX reads whatever memory an id points to."""
+        """MLX does not check ids: one out of range would read other memory."""
         most = self._config.vocab_size - 1
         wrong = [id_ for id_ in prompt if not (isinstance(id_, int) and 0 <= id_ <= most)]
         if wrong or not prompt:
@@ -97,7 +98,7 @@ class Preparation:
             raise PromptError(f"a prompt is ids from 0 to {most}, and one at least; found {found}")
 
     def _limit(self, prompt: Sequence[int], max_tokens: int) -> int:
-        """`max_tokens`, or what the context has room for behind the prompt."""
+        """`max_tokens`, but no more than the context has room for after the prompt."""
         whole_number("max_tokens", max_tokens, least=1)
         context = self._config.max_context
         room = context - len(prompt)
@@ -110,11 +111,11 @@ class Preparation:
 
 
 def seed_of(options: Options) -> int:
-    """The one that was given, or a new one."""
+    """The given seed, or a random one."""
     seed = options.get("seed")
     return secrets.randbits(32) if seed is None else whole_number("seed", seed, least=0)
 
 
-def _key(prompt: Sequence[int], seed: int) -> str:
-    """Another one for each reply, the same for the same reply."""
+def _call_id_key(prompt: Sequence[int], seed: int) -> str:
+    """From which ids of tool calls are derived: the same for the same prompt and seed."""
     return f"{sha256(array('I', prompt).tobytes()).hexdigest()}/{seed}"

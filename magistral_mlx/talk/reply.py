@@ -1,7 +1,7 @@
-"""One reply: `Reply` is the whole, `ReplyBuilder` is one as it grows, id by id.
+"""One reply: `Reply` is the result, `ReplyBuilder` builds it id by id.
 
-Knows text, phases, and when a reply ends. Does not know arrays, threads, or how its ids are had: all it sees
-of the model is ids and what they cost.
+Knows text, phases, and when a reply ends. Does not know arrays, threads, or how ids are generated: all it
+sees of the model is ids and their cost.
 """
 
 from collections import deque
@@ -23,10 +23,9 @@ from magistral_mlx.wire import Cost, Guide, TokenLogprob
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
-    """All of a reply, or what there was when it was stopped.
+    """A complete reply, or as much as there was when it was stopped.
 
-    logprobs: where they were asked for, one for each of `token_ids`; None of those that were said in the
-        model's place.
+    logprobs: if requested, one for each of `token_ids`; None for ids that were forced, not sampled.
     """
 
     thinking: str
@@ -37,25 +36,25 @@ class Reply:
     seed: int
     stats: Stats
     tool_calls: tuple[ToolCall, ...] = ()
-    """Those that are whole; each wants an answer (`ToolCall.result`) in the next turn."""
+    """The complete ones; each needs a result (`ToolCall.result`) in the next turn."""
     stop_string: str | None = field(default=None, compare=False)
     """Which of `stop` ended the answer; not kept in a saved conversation."""
     logprobs: tuple[TokenLogprob | None, ...] | None = field(default=None, repr=False)
     shape: Shape | None = field(default=None, repr=False, compare=False)
-    """What the answer was to be."""
+    """The form of the answer, from the option `schema`."""
 
     @property
     def parsed(self) -> Any:
-        """The value that a reply with a `schema` gives: of its type, or what its JSON says, or its text.
+        """The value of a reply with a `schema`: an instance of its type, parsed JSON, or a `Regex`'s text.
 
         Raises:
-            AnswerError: the answer was cut off before it was whole, or its type refuses it.
+            AnswerError: there was no `schema`, the answer was cut off, or its type rejects it.
         """
         if self.shape is None:
             raise AnswerError("Expected a reply to a question with schema=…, found one without.", self.answer)
         if self.finish_reason != "stop":
             raise AnswerError(
-                f"the answer was cut off before it was whole ({_CUT_OFF[self.finish_reason]}); it begins: "
+                f"the answer was cut off before it was complete ({_CUT_OFF[self.finish_reason]}); it begins: "
                 f"{self.answer[:200]!r}",
                 self.answer,
             )
@@ -73,14 +72,14 @@ class Reply:
 
 
 _CUT_OFF: dict[FinishReason, str] = {
-    "length": "max_tokens or the context was spent: allow more, set think_budget, or bound the schema",
-    "loop": "it went round in circles",
+    "length": "max_tokens or the context was used up: allow more, set think_budget, or bound the schema",
+    "loop": "it repeated itself without end",
     "cancelled": "it was stopped",
 }
 
 
 class ReplyBuilder:
-    """Ids go in (`add`), `events` come out; `finish_reason` is set when the reply has ended of itself."""
+    """Ids go in (`add`), `events` come out; `finish_reason` is set when the reply has ended by itself."""
 
     def __init__(
         self,
@@ -105,13 +104,13 @@ class ReplyBuilder:
         self._closing = Closing(think_budget)
         self._loops = loops
         self._shape = shape
-        self._constraint = constraint  # holds the answer to its shape
-        self._logprob = logprob  # of the id that was drawn last
+        self._constraint = constraint  # on the ids that may be sampled, from a schema or tools
+        self._logprob = logprob  # of the id that was sampled last
         self._watch = watch  # called with the length of the context, as it grows
         self._ids: list[int] = []
         self._stats = Stats(prompt_tokens=len(prompt_ids))
         self.events: deque[Event] = deque()
-        self.logprobs: list[TokenLogprob | None] = []  # of each id so far, where they are asked for
+        self.logprobs: list[TokenLogprob | None] = []  # of each id so far, if requested
         self.finish_reason: FinishReason | None = None
 
     @property
@@ -136,17 +135,17 @@ class ReplyBuilder:
         )
 
     def stop_thinking(self) -> None:
-        """Close the reasoning at the next good place. From any thread."""
-        self._closing.ask()
+        """Close the reasoning at the next line or sentence. From any thread."""
+        self._closing.request()
 
     def prefilled(self, reused: int, cost: Cost) -> None:
-        """A piece of the prompt was read; `reused` ids of it had been read before."""
-        self._stats = _prefilled(self._stats, reused, cost)
+        """Account for a prefilled piece of the prompt, of which `reused` ids were in the KV cache before."""
+        self._stats = _with_prefill(self._stats, reused, cost)
 
     def add(self, token: int, cost: Cost, passes: int | None = None) -> Guide | None:
-        """Account for one id. Returns how it is to go on; None: as the model would.
+        """Account for one id. Returns how the reply continues; None: it has ended, or nothing changes.
 
-        passes: of the model, since the reply began; None: one for this id.
+        passes: forward passes since the reply began; None: one more, for this id.
         """
         forced = list[int]()
         self._ids.append(token)
@@ -154,7 +153,7 @@ class ReplyBuilder:
             self.logprobs.append(self._logprob())
         self.events += self._transcript.feed(token)
         passes = self._stats.forward_passes + 1 if passes is None else passes
-        self._stats = _added(self._stats, self._transcript.phase, cost, passes)
+        self._stats = _with_id(self._stats, self._transcript.phase, cost, passes)
         if token == self._tokenizer.eos_id or self._transcript.stopped:
             self._finish("stop")
             return None
@@ -165,7 +164,7 @@ class ReplyBuilder:
             if self.phase == "answer":
                 self._finish("loop")
                 return None
-            self._closing.ask()
+            self._closing.request()
             self._loops.reset()
         if self._closing.due(self._transcript, self._stats.thinking_tokens):
             forced = self._close_thinking()
@@ -179,11 +178,11 @@ class ReplyBuilder:
         return Guide(forced=forced, allowed=allowed) if forced or allowed is not None else None
 
     def _close_thinking(self) -> list[int]:
-        """Say the closing tag in the model's place, unless the reply ends sooner than the tag would."""
+        """Force the closing tag, unless it would exceed `max_tokens`; returns its ids."""
         ids = self._transcript.closing_ids(self._tokenizer)
         if len(self._ids) + len(ids) > self._max_tokens:
             return []
-        # A tag that comes late is dropped; but what a constraint lets through is the answer's.
+        # A closing tag that the model still generates is dropped; under a constraint it is the answer's.
         self.events += self._transcript.force_close(ids, late=self._constraint is None)
         if self._constraint:
             self._constraint.close_thinking()
@@ -204,8 +203,8 @@ class ReplyBuilder:
         self.events.append(Finished(reason=self.finish_reason, stats=self._stats, token_ids=leftover))
 
 
-def _prefilled(stats: Stats, reused: int, cost: Cost) -> Stats:
-    """A piece of the prompt was read."""
+def _with_prefill(stats: Stats, reused: int, cost: Cost) -> Stats:
+    """`stats` after a prefilled piece of the prompt."""
     return replace(
         stats,
         cached_tokens=reused,
@@ -214,8 +213,8 @@ def _prefilled(stats: Stats, reused: int, cost: Cost) -> Stats:
     )
 
 
-def _added(stats: Stats, phase: Phase, cost: Cost, passes: int) -> Stats:
-    """An id was added; it counts for the phase that it led to. Once an id: one value is made, not three."""
+def _with_id(stats: Stats, phase: Phase, cost: Cost, passes: int) -> Stats:
+    """`stats` after one id, which counts for the phase that it leads to. Hot: so one `replace`, not three."""
     now = stats.prefill_seconds + stats.decode_seconds + cost.seconds
     thought, first_answer = phase == "thinking", stats.first_answer_seconds
     return replace(

@@ -1,14 +1,14 @@
-"""A conversation as one file: what was said, and what the model has read of it.
+"""A conversation as one file: its messages, options, and KV cache.
 
 The file's text is JSON: package, model (a fingerprint), options, turns, cache (its length and kind). Tensors:
 
     turns.0.prompt_ids  turns.0.token_ids   U32: the first reply's ids
-    cache.ids                               U32 (T,): what was read
+    cache.ids                               U32 (T,): the ids in the cache
     cache.0.keys        cache.0.values      (1, K, T, D) in the model's dtype: the first layer's cache, or
     cache.0.keys.codes .scales .biases      the same in 8 bits
 
-Nothing in a file is believed before it was compared with the model at hand. Knows what is kept, and which
-thread may touch arrays; not how the file is sealed (`talkfile`), nor how a conversation goes on.
+Nothing in a file is trusted before it is checked against the loaded model. Knows what is saved, and which
+thread may touch arrays; not the file format (`talkfile`), nor how a conversation continues (`conversation`).
 """
 
 import json
@@ -55,7 +55,7 @@ _Turn: TypeAlias = tuple[UserInput, Reply]
 
 
 class HostModel(Protocol):
-    """The model that a conversation was held with, or goes on with."""
+    """The model of a conversation that is saved, or that loads one."""
 
     @property
     def config(self) -> ModelConfig: ...
@@ -68,7 +68,7 @@ class HostModel(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
-    """What a file holds of a conversation: questions, their replies, and what was read, if it was kept."""
+    """The content of a file: options, turns, and the KV cache if it was saved."""
 
     options: Options
     turns: tuple[_Turn, ...]
@@ -76,13 +76,13 @@ class Saved:
 
 
 def save(path: Path, saved: Saved, model: HostModel) -> None:
-    """Write a file that is there whole or not at all. Beside the cache, memory holds one of its arrays."""
-    text = json.dumps(_described(saved, model.fingerprint()), ensure_ascii=False)
+    """Write the file atomically. Besides the cache, memory holds a copy of one array at a time."""
+    text = json.dumps(_as_json(saved, model.fingerprint()), ensure_ascii=False)
     talkfile.write(path, text, model.run(partial(_arrays, saved)), model.run)
 
 
 def load(path: Path, model: HostModel, *, any_model: bool = False) -> Saved:
-    """Check everything, then read. From another model, if that is wanted, comes what was said and no id."""
+    """Check a file and load it. any_model: one of another model gives messages, without ids and cache."""
     file = talkfile.open_talk(path)
     with damage(path):
         found = json.loads(file.text)
@@ -112,10 +112,10 @@ def load(path: Path, model: HostModel, *, any_model: bool = False) -> Saved:
     return Saved(options=options, turns=tuple(zip(messages, numbered, strict=True)), prefix=prefix)
 
 
-# ------------------------------------------------------------------ what is written
+# ------------------------------------------------------------------ writing
 
 
-def _described(saved: Saved, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+def _as_json(saved: Saved, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
     options: dict[str, Any] = {**saved.options}
     if "sampling" in saved.options:
         options["sampling"] = asdict(saved.options["sampling"])
@@ -139,12 +139,12 @@ def _described(saved: Saved, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
             }
             for message, reply in saved.turns
         ],
-        "cache": _kind(saved.prefix),
+        "cache": _cache_info(saved.prefix),
     }
 
 
-def _kind(prefix: Prefix | None) -> dict[str, Any] | None:
-    """How long a cache is and how it goes on; None where nothing was read."""
+def _cache_info(prefix: Prefix | None) -> dict[str, Any] | None:
+    """A cache's length and quantization; None: it is empty."""
     if prefix is None or not prefix.length:
         return None
     first = prefix.caches[0]
@@ -157,7 +157,7 @@ def _kind(prefix: Prefix | None) -> dict[str, Any] | None:
 
 
 def _arrays(saved: Saved) -> dict[str, mx.array]:
-    """Every tensor, not yet computed."""
+    """Every tensor, not yet evaluated."""
     ids: dict[str, tuple[int, ...]] = {}
     for n, (_, reply) in enumerate(saved.turns):
         ids[f"turns.{n}.prompt_ids"], ids[f"turns.{n}.token_ids"] = reply.prompt_ids, reply.token_ids
@@ -169,14 +169,14 @@ def _arrays(saved: Saved) -> dict[str, mx.array]:
     return {name: mx.array(of, dtype=mx.uint32) for name, of in ids.items()} | arrays
 
 
-# ------------------------------------------------------------------ what is read
+# ------------------------------------------------------------------ reading
 
 
 def _differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """In words, what is not as it was."""
+    """The differences of two fingerprints as text; empty: there are none."""
     names = [name for name in {**was, **now} if was.get(name) != now.get(name)]
     if names == ["weights"]:
-        return "its weights are others, such as a fine-tune's"
+        return "its weights differ, as those of a fine-tune do"
     return ", ".join(
         f"{name} was {was.get(name)!r}, is {now.get(name)!r}"[:120] for name in names if name != "weights"
     )
@@ -190,12 +190,12 @@ def _options(found: dict[str, Any]) -> Options:
     if options.get("schema"):
         options["schema"] = from_json(options["schema"])
     for name, value in options.items():
-        expect(name in hints and _fits(value, hints[name]), f"the option {name}")
+        expect(name in hints and _fits(value, hints[name]), f"option {name}")
     return cast("Options", options)
 
 
 def _fits(value: object, hint: Any) -> bool:
-    """Whether a value is of a type, as far as the options' types go."""
+    """Whether a value is of a type; for such types as `Options` has."""
     if (origin := get_origin(hint)) is Literal:
         return value in get_args(hint)
     if origin in (Union, UnionType):
@@ -210,12 +210,12 @@ def _is_input(value: object) -> bool:
 
 
 def _reply(turn: dict[str, Any]) -> Reply:
-    """A reply as the JSON tells it; its ids are tensors."""
+    """A reply from its JSON, without ids: these are tensors."""
     stats = Stats(**turn["stats"])
-    expect(all(type(n) in (int, float) and n >= 0 for n in asdict(stats).values()), "a reply's statistics")
-    expect(turn["finish_reason"] in get_args(FinishReason), "a finish reason")
-    expect(type(turn["seed"]) is int, "a seed")
-    expect(isinstance(turn["thinking"], str) and isinstance(turn["answer"], str), "a reply")
+    expect(all(type(n) in (int, float) and n >= 0 for n in asdict(stats).values()), "statistics of a reply")
+    expect(turn["finish_reason"] in get_args(FinishReason), "finish reason")
+    expect(type(turn["seed"]) is int, "seed")
+    expect(isinstance(turn["thinking"], str) and isinstance(turn["answer"], str), "text of a reply")
     calls = tuple(ToolCall(**call) for call in turn.get("tool_calls", ()))
     expect(all(isinstance(text, str) for call in calls for text in asdict(call).values()), "tool calls")
     return Reply(
@@ -233,7 +233,7 @@ def _reply(turn: dict[str, Any]) -> Reply:
 def _check_layout(
     entries: Mapping[str, Entry], turns: int, cache: Mapping[str, Any] | None, model: HostModel
 ) -> None:
-    """The tensors are those that the JSON and the model's shape call for, to the last one."""
+    """Check that the tensors are exactly those that the JSON and the model's shape require."""
     expected: dict[str, tuple[str, tuple[int, ...]]] = {}
     for n in range(turns):
         for name in (f"turns.{n}.prompt_ids", f"turns.{n}.token_ids"):
@@ -241,7 +241,7 @@ def _check_layout(
     if cache is not None:
         expected["cache.ids"] = ("U32", (cache["positions"],))
         config, positions = model.config, cache["positions"]
-        expect(type(positions) is int and positions > 0, "the cache's length")
+        expect(type(positions) is int and positions > 0, "length of the cache")
         for n in range(config.n_layers):
             packed = cache["kv_bits"] is not None and f"cache.{n}.keys" not in entries
             layout = state_layout(config.n_kv_heads, config.head_dim, positions, model.dtype, packed=packed)
@@ -251,14 +251,14 @@ def _check_layout(
     expect(entries.keys() == expected.keys(), f"tensors {sorted(entries.keys() ^ expected.keys())[:4]}")
     for name, (dtype, shape) in expected.items():
         entry = entries[name]
-        expect((entry.dtype, entry.shape) == (dtype, shape), f"{name}, {entry.dtype} {list(entry.shape)},")
+        expect((entry.dtype, entry.shape) == (dtype, shape), f"{name}: {entry.dtype} {list(entry.shape)}")
 
 
 def _take_ids(arrays: dict[str, mx.array], vocab_size: int) -> dict[str, tuple[int, ...]]:
-    """Ids leave the arrays and become numbers."""
+    """Remove the tensors of ids from `arrays`; returns them as numbers."""
     names = [name for name in arrays if name.endswith("ids")]
     ids = {name: tuple(cast("list[int]", arrays.pop(name).tolist())) for name in names}
-    expect(all(max(of, default=0) < vocab_size for of in ids.values()), "ids beyond the vocabulary")
+    expect(all(max(of, default=0) < vocab_size for of in ids.values()), "ids, beyond the vocabulary")
     return ids
 
 

@@ -1,7 +1,7 @@
-"""One step of a reply on the model's thread, and what it took: seconds, and memory at its highest.
+"""One step of a reply on the model's thread, and its cost: seconds, and peak memory.
 
-MLX counts the peak of the whole process. It is counted anew for each step, so that of streams that take turns
-each counts its own steps only, with whatever the others held meanwhile. Does not know what a step does.
+MLX tracks the peak of the whole process. It is reset for each step, so that streams that take turns each
+count their own steps only, with whatever the others hold meanwhile. Does not know what a step does.
 """
 
 import time
@@ -17,7 +17,7 @@ In = TypeVar("In")
 
 
 def take(steps: Generator[Out, In, object], sent: In) -> tuple[Out, Cost]:
-    """The next step, with `sent` sent into it. For the model's thread, where nothing else runs meanwhile."""
+    """Take the next step, with `sent` sent into it. On the model's thread: nothing else runs meanwhile."""
     mx.reset_peak_memory()
     start = time.perf_counter()
     result = steps.send(sent)

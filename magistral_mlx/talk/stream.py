@@ -1,7 +1,7 @@
-"""One reply as it is written: `Stream` yields its events, to `for` or to `async for`.
+"""One reply as it is generated: `Stream` yields its events, to `for` or to `async for`.
 
-Takes steps that are made on the model's thread: an id, or None while the prompt is read; a `Guide` in return
-says how the reply goes on. What ids mean, and when a reply has ended, is `ReplyBuilder`'s to know.
+Receives steps made on the model's thread: an id, or None for a prefilled piece of the prompt; a `Guide` in
+return says how the reply continues. Does not know what ids mean, or when a reply has ended (`ReplyBuilder`).
 """
 
 import asyncio
@@ -19,22 +19,22 @@ from .reply import Reply, ReplyBuilder
 from .worker import Pending, Worker
 
 OnStep: TypeAlias = Callable[[int | None, Cost], Guide | None]
-"""An id (None: a piece of the prompt was read) and its cost → how it goes on."""
+"""An id (None: a piece of the prompt was prefilled) and its cost → how the reply continues."""
 
 
 class Source(Protocol):
     """Where a stream's ids come from."""
 
-    def ask(self, on_step: OnStep) -> Pending[None]:
-        """Take a step and call `on_step`, on the model's thread, where no Ctrl-C arrives."""
+    def request_step(self, on_step: OnStep) -> Pending[None]:
+        """Request a step; `on_step` gets it on the model's thread, which Ctrl-C does not interrupt."""
         ...
 
     def leave(self) -> None:
-        """No more is wanted."""
+        """No more steps are wanted."""
         ...
 
     def reused(self) -> int:
-        """How many ids of the prompt were read before; known at the first step."""
+        """How many ids of the prompt were in the KV cache before; known at the first step."""
         ...
 
     def passes(self) -> int | None:
@@ -43,7 +43,7 @@ class Source(Protocol):
 
 
 class OnDemand:
-    """Steps of one generator, each when it is asked for: streams that are open together take turns."""
+    """Steps of one generator, each run when it is requested: streams that are open together take turns."""
 
     def __init__(
         self,
@@ -55,15 +55,15 @@ class OnDemand:
     ) -> None:
         self._worker = worker
         self._steps = steps
-        self._guide: Guide | None = None  # how it goes on at the next step
+        self._guide: Guide | None = None  # for the next step
         self.reused = reused
         self.passes = passes
 
-    def ask(self, on_step: OnStep) -> Pending[None]:
+    def request_step(self, on_step: OnStep) -> Pending[None]:
         return self._worker.submit(partial(self._step, on_step))
 
     def leave(self) -> None:
-        """It is not asked again."""
+        """Nothing to do: steps run on request only."""
 
     def _step(self, on_step: OnStep) -> None:
         self._guide = on_step(*step.take(self._steps, self._guide))
@@ -72,9 +72,9 @@ class OnDemand:
 class Stream:
     """An iterator of `ThinkToken`, `AnswerToken` and, at its end, `Finished`; a context manager; a `reply`.
 
-    The model takes a step only when the next event is asked for. Leaving the `with`, `close`, or cancelling
-    the task that waits stops it at once; the model is free for the next stream. Iterate from one thread or
-    task; `close` from any.
+    Outside a batch, the model takes a step only when the next event is requested. Leaving the `with`,
+    `close`, or cancelling the task that waits stops it at once; the model is free for the next stream.
+    Iterate from one thread or task; `close` from any.
     """
 
     def __init__(
@@ -98,8 +98,8 @@ class Stream:
         return self
 
     def __next__(self) -> Event:
-        while not self._events and (asked := self._ask()):
-            self._receive(asked)
+        while not self._events and (pending := self._ask()):
+            self._receive(pending)
         if not self._events:
             raise StopIteration
         return self._events.popleft()
@@ -108,13 +108,13 @@ class Stream:
         return self
 
     async def __anext__(self) -> Event:
-        while not self._events and (asked := self._ask()):
+        while not self._events and (pending := self._ask()):
             try:
-                await asyncio.wait([asyncio.wrap_future(asked)])
+                await asyncio.wait([asyncio.wrap_future(pending)])
             except asyncio.CancelledError:
                 self.close()
                 raise
-            self._receive(asked)
+            self._receive(pending)
         if not self._events:
             raise StopAsyncIteration
         return self._events.popleft()
@@ -132,14 +132,14 @@ class Stream:
         self.close()
 
     def _ipython_display_(self) -> None:
-        """As the value of a notebook's cell, a stream runs and draws itself."""
-        from .notebook import show  # noqa: PLC0415 -- only a notebook has what it needs
+        """As the value of a notebook's cell, a stream runs and shows itself."""
+        from .notebook import show  # noqa: PLC0415 -- used in notebooks only
 
         with self:
             show(self)
 
     def start(self) -> None:
-        """Ask for the first step now, not when the first event is asked for."""
+        """Request the first step now, not when the first event is requested."""
         self._ask()
 
     def close(self) -> None:
@@ -166,7 +166,7 @@ class Stream:
 
     @property
     def is_open(self) -> bool:
-        """Whether there may be more to come."""
+        """Whether more events may come."""
         return self._source is not None
 
     @property
@@ -181,20 +181,20 @@ class Stream:
 
     @property
     def logprobs(self) -> Sequence[TokenLogprob | None]:
-        """Where they are asked for, of each id so far: in step with the ids of the events, joined."""
+        """If requested, one for each id so far, in the order of the events' ids."""
         return self._builder.logprobs
 
     def _ask(self) -> Pending[None] | None:
-        """The step under way, or a new one; None: nothing is to come."""
+        """The pending step, or a new one; None: the stream has ended."""
         if self._builder.finish_reason is not None:
             self._end()
         with self._lock:
-            if self._source is not None and (self._pending is None or _went_well(self._pending)):
-                self._pending = self._source.ask(self._on_step)
+            if self._source is not None and (self._pending is None or _succeeded(self._pending)):
+                self._pending = self._source.request_step(self._on_step)
             return self._pending
 
     def _on_step(self, token: int | None, cost: Cost) -> Guide | None:
-        """One step, before whoever waits for it is woken: however a wait is interrupted, no id is lost."""
+        """Record one step, before its waiter is woken: however a wait is interrupted, no id is lost."""
         with self._lock:
             if self._source is None:  # closed while the step ran
                 return None
@@ -204,32 +204,32 @@ class Stream:
             guide = self._builder.add(token, cost, self._source.passes())
         if self._whole:
             self._events.clear()
-            if self._builder.finish_reason:  # what it holds is given back now, not when it is asked for
+            if self._builder.finish_reason:  # free its memory now, not when the caller comes for the reply
                 self._end()
         return guide
 
-    def _receive(self, asked: Pending[None]) -> None:
+    def _receive(self, pending: Pending[None]) -> None:
         """Wait for the step, if it is not done yet."""
         try:
-            asked.wait()
-        except Exception:  # the model's, not an interrupt of the wait
+            pending.wait()
+        except Exception:  # the step's own; KeyboardInterrupt, of the wait, is not one
             self.close()
             raise
         if self._builder.finish_reason is not None:
             self._end()
 
     def _end(self, *, silently: bool = False) -> None:
-        """Let go of the model, and call `on_end`: once."""
+        """Release the model and call `on_end`, once. silently: drop events that were not yielded yet."""
         with self._lock:
             if self._source is None:
                 return
-            self._source.leave()  # first: a Ctrl-C behind it leaves nothing that goes on
+            self._source.leave()  # first: a Ctrl-C after it leaves nothing running
             self._source = self._pending = None
             if silently:
                 self._events.clear()
-        self._on_end(self.reply)  # not under the lock: what is done then may wait for the model's thread
+        self._on_end(self.reply)  # not under the lock: the callback may wait for the model's thread
 
 
-def _went_well(done: Pending[None]) -> bool:
-    """False while it is under way; and after an error, so that whoever asks next gets it too."""
+def _succeeded(done: Pending[None]) -> bool:
+    """Whether a step has finished without an error. A failed one is kept: the next request raises it too."""
     return done.finished and done.exception() is None

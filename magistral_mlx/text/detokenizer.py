@@ -1,13 +1,13 @@
-"""Ids → text that can be shown: the bytes of each, joined to whole characters. Does not know a tokenizer."""
+"""Token ids → text, incrementally: their bytes, joined to whole characters. Does not know a tokenizer."""
 
 import codecs
 from collections.abc import Sequence
 
 
 class Detokenizer:
-    """Ids → text as it becomes visible: a character split over tokens comes whole, with its last byte.
+    """Decodes ids one by one: a character that is split over tokens is returned with its last byte.
 
-    What is fed and flushed joins to what mistral_common decodes from the ids as a whole.
+    All text returned by `feed` and `flush`, joined, is what mistral_common decodes from all ids at once.
     """
 
     def __init__(self, pieces: Sequence[bytes | None]) -> None:
@@ -22,9 +22,9 @@ class Detokenizer:
 
     @property
     def pending(self) -> bool:
-        """Whether a character has begun and not ended."""
+        """Whether a character is incomplete so far."""
         return bool(self._utf8.getstate()[0])
 
     def flush(self) -> str:
-        """A character that never came whole is U+FFFD. Control tokens flush too: none spans one."""
+        """An incomplete character becomes U+FFFD. Control tokens flush too: no character spans one."""
         return self._utf8.decode(b"", final=True)

@@ -1,11 +1,11 @@
 """tekken.json → tokenizer.json: the same ids in the file format that mlx-lm, LM Studio and transformers read.
 
-Both are byte-level BPE under one pattern. They differ in how a merge is chosen: tiktoken, behind tekken.json,
-joins the two neighbours whose union ranks first, however that union is divided; the other goes down a list
-of divisions. So every division of every piece is listed, in the order of the pieces.
+Both are byte-level BPE with the same pattern. They differ in how a merge is chosen: tiktoken, which reads
+tekken.json, merges the two neighbours whose concatenation has the lowest rank, wherever that is split;
+tokenizer.json has an ordered list of pairs. So every pair that makes a piece is listed, by the piece's rank.
 
-Knows the two files. Does not know chat templates (`sidecars`), nor the tokenizers library, with which only
-the tests compare it.
+Knows both formats. Does not know chat templates (`sidecars`), nor the tokenizers library, which only the
+tests use, to compare with.
 """
 
 import base64
@@ -16,24 +16,24 @@ from typing import Any, Self
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vocabulary:
-    """What the ids of a tekken.json stand for: the control tokens first, then pieces of text."""
+    """The meaning of the ids of a tekken.json: first control tokens, then pieces of text."""
 
     specials: list[str]
     pieces: list[bytes]
     pattern: str
-    """The regular expression that cuts text into words, none of which a piece crosses."""
+    """The regular expression of the pre-tokenizer: it splits text into words, and no piece spans two."""
 
     @classmethod
     def from_tekken(cls, tekken: dict[str, Any]) -> Self:
         """Read a tekken.json as mistral_common does.
 
-        Its list of pieces may be longer than the vocabulary, and is cut to its size; an id of the control
-        range without a name is `<SPECIAL_n>`; a file of v7 or older may leave all names to mistral_common.
+        Its list of pieces may be longer than the vocabulary, and is truncated; an id of the control range
+        without a name is `<SPECIAL_n>`; a file of v7 or older may leave all names to mistral_common.
         """
         config = tekken["config"]
         reserved: int = config["default_num_special_tokens"]
         specials = [f"<SPECIAL_{i}>" for i in range(reserved)]
-        for token in tekken.get("special_tokens") or _names_of_old():
+        for token in tekken.get("special_tokens") or _default_special_tokens():
             specials[token["rank"]] = str(getattr(token["token_str"], "value", token["token_str"]))
         rows = tekken["vocab"][: config["default_vocab_size"] - reserved]
         pieces = [base64.b64decode(row["token_bytes"]) for row in rows]
@@ -43,13 +43,13 @@ class Vocabulary:
 def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
     """The content of a tokenizer.json.
 
-    Begin of text is added where a reader asks for special tokens, that is, to a bare prompt. A chat template
-    brings its own, and its readers then ask for none.
+    `<s>` is added where the caller requests special tokens, that is, to a bare prompt. A chat template has
+    its own, and its callers then request none.
     """
     specials, letters = vocabulary.specials, _letters()
     pieces = [piece.decode("latin-1").translate(letters) for piece in vocabulary.pieces]
     bytes_only = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    words = {
+    split = {
         "type": "Split",
         "pattern": {"Regex": vocabulary.pattern},
         "behavior": "Isolated",
@@ -61,7 +61,7 @@ def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
         "padding": None,
         "added_tokens": [_added(i, text) for i, text in enumerate(specials)],
         "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [words, bytes_only]},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, bytes_only]},
         "post_processor": _begin_of_text("<s>", specials.index("<s>")),
         "decoder": bytes_only,
         "model": {
@@ -80,7 +80,7 @@ def tokenizer_json(vocabulary: Vocabulary) -> dict[str, Any]:
 
 
 def _merges(pieces: Sequence[str]) -> list[str]:
-    """Every way to put a piece together from two others, the pieces in the order of their ranks."""
+    """Every pair of pieces that makes a piece, in the order of the ranks of the pieces made."""
     rank = {piece: i for i, piece in enumerate(pieces)}
     merges: list[str] = []
     for piece in pieces:
@@ -91,7 +91,7 @@ def _merges(pieces: Sequence[str]) -> list[str]:
 
 
 def _letters() -> dict[int, str]:
-    """GPT-2's letter for each byte: itself where it prints, else one from U+0100 on. No letter is a space."""
+    """GPT-2's character for each byte: itself if printable, else one from U+0100 on. None is a space."""
     printing = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = (byte for byte in range(256) if byte not in printing)
     return {byte: chr(byte) for byte in printing} | {byte: chr(256 + n) for n, byte in enumerate(others)}
@@ -113,7 +113,7 @@ def _begin_of_text(text: str, i: int) -> dict[str, Any]:
     }
 
 
-def _names_of_old() -> Any:
+def _default_special_tokens() -> Any:
     from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
     return Tekkenizer.DEPRECATED_SPECIAL_TOKENS

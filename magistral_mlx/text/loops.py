@@ -1,12 +1,12 @@
 """Detects that the model has begun to repeat itself without end.
 
 Knows token ids and nothing else: no text, no phases, no clock. A loop is a piece of 1 to 400 tokens that is
-repeated exactly or with up to some 5 % of its tokens changed, lost or added each time. How it is told
-from legitimate text that is nearly as regular (tables, logs, proofs by cases, songs, matrices):
+repeated exactly, or with up to some 5 % of its tokens changed, lost or added each time. How it differs from
+legitimate text that is nearly as regular (tables, logs, proofs by cases, songs, matrices):
 
-- **Enough of it**: four copies, and more tokens the fewer different ones there are: `0 0 0 0` is a matrix for
-  a long time, a sentence of twelve different words is not. Copies that differ have to be more.
-- **Edits of a loop are undone**: a slip in one copy is gone in the next. What changes and changes again in
+- **Length**: four copies, and more tokens the fewer distinct ones there are: a long `0 0 0 0` may still be a
+  matrix, a sentence of twelve different words may not. Inexact copies have to be longer.
+- **Edits of a loop are undone**: a deviation in one copy is gone in the next. What changes again and again in
   the same place (`Case 7`, `Case 8`, `Case 9`) is progress, not a loop.
 """
 
@@ -14,24 +14,24 @@ from math import ceil
 from typing import NamedTuple
 
 LONGEST = 400
-"""Tokens of the longest period that is looked for."""
+"""The longest period that is looked for, in tokens."""
 
-_GRAM = 4  # ids that have to come again before anything else is looked at
-_DRIFT = 24  # ids added may lengthen a period
-_COPIES = 2.85  # times that a period has to agree with the one before it: nearly all of four copies
-_NEAR_COPIES = 2.85  # the same where they differ; more of them would cost loops and save few false alarms
+_GRAM = 4  # ids that have to recur before a period is examined
+_DRIFT = 24  # ids by which insertions may lengthen a period
+_COPIES = 2.85  # periods that have to match the one before them: nearly all of four copies
+_NEAR_COPIES = 2.85  # the same for inexact copies; a higher value would miss loops and save few false alarms
 _KEPT = 6 * (LONGEST + _DRIFT)
-_VARIETY = 20_000  # tokens asked for of a period with one different id; divided by the square of their number
-_EXACT, _NEAR, _MOST = 60, 180, 1500  # tokens asked for at least: of exact copies, of others; and at most
-_EDITS = 0.13  # of the tokens; 5 % in each of two copies are 10 % between them
+_VARIETY = 20_000  # tokens required of a period with one distinct id; with n of them, divided by n²
+_EXACT, _NEAR, _MOST = 60, 180, 1500  # tokens required: at least of exact and of inexact copies; at most
+_EDITS = 0.13  # share of the tokens; 5 % in each of two copies are 10 % between them
 _SHIFTS = sorted(
     ((a, b) for a in range(6) for b in range(6) if a + b), key=lambda s: (max(s), abs(s[0] - s[1]))
 )
-_CREDIT = 16  # comparisons a token may cost in the long run
+_CREDIT = 16  # comparisons that a token may cost on average
 
 
 class _Edit(NamedTuple):
-    """`ids[start:end]` stands where `ids[was:until]` stood one period before."""
+    """`ids[start:end]` replaces `ids[was:until]` of one period before."""
 
     start: int
     end: int
@@ -40,9 +40,9 @@ class _Edit(NamedTuple):
 
 
 class LoopGuard:
-    """`feed` every id; True once the last of them are an endless repetition, and from then on until `reset`.
+    """`feed` every id; it returns True once the last ones are an endless repetition, and then until `reset`.
 
-    Costs a few microseconds an id and some 15,000 remembered ids, whatever it is fed.
+    Costs a few microseconds an id, and memory for some 15,000 ids, whatever the input.
     """
 
     def __init__(self) -> None:
@@ -51,11 +51,11 @@ class LoopGuard:
     def reset(self) -> None:
         """Forget all ids."""
         self._ids: list[int] = []
-        self._forgotten = 0  # ids before self._ids
+        self._forgotten = 0  # number of ids dropped before self._ids
         self._seen: dict[tuple[int, ...], int] = {}  # gram → how many ids there were when it last ended
         self._seen_before: dict[tuple[int, ...], int] = {}
-        self._not_before: dict[int, int] = {}  # period → when to look at it again
-        self._due: dict[int, set[int]] = {}  # when to look again → periods, though no gram may ask for them
+        self._not_before: dict[int, int] = {}  # period → number of ids before which it is not examined again
+        self._due: dict[int, set[int]] = {}  # number of ids → periods to examine then, even if no gram recurs
         self._credit = 0
         self._looping = False
 
@@ -66,16 +66,16 @@ class LoopGuard:
         self._ids.append(token_id)
         now = self._forgotten + len(self._ids)
         self._credit = min(self._credit + _CREDIT, 4 * _KEPT)
-        # 1. Which periods are worth a look: that of the last gram, and those we promised one.
+        # 1. Candidate periods: the distance to the last occurrence of this gram, and those that are due.
         periods = self._due.pop(now, set[int]())
         gram = tuple(self._ids[-_GRAM:])
         last = self._seen.get(gram) or self._seen_before.get(gram, now)
         self._seen[gram] = now
         if 0 < now - last <= LONGEST + _DRIFT and now >= self._not_before.get(now - last, 0):
             periods.add(now - last)
-        # 2. Look, unless looking has become dear; a look that failed says when one could succeed.
+        # 2. Examine them while there is credit; a failed attempt says when the next could succeed.
         for period in sorted(periods):
-            run, wait = self._look(period) if self._credit > 0 else (0, 8)
+            run, wait = self._examine(period) if self._credit > 0 else (0, 8)
             if not wait:
                 self._looping = True
                 return True
@@ -85,8 +85,8 @@ class LoopGuard:
                 self._due.setdefault(now + wait, set()).add(period)
         return False
 
-    def _look(self, period: int) -> tuple[int, int]:
-        """(tokens compared, 0 if they are a loop or else how many more to wait for)."""
+    def _examine(self, period: int) -> tuple[int, int]:
+        """(tokens compared, tokens to wait before the next attempt; 0: they are a loop)."""
         ids, size = self._ids, len(self._ids)
         least = max(ceil(_COPIES * period), _EXACT)
         variety = min(len(set(ids[-period:])), len(set(ids[-2 * period : -period])) or period)
@@ -100,12 +100,12 @@ class LoopGuard:
                 at, other = at - 1, other - 1
                 continue
             need = max(ceil(_NEAR_COPIES * period), min(_MOST, max(_NEAR, 4 * weight)))
-            here, there = _shift(ids, at, other)
-            edited += max(here, there)
-            if not here + there or edited > 3 + _EDITS * run:
+            skipped, theirs = _shift(ids, at, other)
+            edited += max(skipped, theirs)
+            if not skipped + theirs or edited > 3 + _EDITS * run:
                 return run, max(least - run, (need - run) // 8 if run > 2 * period else 0, period // 16, 8)
-            edits.append(_Edit(at - here + 1, at + 1, other - there + 1, other + 1))
-            at, other = at - here, other - there
+            edits.append(_Edit(at - skipped + 1, at + 1, other - theirs + 1, other + 1))
+            at, other = at - skipped, other - theirs
         loop = edited <= _EDITS * need and not _makes_progress(ids, edits, need)
         return need, 0 if loop else max(need // 40, 8)
 
@@ -120,13 +120,13 @@ class LoopGuard:
 
 
 def _shift(ids: list[int], at: int, other: int) -> tuple[int, int]:
-    """How many ids to leave out before `at` and before `other`, the fewest, till two agree; (0, 0): none."""
+    """The fewest ids to skip back from `at` and from `other` until two in a row match; (0, 0): none found."""
     if other < 8:
         return 0, 0
-    for here, there in _SHIFTS:
-        a, b = at - here, other - there
+    for skipped, theirs in _SHIFTS:
+        a, b = at - skipped, other - theirs
         if b < a and ids[a] == ids[b] and ids[a - 1] == ids[b - 1]:
-            return here, there
+            return skipped, theirs
     return 0, 0
 
 
@@ -135,7 +135,7 @@ def _makes_progress(ids: list[int], edits: list[_Edit], tokens: int) -> bool:
     where = {at: edit for edit in edits for at in range(edit.start, max(edit.end, edit.start + 1))}
 
     def before(edit: _Edit) -> _Edit | None:
-        """The edit that made what this one changed."""
+        """The edit, one period before, that produced what this one replaces."""
         return next((where[at] for at in range(edit.was, max(edit.until, edit.was + 1)) if at in where), None)
 
     undone = progress = restless = 0

@@ -1,7 +1,7 @@
-"""What a prompt is made of before it becomes ids: checked messages, and the text that makes the model think.
+"""Prompts before tokenization: checked messages, and the text that makes the model think.
 
-Knows the shapes that messages may take, how earlier reasoning is told from earlier answers, and the system
-prompts of the model cards. Does not know ids or mistral_common: `tokenizer` takes it from here.
+Knows the forms that messages may have, how earlier reasoning is separated from earlier answers, and the
+system prompts of the model cards. Does not know ids or mistral_common (`tokenizer`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,7 +39,7 @@ Don't mention that this is a summary.
 Problem:
 
 """
-"""The card of Magistral-Small-2506, for a checkpoint that brings no SYSTEM_PROMPT.txt."""
+"""From the card of Magistral-Small-2506, for a checkpoint without SYSTEM_PROMPT.txt."""
 
 CONTROL_TAGS_PROMPT = """\
 First draft your thinking process (inner monologue) until you arrive at a response. Format your response \
@@ -49,26 +49,26 @@ the same language as the input.
 Your thinking process must follow the template below:[THINK]Your thoughts or/and draft, like working through \
 an exercise on scratch paper. Be as casual and as long as you want until you are confident to generate the \
 response. Use the same language as the input.[/THINK]Here, provide a self-contained response."""
-"""The card of Magistral-Small-2507 and 2509: likewise, where the tokenizer has think tokens."""
+"""From the card of Magistral-Small-2507 and 2509: the same, where the tokenizer has think tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
-    """One message, checked: its answer text and its reasoning are apart, ids of calls are Mistral's."""
+    """One message, checked: reasoning is separate from the answer, ids of calls have Mistral's format."""
 
     role: Role
     content: str
     thinking: str = ""
     calls: tuple[ToolCall, ...] = ()
-    answers: str = ""
-    """Of a tool: the id of the call."""
+    tool_call_id: str = ""
+    """In a tool's message: the id of the call that it answers."""
 
 
 def read_messages(messages: Messages) -> list[Turn]:
-    """Check `messages` and take them apart; PromptError says which one is wrong and why.
+    """Check and parse `messages`; PromptError says which one is wrong and why.
 
-    Order is left to mistral_common, which joins neighbours of one role, except that every tool call must be
-    answered, and that the last message must be the user's or a tool's: there would be nothing to answer.
+    Their order is checked by mistral_common, which joins neighbours of one role. Checked here: that every
+    tool call is answered, and that the last message is the user's or a tool's: there must be one to answer.
     """
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
@@ -82,22 +82,22 @@ def read_messages(messages: Messages) -> list[Turn]:
 
 
 def without_thinking(turns: Sequence[Turn]) -> list[Turn]:
-    """Earlier turns without their reasoning. What led to calls since the last question is not earlier."""
+    """The turns without reasoning before the last question. What came since led to calls, and is kept."""
     now = max((at for at, turn in enumerate(turns) if turn.role == "user"), default=-1)
     return [turn if at > now else replace(turn, thinking="") for at, turn in enumerate(turns)]
 
 
 def _check_answers(turns: Sequence[Turn]) -> None:
-    """Each call is answered, once, before anybody else speaks."""
+    """Check that each call is answered, once, before any other message."""
     open_calls: list[str] = []
     for at, turn in enumerate(turns):
         if turn.role == "tool":
-            if turn.answers not in open_calls:
+            if turn.tool_call_id not in open_calls:
                 raise PromptError(
                     f"Expected messages[{at}] to answer a tool call of the message before, found another "
-                    "tool_call_id. Each call has one result, behind the message that calls."
+                    "tool_call_id. Each call has one result, after the message with the call."
                 )
-            open_calls.remove(turn.answers)
+            open_calls.remove(turn.tool_call_id)
         elif open_calls:
             raise _unanswered(open_calls, f"before messages[{at}]")
         open_calls += [call.id for call in turn.calls]
@@ -133,15 +133,15 @@ def _turn(message: object, where: str) -> Turn:
         )
     content = fields.pop("content", None)
     if role == "assistant":
-        elsewhere = fields.pop("reasoning_content", None)  # what servers and other clients call it
+        reasoning = fields.pop("reasoning_content", None)  # as other servers and clients name it
         calls = read_calls(fields.pop("tool_calls", ()), f"{where}'s tool_calls")
-        turn = _assistant(content, fields.pop("thinking", None) or elsewhere, calls, where)
+        turn = _assistant(content, fields.pop("thinking", None) or reasoning, calls, where)
     elif role == "tool":
         turn = _result(content, fields.pop("tool_call_id", None), where)
-        fields.pop("name", None)  # that of the call
+        fields.pop("name", None)  # the tool's name, which the call has too
     else:
         turn = Turn(role=cast("Role", role), content=check_text(content, f"{where}'s content"))
-    if fields:  # dropping what a caller meant to say (images) would be worse
+    if fields:  # dropping content without an error (images) would be worse
         raise PromptError(
             f"Expected {where} to hold a role and its text, found also {sorted(map(str, fields))}."
         )
@@ -160,6 +160,7 @@ def _assistant(content: object, thinking: object, calls: tuple[ToolCall, ...], w
     return Turn(role="assistant", content=answer, thinking=thinking, calls=calls)
 
 
-def _result(content: object, answers: object, where: str) -> Turn:
-    text = check_text(content, f"{where}'s content", may_be_blank=True)  # a tool may have nothing to say
-    return Turn(role="tool", content=text, answers=call_id(check_text(answers, f"{where}'s tool_call_id")))
+def _result(content: object, given_id: object, where: str) -> Turn:
+    text = check_text(content, f"{where}'s content", may_be_blank=True)  # a tool may return nothing
+    found = check_text(given_id, f"{where}'s tool_call_id")
+    return Turn(role="tool", content=text, tool_call_id=call_id(found))

@@ -1,11 +1,11 @@
-"""What a converted directory carries beside its weights, as a mapping of relative paths to bytes.
+"""The files of a converted directory besides its weights, as a mapping of relative paths to bytes.
 
-Three readers, each with its own wants: magistral_mlx reads tekken.json and SYSTEM_PROMPT.txt, in `mistral/`;
+Three readers need different files: magistral_mlx reads tekken.json and SYSTEM_PROMPT.txt, in `mistral/`;
 mlx-lm, LM Studio and transformers read tokenizer.json, its config and the chat template, in the root; a
 person reads README.md. The root holds no tekken.json: beside a tokenizer.json it makes mlx-lm choose a
 detokenizer that breaks multi-byte text.
 
-Knows which file each reader wants, and the words on the model card. Does not know weights, config.json or
+Knows which files each reader needs, and the text of the model card. Does not know weights, config.json or
 where anything is written: `convert` does.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 from magistral_mlx.errors import MagistralWarning
 
 from .hf_tokenizer import Vocabulary, tokenizer_json
-from .tokenizer import ORIGINAL, Tokenizer, find_words
+from .tokenizer import ORIGINAL, Tokenizer, find_text_file
 
 _DEMO = Path(__file__).parents[1] / "demo"
 _DEMO_SOURCE = (
@@ -65,28 +65,28 @@ or the model answers without reasoning.
 """
 
 
-def files(words: Path, *, name: str, recipe: str, context: int, size: str = "") -> dict[str, bytes]:
+def files(source: Path, *, name: str, recipe: str, context: int, size: str = "") -> dict[str, bytes]:
     """All sidecars of a conversion.
 
-    `words` is the directory with tekken.json and SYSTEM_PROMPT.txt, in its root or in `mistral/`; without
+    `source` is the directory with tekken.json and SYSTEM_PROMPT.txt, in its root or in `mistral/`; without
     a prompt, the model card's text is used, as in loading. `name` is what the user calls the source: a Hub
     name, a directory or "demo". `recipe` says how it was quantized, `context` is its longest context in
     tokens, `size` what the weights take.
 
-    A source without tekken.json keeps the tokenizer files it has, and a `MagistralWarning` says so: they
-    serve mlx-lm, while magistral_mlx will want the tekken.json.
+    A source without tekken.json keeps the tokenizer files it has, and a `MagistralWarning` says so: mlx-lm
+    can use them, while magistral_mlx needs the tekken.json.
 
     Raises:
         TokenizerError: tekken.json is unreadable, or of a version without Magistral's template.
     """
-    demo = name == "demo" or words.resolve() == _DEMO.resolve()
+    demo = name == "demo" or source.resolve() == _DEMO.resolve()
     card = {"README.md": model_card(name, recipe=recipe, demo=demo, size=size).encode()}
-    tekken = find_words(words, "tekken.json")
-    return card | (_kept(words) if tekken is None else _made(words, tekken, context))
+    tekken = find_text_file(source, "tekken.json")
+    return card | (_copied(source) if tekken is None else _generated(source, tekken, context))
 
 
 def model_card(name: str, *, recipe: str, demo: bool, size: str = "") -> str:
-    """README.md: what this is, what it came from and how, how to use it. It claims nothing measured."""
+    """README.md: what this is, its source and conversion, how to use it. It makes no measured claims."""
     size = f"\n- Size: {size}." if size else ""
     repo = name.partition("@")[0]
     on_hub = repo.count("/") == 1 and not repo.startswith((".", "~", "/"))
@@ -105,8 +105,8 @@ def model_card(name: str, *, recipe: str, demo: bool, size: str = "") -> str:
 def chat_template(tokenizer: Tokenizer) -> str:
     """mistral_common's own Jinja template for this version, thinking by default.
 
-    The system prompt is built in, for conversations that bring none: it is what makes the model think, and
-    other readers than magistral_mlx look for it nowhere else.
+    The system prompt is built in, for conversations that have none: it is what makes the model think, and
+    readers other than magistral_mlx look for it nowhere else.
     """
     from mistral_common.integrations.chat_templates import chat_templates
     from mistral_common.tokens.tokenizers.base import TokenizerVersion
@@ -127,11 +127,11 @@ def chat_template(tokenizer: Tokenizer) -> str:
     )
 
 
-def _made(words: Path, tekken: Path, context: int) -> dict[str, bytes]:
-    spoken = _spoken(words)  # first: it finds what is wrong with the file, and says it
+def _generated(source: Path, tekken: Path, context: int) -> dict[str, bytes]:
+    chat_files = _template_and_prompt(source)  # first: it checks tekken.json, and says what is wrong
     raw = tekken.read_bytes()
     vocabulary = Vocabulary.from_tekken(json.loads(raw))
-    return spoken | {
+    return chat_files | {
         "tokenizer.json": _json(tokenizer_json(vocabulary)),
         "tokenizer_config.json": _json(_tokenizer_config(vocabulary.specials, context), indent=2),
         "generation_config.json": _json(_generation_config(vocabulary.specials), indent=2),
@@ -139,10 +139,10 @@ def _made(words: Path, tekken: Path, context: int) -> dict[str, bytes]:
     }
 
 
-def _spoken(words: Path) -> dict[str, bytes]:
-    """The template and the prompt; the tokenizer that they come from is large, and let go here."""
-    tokenizer = Tokenizer.from_directory(words)
-    prompt = find_words(words, "SYSTEM_PROMPT.txt")
+def _template_and_prompt(source: Path) -> dict[str, bytes]:
+    """The chat template and the system prompt; the tokenizer they come from is large, and freed on return."""
+    tokenizer = Tokenizer.from_directory(source)
+    prompt = find_text_file(source, "SYSTEM_PROMPT.txt")
     return {
         "chat_template.jinja": chat_template(tokenizer).encode(),
         "mistral/SYSTEM_PROMPT.txt": prompt.read_bytes() if prompt else tokenizer.system_prompt.encode(),
@@ -153,7 +153,7 @@ def _tokenizer_config(specials: Sequence[str], context: int) -> dict[str, Any]:
     return {
         **{role: text for role, text in _ROLES.items() if text in specials},
         "clean_up_tokenization_spaces": False,
-        "fix_mistral_regex": False,  # ours is right; unsaid, transformers warns of a wrong one
+        "fix_mistral_regex": False,  # the pattern is right; without this, transformers warns
         "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": context,
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -169,17 +169,17 @@ def _generation_config(specials: Sequence[str]) -> dict[str, Any]:
     return {**ids, "do_sample": True, "temperature": 0.7, "top_p": 0.95}
 
 
-def _kept(words: Path) -> dict[str, bytes]:
-    """The tokenizer files of a source without tekken.json, as they are."""
-    kept = {name: (words / name).read_bytes() for name in _HF_FILES if (words / name).is_file()}
+def _copied(source: Path) -> dict[str, bytes]:
+    """The tokenizer files of a source without tekken.json, unchanged."""
+    copied = {name: (source / name).read_bytes() for name in _HF_FILES if (source / name).is_file()}
     warnings.warn(
-        f"Found no tekken.json in {words}: {', '.join(kept) or 'no tokenizer file'} goes along as it is. "
-        "magistral_mlx will want tekken.json and SYSTEM_PROMPT.txt in the converted directory's mistral/: "
+        f"Found no tekken.json in {source}: {', '.join(copied) or 'no tokenizer file'} is copied as it is. "
+        "magistral_mlx needs tekken.json and SYSTEM_PROMPT.txt in the converted directory's mistral/: "
         f"copy them from the original repository (such as {ORIGINAL}).",
         MagistralWarning,
         stacklevel=3,
     )
-    return kept
+    return copied
 
 
 def _json(content: dict[str, Any], *, indent: int | None = None) -> bytes:

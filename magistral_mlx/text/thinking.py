@@ -1,4 +1,4 @@
-"""Where reasoning ends and the answer begins, in decoded text that arrives in pieces.
+"""Where reasoning ends and the answer begins, in streamed text.
 
 Knows the two ways a Magistral marks its reasoning: `<think>` and `</think>` written as plain text (2506), and
 control tokens that never become text (2507 and later), which the caller reports. Does not know token ids,
@@ -10,10 +10,10 @@ into more than a hundred token sequences, and one token can end the reasoning an
 The rules, for which `parse` is the reference:
 
 - Thinking starts only if the first thing that is not white space is the opening tag.
-- The first closing tag ends it, quoted or in code or not. Tags after that are answer text.
-- Reasoning that is never closed is all reasoning; the answer is then empty.
-- Reasoning loses its outer white space. The answer loses the blank lines that lead it, never the indentation
-  of its first line.
+- The first closing tag ends it, even if quoted or in code. Tags after that are answer text.
+- If reasoning is never closed, everything is reasoning, and the answer is empty.
+- Outer white space of the reasoning is stripped. So are leading blank lines of the answer, but never the
+  indentation of its first line.
 """
 
 from typing import Literal, NamedTuple, TypeAlias
@@ -52,35 +52,35 @@ class ThinkParser:
         self._tags = tags
         # Only ever forward: start → thinking → answer, or start → answer.
         self._state: Literal["start", "thinking", "answer"] = "start"
-        self._shown = False  # whether the state has brought visible text
+        self._shown = False  # whether this state has emitted text
         self._held = ""
-        self._late = False  # whether a closing tag may still come that is not the answer's
+        self._late = False  # whether one more closing tag is to be dropped from the answer
 
     @property
     def phase(self) -> Phase:
-        """Where the transcript stands after what was fed. Undecided is thinking: it changes once."""
+        """The phase after the text fed so far. Thinking while undecided, so that it changes once at most."""
         return "answer" if self._state == "answer" else "thinking"
 
     @property
     def can_close(self) -> bool:
-        """Whether `force_close` is in place: thinking has begun, and not ended."""
+        """Whether `force_close` is allowed: thinking has begun, and not ended."""
         return self._state == "thinking"
 
     @property
     def in_tag(self) -> bool:
-        """Whether the text so far ends in what may be half a closing tag."""
+        """Whether the text so far ends with a possible beginning of a closing tag."""
         return self.can_close and self._tags == "text" and unfinished(self._held, CLOSE) > 0
 
     def force_close(self, *, late: bool = True) -> list[Piece]:
-        """The reasoning is closed here, by us. late: one tag that the model may still write is dropped."""
+        """Close the reasoning here. late: drop one closing tag that the model may still generate."""
         assert self.can_close
-        pieces = self.flush()  # half a tag was text, if we come between
+        pieces = self.flush()  # a partial tag becomes text
         self._enter("answer", "")
         self._late = late and self._tags == "text"
         return pieces
 
     def interrupt(self) -> list[Piece]:
-        """What is no text comes here, and ends the reasoning: a tool call. Text may go on behind it."""
+        """A tool call begins here: it ends the reasoning, and is not text itself. Text may follow it."""
         pieces = self.flush()
         if self._state == "thinking":
             self._enter("answer", "")
@@ -98,9 +98,9 @@ class ThinkParser:
         return pieces
 
     def flush(self) -> list[Piece]:
-        """What was held back, now that nothing can follow it. White space still held was outer."""
+        """The text still held back, at the end of the input. Outer white space is dropped."""
         if self._state == "start":
-            self._enter("answer", self._held)  # half an opening tag is text
+            self._enter("answer", self._held)  # a partial opening tag is text
         return self._show(self._held.rstrip()) if self._state == "thinking" else self._answer(at_end=True)
 
     def mark_open(self) -> None:
@@ -139,11 +139,11 @@ class ThinkParser:
             self._held = _without_blank_lines(self._held) or self._held
         undecided = unfinished(self._held, CLOSE) if self._late and not at_end else 0
         text = self._held[: len(self._held) - undecided]
-        # White space is no beginning: what follows, or follows a late tag, may make it a blank line.
+        # Leading white space is held: what follows, or follows a late tag, may make it a blank line.
         return self._show(text) if self._shown or not text.isspace() else []
 
     def _show(self, text: str) -> list[Piece]:
-        """Take `text`, with which the held text begins, out of it."""
+        """Remove `text` from the beginning of the held text, and emit it."""
         self._held = self._held[len(text) :]
         visible = text.lstrip() if self._state == "thinking" and not self._shown else text
         self._shown = self._shown or bool(visible)
@@ -154,7 +154,7 @@ class ThinkParser:
 
 
 def unfinished(text: str, tag: str) -> int:
-    """How many characters at the end of `text` could be the beginning of `tag`: the longest such suffix."""
+    """Length of the longest suffix of `text` with which `tag` begins, shorter than `tag` itself."""
     start = max(len(text) - len(tag) + 1, 0)
     while (start := text.find(tag[0], start)) >= 0:
         if tag.startswith(text[start:]):

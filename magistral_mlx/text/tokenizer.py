@@ -1,7 +1,7 @@
-"""Messages → ids and ids → text, with mistral_common behind one door.
+"""Messages → token ids and ids → text, by mistral_common.
 
-Knows mistral_common: its requests, its errors, its control tokens. Every id of a prompt comes from it;
-nothing here spells a template. Does not know phases (`thinking`), events (`transcript`) or arrays.
+Knows mistral_common: its requests, its errors, its control tokens. Every id of a prompt comes from it; no
+chat template is written out here. Does not know phases (`thinking`), events (`transcript`) or arrays.
 
 mistral_common is imported when the first tokenizer is opened: it takes about a second.
 """
@@ -24,10 +24,10 @@ from .toolcalls import Marker
 from .tools import Tools, read_tools
 
 VERSIONS = ("v7", "v11", "v13")
-"""Those with a system prompt between control tokens, as Magistral's template has it."""
+"""Tokenizer versions whose template has a system prompt between control tokens, as Magistral's does."""
 
 ORIGINAL = "mistralai/Magistral-Small-2506"
-"""The repository that has these files, on the Hub."""
+"""A repository on the Hub that has these files."""
 
 _Content: TypeAlias = str | list[dict[str, str]]
 
@@ -45,25 +45,25 @@ class Tokenizer:
     call_markers: dict[int, Marker]
     """The control tokens of tool calls, by id."""
     system_prompt: str = field(repr=False)
-    _mistral: Any = field(repr=False)  # a MistralTokenizer: generic in seven unknowns, so untyped here
+    _mistral: Any = field(repr=False)  # a MistralTokenizer: it has seven type parameters, so untyped
 
     @classmethod
     def from_directory(cls, directory: Path | str) -> Self:
         """Open `tekken.json` and `SYSTEM_PROMPT.txt` of a model directory: in its root, or in `mistral/`."""
         directory = Path(directory)
-        file = find_words(directory, "tekken.json")
+        file = find_text_file(directory, "tekken.json")
         if file is None:
             found = ", ".join(sorted(entry.name for entry in directory.glob("*"))) or "nothing"
             raise TokenizerError(
                 f"Expected tekken.json in {directory} or its mistral/, found {found}. Conversions often "
                 f"leave it out: copy it and SYSTEM_PROMPT.txt from the original repository ({ORIGINAL}, say)."
             )
-        text = find_words(directory, "SYSTEM_PROMPT.txt")
+        text = find_text_file(directory, "SYSTEM_PROMPT.txt")
         return cls.from_file(file, system_prompt=None if text is None else _read(text))
 
     @classmethod
     def from_file(cls, path: Path | str, *, system_prompt: str | None = None) -> Self:
-        """Open a `tekken.json`. Without a system prompt, the text on the model's card is used."""
+        """Open a `tekken.json`. Without a system prompt, that of the model card is used."""
         mistral = _open(Path(path))
         tekken = mistral.instruct_tokenizer.tokenizer
         version = str(tekken.version.value)
@@ -92,7 +92,7 @@ class Tokenizer:
         """The ids of plain text: no begin or end of text, and no string in it becomes a control token.
 
         Raises:
-            PromptError: text that is none, or with white space beyond measure.
+            PromptError: not a string of Unicode text, or too long a run of white space.
         """
         text = check_text(text, "the text", may_be_blank=True)
         try:
@@ -121,23 +121,23 @@ class Tokenizer:
 
         The checkpoint's system prompt, which makes the model think, comes first; `system` is placed before
         it, and `think=False` leaves it out. A system message in `messages` replaces all of that, verbatim.
-        Reasoning before the last question is dropped unless `keep_thinking`, and with it a reply that came no
-        further. What tools can do is said where the template of this version wants it.
+        Reasoning before the last question is dropped unless `keep_thinking`, and with it a reply that has
+        nothing else. Tool definitions are placed where the template of this version has them.
 
         Raises:
-            PromptError: messages that have no place in the template, or tools that are none.
+            PromptError: messages that the template does not allow, or invalid tools.
         """
         turns = read_messages(messages)
         if not keep_thinking:
             turns = without_thinking(turns)
-        turns = [  # empty ones are refused
-            turn for turn in turns if turn.content or turn.thinking or turn.calls or turn.answers
+        turns = [  # mistral_common refuses empty ones
+            turn for turn in turns if turn.content or turn.thinking or turn.calls or turn.tool_call_id
         ]
         own = [turn.content for turn in turns if turn.role == "system"]
         if own and system is not None:
             raise PromptError("Expected either system=… or a system message, found both. Leave one out.")
         if own and think:
-            self._warn_if_thoughtless(own)
+            self._warn_if_no_think_template(own)
         if not own:
             before = None if system is None else check_text(system, "system")
             parts = [part for part in (before, self.system_prompt if think else None) if part]
@@ -147,35 +147,35 @@ class Tokenizer:
 
     def encode_turn(
         self,
-        said: Messages,
+        message: Messages,
         *,
         calls: Sequence[ToolCall] = (),
         tools: Tools = (),
-        behind: Sequence[int] = (),
+        history: Sequence[int] = (),
     ) -> list[int] | None:
-        """The ids that carry a running conversation on, after its end of text.
+        """The ids to append to a running conversation, after its end of text.
 
-        said: one more user message, or the results of `calls`, which the reply before it made.
-        behind: the prompt and that reply. None is returned where they lack what a template has in them: an id
-            that a result names, or `tools` as they are now, unless they come with the last question.
+        message: one more user message, or the results of `calls`, which the reply before it made.
+        history: the conversation so far: a prompt and that reply. Returns None if it lacks what the template
+            would have there: a call id that a result names, or `tools`, unless they come with this message.
         """
-        if isinstance(said, str):
-            said = [{"role": "user", "content": check_text(said, "the message")}]
+        if isinstance(message, str):
+            message = [{"role": "user", "content": check_text(message, "the message")}]
         reply = {"role": "assistant", "content": "-", "tool_calls": [call.message for call in calls]}
-        ids = self._encode(read_messages([{"role": "user", "content": "-"}, reply, *said]), tools)
+        ids = self._encode(read_messages([{"role": "user", "content": "-"}, reply, *message]), tools)
         turn = ids[len(ids) - ids[::-1].index(self.eos_id) :]
-        if self._tools_in(behind) + self._tools_in(turn) != self._tools_in(ids):
+        if self._tools_in(history) + self._tools_in(turn) != self._tools_in(ids):
             return None
-        before, now = (self.decode(ids) if calls else "" for ids in (behind, turn))
+        before, now = (self.decode(ids) if calls else "" for ids in (history, turn))
         return turn if all(call.id in before for call in calls if call.id in now) else None
 
     def _tools_in(self, ids: Sequence[int]) -> list[int]:
-        """What a prompt, or a part of one, says of tools."""
+        """The ids of the tool definitions in a prompt, or in a part of one."""
         begin, end = map(self._tekken.get_special_token, ("[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"))
         return [*ids[ids.index(begin) : ids.index(end)]] if begin in ids else []
 
     def _content(self, turn: Turn) -> _Content:
-        """Text, or chunks where reasoning has tokens of its own."""
+        """Text, or chunks where reasoning has control tokens."""
         if turn.role == "system" and self.think_ids and (found := _think_template(turn.content)):
             before, thinking, after = found
             return [_text(before), _thinking(thinking), _text(after)]
@@ -186,12 +186,12 @@ class Tokenizer:
         return f"{OPEN}\n{turn.thinking}\n{CLOSE}\n{turn.content}"
 
     def _message(self, turn: Turn) -> dict[str, Any]:
-        """A turn as mistral_common wants it."""
+        """A turn in mistral_common's format."""
         message: dict[str, Any] = {"role": turn.role, "content": self._content(turn)}
         if turn.calls:
             message["tool_calls"] = [call.message for call in turn.calls]
-        if turn.answers:
-            message["tool_call_id"] = turn.answers
+        if turn.tool_call_id:
+            message["tool_call_id"] = turn.tool_call_id
         return message
 
     def _encode(self, turns: Sequence[Turn], tools: Tools) -> list[int]:
@@ -206,10 +206,10 @@ class Tokenizer:
             raise PromptError(f"mistral_common refuses these messages: {error}") from error
 
     def has_think_template(self, text: str) -> bool:
-        """Whether a system prompt shows how to think, without which the model does not."""
+        """Whether a system prompt has the think template, without which the model does not think."""
         return _think_template(text) is not None if self.think_ids else OPEN in text
 
-    def _warn_if_thoughtless(self, system: list[str]) -> None:
+    def _warn_if_no_think_template(self, system: list[str]) -> None:
         if not any(map(self.has_think_template, system)):
             tags = "[THINK]…[/THINK]" if self.think_ids else f"{OPEN}…{CLOSE}"
             warnings.warn(
@@ -225,27 +225,27 @@ class Tokenizer:
 
     @cached_property
     def pieces(self) -> list[bytes | None]:
-        """The bytes of every id, None for a control token: looked up once, as asking costs 50 times more."""
+        """The bytes of every id, None for a control token. Cached: mistral_common is 50 times slower."""
         tekken = self._tekken
         controls: list[bytes | None] = [None] * tekken.num_special_tokens
         return controls + [tekken.id_to_byte_piece(i) for i in range(len(controls), self.vocab_size)]
 
 
 def _think_template(text: str) -> tuple[str, str, str] | None:
-    """What stands before, in and behind the last `[THINK]…[/THINK]`.
+    """The text before, inside and after the last `[THINK]…[/THINK]`.
 
-    Searched for: a pattern takes the square of a text's length.
+    By string search: a regular expression takes quadratic time.
     """
     start = text.rfind("[THINK]", 0, max(text.rfind("[/THINK]"), 0))
     if start < 0:
         return None
-    _, _, behind = text[start:].partition("[THINK]")
-    thinking, _, after = behind.partition("[/THINK]")
+    _, _, rest = text[start:].partition("[THINK]")
+    thinking, _, after = rest.partition("[/THINK]")
     return text[:start], thinking, after
 
 
-def find_words(directory: Path, name: str) -> Path | None:
-    """A file of words in a model directory: in its root, or in `mistral/`."""
+def find_text_file(directory: Path, name: str) -> Path | None:
+    """A tokenizer file or system prompt of a model directory: in its root, or in `mistral/`."""
     places = (directory / name, directory / "mistral" / name)
     return next((place for place in places if place.is_file()), None)
 
@@ -267,7 +267,7 @@ def _open(path: Path) -> Any:
 
     try:
         return cast("Any", MistralTokenizer).from_file(path)
-    # Beside what mistral_common raises: what its reading of JSON that is no tokenizer ends in.
+    # mistral_common's own errors, and those that it runs into with JSON that is no tokenizer.
     except (
         MistralCommonException,
         ValueError,

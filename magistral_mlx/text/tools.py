@@ -1,6 +1,6 @@
-"""Tools from outside, checked: definitions of functions, and calls of them in a conversation's history.
+"""Validates what callers pass about tools: function definitions, and the calls in a message history.
 
-Knows OpenAI's shapes, and that Mistral's ids of calls are 9 letters and digits. Does not know how either is
+Knows OpenAI's formats, and that Mistral's ids of calls are 9 letters and digits. Does not know how either is
 written in a prompt (mistral_common does), or how a model writes a call (`toolcalls`).
 """
 
@@ -16,7 +16,7 @@ from magistral_mlx.errors import PromptError
 from magistral_mlx.events import ToolCall
 
 Tools: TypeAlias = Sequence[Mapping[str, Any]]
-"""`{"type": "function", "function": {"name", "description", "parameters"}}`, or what stands in "function"."""
+"""`{"type": "function", "function": {"name", "description", "parameters"}}`, or the inner mapping alone."""
 
 FUNCTION_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _ID = re.compile(r"[a-zA-Z0-9]{9}")
@@ -24,7 +24,7 @@ _DIGITS = string.digits + string.ascii_letters
 
 
 def read_tools(tools: object) -> list[dict[str, Any]]:
-    """The definitions in one shape, plain JSON; PromptError says which one is wrong and why."""
+    """The definitions in the first of these forms, as plain JSON; PromptError says which is wrong and why."""
     if not isinstance(tools, Sequence) or isinstance(tools, str):
         raise PromptError(f"Expected tools to be a list of definitions, found a {type(tools).__name__}.")
     found = [_definition(tool, f"tools[{at}]") for at, tool in enumerate(cast("Sequence[object]", tools))]
@@ -35,7 +35,7 @@ def read_tools(tools: object) -> list[dict[str, Any]]:
 
 
 def offered(tools: object, choice: object) -> list[dict[str, Any]]:
-    """The definitions that the model is told of, by a `tool_choice`."""
+    """The definitions that go into the prompt, given a `tool_choice`."""
     found = read_tools(tools)
     names = [tool["function"]["name"] for tool in found]
     if choice not in ("auto", "none", *(["required", *names] if names else [])):
@@ -47,15 +47,15 @@ def offered(tools: object, choice: object) -> list[dict[str, Any]]:
 
 
 def forced(tools: object, choice: object) -> list[dict[str, Any]]:
-    """Those of them of which one has to be called; none: the model may answer."""
-    told = offered(tools, choice)
+    """The definitions of which one must be called; empty: the model may answer."""
+    definitions = offered(tools, choice)
     if choice == "auto":  # a tool may have that name
         return []
-    return [tool for tool in told if choice in ("required", tool["function"]["name"])]
+    return [tool for tool in definitions if choice in ("required", tool["function"]["name"])]
 
 
 def call_id(text: str) -> str:
-    """`text` if it is an id as Mistral has them; otherwise one made of it, always the same."""
+    """`text` if it is an id in Mistral's format; otherwise one derived from it, always the same."""
     if _ID.fullmatch(text):
         return text
     number = int.from_bytes(sha256(text.encode()).digest())
@@ -63,7 +63,7 @@ def call_id(text: str) -> str:
 
 
 def is_object(arguments: str) -> bool:
-    """Whether a text is a JSON object, as arguments have to be."""
+    """Whether a text is a JSON object, as the arguments of a call must be."""
     try:
         return isinstance(json.loads(arguments, parse_constant=_refuse), dict)
     except (ValueError, RecursionError):
@@ -71,7 +71,7 @@ def is_object(arguments: str) -> bool:
 
 
 def read_calls(calls: object, where: str) -> tuple[ToolCall, ...]:
-    """The `tool_calls` of an assistant's message, with ids as Mistral has them."""
+    """The `tool_calls` of an assistant's message, with ids in Mistral's format."""
     if not isinstance(calls, Sequence) or isinstance(calls, str):
         raise PromptError(f"Expected {where} to be a list of calls, found a {type(calls).__name__}.")
     listed = enumerate(cast("Sequence[object]", calls))
@@ -129,7 +129,7 @@ def _mapping(value: object, where: str) -> dict[str, Any]:
 
 def _check_type(fields: Mapping[str, Any], where: str) -> None:
     if (kind := fields.get("type", "function")) != "function":
-        raise PromptError(f"Expected {where} to be of the type function, found {kind!r}. Others are not had.")
+        raise PromptError(f"Expected {where} to be of the type function, found {kind!r}. It is the only one.")
 
 
 def _name(fields: Mapping[str, Any], where: str) -> str:

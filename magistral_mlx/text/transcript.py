@@ -1,7 +1,7 @@
-"""Ids as they are sampled → events: text with its phase, tool calls, and every id accounted for.
+"""Token ids as they are sampled → events: text with its phase, tool calls, and every id accounted for.
 
-Joins the detokenizer to the parsers of tool calls and of reasoning, and ends the answer at a stop string.
-Does not know where ids come from, when a stream ends or why (`chat`).
+Connects the detokenizer with the parsers of tool calls and of reasoning, and ends the answer at a stop
+string. Does not know where ids come from, or when a reply ends and why (`reply`).
 """
 
 import re
@@ -19,16 +19,16 @@ from .toolcalls import CallParser, Part
 TextEvent: TypeAlias = ThinkToken | AnswerToken | ToolCallToken
 
 _PAUSE = re.compile(r"(\n|(?<!\d)[.!?…]|[。！？؟।])[\"'”’»)\]*`」』）]*\s?$")  # noqa: RUF001 -- full-width ones are meant
-"""Where a reader would pause."""
+"""The end of a line or sentence."""
 
 
 class Transcript:
     """`feed` every id that was sampled, the end of text too; `flush` once, at the end.
 
     An id whose text is not visible yet (a tag, half a character, what may begin a stop string) is attached to
-    the next event. `flush` returns the ids that are left over beside its events, for `Finished`.
+    the next event. `flush` returns the ids that are left over besides its events, for `Finished`.
 
-    calls: looks for tool calls; None: none were offered, and their control tokens are like any other.
+    calls: the parser of tool calls; None: no tools were offered, and their control tokens mean nothing.
     """
 
     def __init__(
@@ -46,17 +46,17 @@ class Transcript:
 
     @property
     def phase(self) -> Phase:
-        """Where the transcript stands after the ids fed so far; see `ThinkParser.phase`."""
+        """The phase after the ids fed so far; see `ThinkParser.phase`."""
         return self._parser.phase
 
     @property
     def can_close(self) -> bool:
-        """Whether `force_close` is in place: reasoning has begun, and not ended."""
+        """Whether `force_close` is allowed: reasoning has begun, and not ended."""
         return self._parser.can_close
 
     @property
     def torn(self) -> bool:
-        """Whether a close now would come in the middle of a character, or of what may be a tag."""
+        """Whether a close now would split a character, or a possible tag."""
         return self._parser.in_tag or self._detokenizer.pending
 
     @property
@@ -66,12 +66,12 @@ class Transcript:
 
     @property
     def stopped(self) -> bool:
-        """Whether the reply is over, by a stop string, or with as many calls as there may be."""
+        """Whether a stop string, or the maximum number of calls, has ended the reply."""
         return self._stop.met is not None or self._calls.full
 
     @property
     def stop_string(self) -> str | None:
-        """The one that was met. Whatever is fed after it brings no text."""
+        """The stop string that was found. Ids fed after it give no text."""
         return self._stop.met
 
     @property
@@ -84,22 +84,22 @@ class Transcript:
 
     @property
     def tool_calls(self) -> tuple[ToolCall, ...]:
-        """Those that are whole."""
+        """Those that are complete."""
         return self._calls.calls
 
     def closing_ids(self, tokenizer: Tokenizer) -> list[int]:
-        """What would close the reasoning here: the closing tag, on a line of its own where it is text."""
+        """The ids that close the reasoning here: the closing tag, on its own line where it is plain text."""
         if self._think_ids:
             return [self._think_ids[1]]
         return tokenizer.encode(("" if self._tail.endswith("\n") else "\n") + CLOSE + "\n")
 
     def force_close(self, ids: list[int], *, late: bool = True) -> list[TextEvent]:
-        """Close the reasoning here, with `closing_ids`. Their event is theirs alone.
+        """Close the reasoning here, with `ids` from `closing_ids`; they get an event of their own.
 
-        late: drop the tag that the model may still write then.
-        Ids that waited for text come before it, if need be on an event without any.
+        late: drop a closing tag that the model may still generate.
+        Ids still without text come before that, if need be on an event without text.
         """
-        events = self._events(
+        events = self._text_events(
             self._parser.feed(self._detokenizer.flush()) + self._parser.force_close(late=late)
         )
         if self._pending:
@@ -111,11 +111,11 @@ class Transcript:
         self._pending.append(token_id)
         text = self._detokenizer.feed(token_id)
         self._tail = (self._tail + text)[-8:]
-        events = self._said(self._calls.feed(text))
+        events = self._call_events(self._calls.feed(text))
         if marker := self._markers.get(token_id):
             if marker == "[TOOL_CALLS]":
                 events += self._interrupt()
-            events += self._said(self._calls.mark(marker))
+            events += self._call_events(self._calls.mark(marker))
         elif self._think_ids and token_id == self._think_ids[0]:
             self._parser.mark_open()
         elif self._think_ids and token_id == self._think_ids[1]:
@@ -124,29 +124,29 @@ class Transcript:
 
     def flush(self) -> tuple[list[TextEvent], tuple[int, ...]]:
         """The last events, and the ids left over."""
-        events = self._said(self._calls.feed(self._detokenizer.flush()))
-        events += self._said(self._calls.flush()) + self._events(self._parser.flush())
+        events = self._call_events(self._calls.feed(self._detokenizer.flush()))
+        events += self._call_events(self._calls.flush()) + self._text_events(self._parser.flush())
         events += self._event("answer", self._stop.flush())
         leftover, self._pending = tuple(self._pending), []
         return events, leftover
 
     def _interrupt(self) -> list[TextEvent]:
-        """A tool call begins: text that was held back comes before it, and the reasoning is over."""
-        events = self._said(self._calls.flush()) + self._events(self._parser.interrupt())
+        """A tool call begins: emit the text that was held back, and end the reasoning."""
+        events = self._call_events(self._calls.flush()) + self._text_events(self._parser.interrupt())
         return events + self._event("answer", self._stop.flush())
 
-    def _said(self, parts: Iterable[Part]) -> list[TextEvent]:
-        """Pieces of calls, and the text that is of none."""
+    def _call_events(self, parts: Iterable[Part]) -> list[TextEvent]:
+        """Events of pieces of calls, and of the text outside of them."""
         events: list[TextEvent] = []
         for part in parts:
             if isinstance(part, str):
-                events += self._events(self._parser.feed(part))
+                events += self._text_events(self._parser.feed(part))
             else:
                 token_ids, self._pending = tuple(self._pending), []
                 events.append(replace(part, token_ids=token_ids))
         return events
 
-    def _events(self, pieces: list[Piece]) -> list[TextEvent]:
+    def _text_events(self, pieces: list[Piece]) -> list[TextEvent]:
         events: list[TextEvent] = []
         for phase, text in pieces:
             events += self._event(phase, text if phase == "thinking" else self._stop.feed(text))
@@ -162,7 +162,7 @@ class Transcript:
 
 
 class StopStrings:
-    """Text up to the stop string that is complete first, however the text was cut."""
+    """Text up to the stop string that is complete first, however the text is chunked."""
 
     def __init__(self, stops: tuple[str, ...]) -> None:
         if not all(stops):

@@ -163,7 +163,7 @@ def test_help_lists_every_command_with_a_whole_sentence(run: Run):
         ("stop", "85", None),
         ("stop", "", "it ended without an answer"),
         ("length", "8", "cut off"),
-        ("loop", "8 8 8 8", "circles"),
+        ("loop", "8 8 8 8", "without end"),
         ("cancelled", "", None),
     ],
 )
@@ -175,7 +175,7 @@ def test_what_a_reply_lacks_is_told(reason: str, answer: str, says: str | None):
 def test_a_pipe_is_told_that_an_answer_was_cut_off(run: Run):
     done = run("ask", "--model", "demo", "--max-tokens", "5", "--hide-thinking", QUESTION)
     assert done.exit_code == 0
-    assert done.stderr.strip() == "cut off: max_tokens or the context was spent"
+    assert done.stderr.strip() == "cut off: max_tokens or the context was used up"
 
 
 def test_convert_then_ask_then_refuse_to_overwrite(run: Run, tmp_path: Path):

@@ -1,4 +1,4 @@
-"""The final answer of a text, written one way, and the commonest of several."""
+"""The final answer of a text, normalised, and the most common one of several."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""Several replies at once say what each says alone, and leave nothing behind."""
+"""Several replies decoded together are the same as one by one, and leave no memory in use."""
 
 import asyncio
 import gc
@@ -19,8 +19,6 @@ from magistral_mlx.talk.continuous import Member
 from magistral_mlx.talk.reply import ReplyBuilder
 from tests.decoder.test_batch import Watching
 
-# ------------------------------------------------------------------ from outside
-
 QUESTIONS = [
     "What is 2 + 2?",
     "What is 48 + 37?",
@@ -36,8 +34,8 @@ def demo() -> Iterator[Magistral]:
         yield model
 
 
-def said(reply: Reply) -> Any:
-    """A reply without what depends on the clock and the company."""
+def comparable(reply: Reply) -> Any:
+    """A reply without what depends on time and on the other replies."""
     stats = replace(
         reply.stats,
         cached_tokens=0,
@@ -62,7 +60,7 @@ def said(reply: Reply) -> Any:
 def test_many_questions_are_answered_as_one_by_one(demo: Magistral, options: Any):
     found = demo.ask_many(QUESTIONS, seed=20, **options)
     expected = [demo.ask(question, seed=20 + at, **options) for at, question in enumerate(QUESTIONS)]
-    assert [said(reply) for reply in found] == [said(reply) for reply in expected]
+    assert [comparable(reply) for reply in found] == [comparable(reply) for reply in expected]
     assert [reply.seed for reply in found] == [20, 21, 22, 23]
     if "think_budget" in options:
         assert sum(reply.stats.forced_tokens > 0 for reply in found) > 1
@@ -94,13 +92,13 @@ def test_any_questions_with_any_options(
     found = demo.ask_many(questions, seed=7, at_once=at_once, **HOW[how])
     for at, (question, reply) in enumerate(zip(questions, found, strict=True)):
         expected = alone(question, how, 7 + at)
-        assert said(replace(reply, logprobs=None)) == said(replace(expected, logprobs=None))
+        assert comparable(replace(reply, logprobs=None)) == comparable(replace(expected, logprobs=None))
         for one, other in zip(reply.logprobs or (), expected.logprobs or (), strict=True):
             assert (one and one.logprob) == pytest.approx(other and other.logprob, abs=1e-4)
 
 
 def test_a_cache_is_packed_when_it_would_be_alone():
-    """Not because the reply before, whose prompt begins alike, has outgrown `quantize_after`."""
+    """Not because the reply before, which shares a prefix, has exceeded `quantize_after`."""
     options: Any = {"sampling": HOT, "max_tokens": 16, "logprobs": 0}
     with Magistral.load("demo", dtype="float32", kv_bits=8, quantize_after=64) as model:
         found = model.ask_many(QUESTIONS, at_once=1, seed=0, **options)
@@ -120,7 +118,7 @@ def test_eight_replies_to_one_question(demo: Magistral):
         demo.ask(QUESTIONS[1], seed=3 + at, sampling=Sampling(temperature=2), max_tokens=25)
         for at in range(8)
     ]
-    assert [said(reply) for reply in found] == [said(reply) for reply in expected]
+    assert [comparable(reply) for reply in found] == [comparable(reply) for reply in expected]
     assert len({reply.token_ids for reply in found}) > 1
     prompt = len(found[0].prompt_ids)
     assert [reply.stats.cached_tokens for reply in found] == [0] + [prompt] * 7
@@ -137,28 +135,28 @@ def test_no_more_at_once_than_asked_for(demo: Magistral, monkeypatch: pytest.Mon
 
 
 def test_when_one_has_ended_the_next_begins(demo: Magistral, monkeypatch: pytest.MonkeyPatch):
-    """A long reply beside short ones: nobody waits for it, and no more than asked for are under way."""
+    """A long reply beside short ones: none waits for it, and no more than `at_once` are active."""
     questions = ["What is 48 + 37?", *["What is 2 + 2?"] * 4]
     expected = [demo.ask(question, seed=at, think_budget=12) for at, question in enumerate(questions)]
     model = Watching(demo._model)
     monkeypatch.setattr(demo, "_model", model)
     found = demo.ask_many(questions, at_once=2, seed=0, think_budget=12)
-    assert [said(reply) for reply in found] == [said(reply) for reply in expected]
+    assert [comparable(reply) for reply in found] == [comparable(reply) for reply in expected]
     passes = [B for B, L in model.fed if L == 1]
     assert max(passes) == 2
     longest_first = sum(len(reply.token_ids) for reply in found) / 2
     assert len(passes) < 1.2 * longest_first
 
 
-def test_those_who_wait_take_no_time_of_a_turn(demo: Magistral, monkeypatch: pytest.MonkeyPatch):
+def test_waiting_replies_cost_an_iteration_no_time(demo: Magistral, monkeypatch: pytest.MonkeyPatch):
     looks = list[Member]()
-    wants = Member.wants.fget
-    monkeypatch.setattr(Member, "wants", property(lambda member: looks.append(member) or wants(member)))  # type: ignore[misc]
+    runnable = Member.runnable.fget
+    monkeypatch.setattr(Member, "runnable", property(lambda member: looks.append(member) or runnable(member)))  # type: ignore[misc]
     demo.ask_many(["Hi"] * 40, at_once=1, max_tokens=1, think=False)
-    assert len(looks) < 40 * 20  # not 40 in every turn
+    assert len(looks) < 40 * 20  # not 40 in every iteration
 
 
-def test_what_neighbours_share_is_read_once(demo: Magistral):
+def test_a_prefix_that_neighbours_share_is_prefilled_once(demo: Magistral):
     found = demo.ask_many(QUESTIONS, max_tokens=1)
     lengths = [len(reply.prompt_ids) for reply in found]
     cached = [reply.stats.cached_tokens for reply in found]
@@ -169,7 +167,7 @@ def test_what_neighbours_share_is_read_once(demo: Magistral):
 
 def test_one_reply_is_a_list_of_one(demo: Magistral):
     (reply,) = demo.ask(QUESTIONS[0], n=1, seed=4, max_tokens=6)
-    assert said(reply) == said(demo.ask(QUESTIONS[0], seed=4, max_tokens=6))
+    assert comparable(reply) == comparable(demo.ask(QUESTIONS[0], seed=4, max_tokens=6))
     assert demo.ask_many([]) == []
 
 
@@ -180,8 +178,12 @@ def test_the_awaited_twins(demo: Magistral):
         return await asyncio.gather(twice, many)
 
     twice, many = asyncio.run(main())
-    assert said(twice[0]) == said(many[0]) == said(demo.ask(QUESTIONS[0], seed=4, max_tokens=6))
-    assert said(many[1]) == said(demo.ask(QUESTIONS[1], seed=5, max_tokens=6))
+    assert (
+        comparable(twice[0])
+        == comparable(many[0])
+        == comparable(demo.ask(QUESTIONS[0], seed=4, max_tokens=6))
+    )
+    assert comparable(many[1]) == comparable(demo.ask(QUESTIONS[1], seed=5, max_tokens=6))
 
 
 def test_other_streams_take_turns_with_a_batch(demo: Magistral):
@@ -250,7 +252,7 @@ def test_a_model_that_is_closed_meanwhile_says_so():
     assert len(errors) == 1
 
 
-def test_a_prompt_longer_than_all_others_is_not_held_by_those_behind_it(
+def test_the_cache_of_a_long_prompt_is_not_held_by_later_replies(
     demo: Magistral, monkeypatch: pytest.MonkeyPatch
 ):
     held = list[int]()

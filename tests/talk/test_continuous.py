@@ -1,4 +1,4 @@
-"""Replies in a continuous batch say what each says alone, whoever comes, leaves, is slow, or fails."""
+"""Replies in a continuous batch are the same as alone, whichever join, leave, are read slowly, or fail."""
 
 import asyncio
 import gc
@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from magistral_mlx import ClosedError, Magistral, MemoryLimitError, Regex, Reply, Sampling
-from magistral_mlx.talk.continuous import LEAD, PIECE, ContinuousBatch, Member
+from magistral_mlx.talk.continuous import MAX_AHEAD, PREFILL_PIECE, ContinuousBatch, Member
 from magistral_mlx.talk.stream import Stream
 from tests.decoder.test_batch import Watching
 
 HOT = Sampling(temperature=1.5)
-WISHES: list[tuple[str, dict[str, Any]]] = [
+REQUESTS: list[tuple[str, dict[str, Any]]] = [
     ("What is 2 + 2?", {"sampling": HOT, "think_budget": 6, "max_tokens": 24}),
     ("What is 48 + 37?", {"sampling": HOT, "max_tokens": 9}),
     ("What is 48 + 37?", {"sampling": Sampling(repetition_penalty=1.3), "max_tokens": 12, "logprobs": 2}),
@@ -37,11 +37,11 @@ def demo() -> Iterator[Magistral]:
 
 @pytest.fixture(scope="module")
 def alone(demo: Magistral) -> list[Reply]:
-    return [demo.stream(question, seed=at, **how).drain() for at, (question, how) in enumerate(WISHES)]
+    return [demo.stream(question, seed=at, **how).drain() for at, (question, how) in enumerate(REQUESTS)]
 
 
 def joined(model: Magistral, batch: ContinuousBatch, at: int, **more: Any) -> Stream:
-    question, how = WISHES[at]
+    question, how = REQUESTS[at]
     options: Any = {"seed": at, **how, **more}
     return model.stream_ids(model.encode(question, **options), batch=batch, **options)
 
@@ -64,44 +64,44 @@ def level(model: Magistral) -> int:
 # ------------------------------------------------------------------ the same ids
 
 
-@given(data=st.data(), order=st.permutations(range(len(WISHES))))
+@given(data=st.data(), order=st.permutations(range(len(REQUESTS))))
 @settings(max_examples=12)
 def test_any_schedule(demo: Magistral, alone: list[Reply], data: st.DataObject, order: list[int]):
-    """Some join while others are half-way, some are closed, and events are read in any order."""
-    batch, here, left = demo.new_continuous_batch(), dict[int, Stream](), list[int]()
+    """Some join while others are being decoded, one is closed, and events are read in any order."""
+    batch, streams, left = demo.new_continuous_batch(), dict[int, Stream](), list[int]()
     coming = order[: data.draw(st.integers(2, 5))]
-    while coming or here:
+    while coming or streams:
         what = data.draw(st.sampled_from(["join", "read", "read", "read", "rest", "close"]))
-        if coming and (what == "join" or not here):
+        if coming and (what == "join" or not streams):
             at = coming.pop()
-            here[at] = joined(demo, batch, at)
+            streams[at] = joined(demo, batch, at)
             continue
-        at = data.draw(st.sampled_from(sorted(here)))
-        stream = here[at]
+        at = data.draw(st.sampled_from(sorted(streams)))
+        stream = streams[at]
         if what == "close" and not left:
             stream.close()
             left.append(at)
             ids = stream.reply.token_ids
             assert ids == alone[at].token_ids[: len(ids)]
-            del here[at]
+            del streams[at]
         elif what == "rest":
             same(stream.drain(), alone[at])
-            del here[at]
+            del streams[at]
         elif next(stream, None) is None:
             same(stream.reply, alone[at])
-            del here[at]
+            del streams[at]
 
 
 def test_all_at_once_from_asyncio(demo: Magistral, alone: list[Reply]):
     async def main() -> list[Reply]:
         batch = demo.new_continuous_batch()
-        return await asyncio.gather(*(joined(demo, batch, at).adrain() for at in range(len(WISHES))))
+        return await asyncio.gather(*(joined(demo, batch, at).adrain() for at in range(len(REQUESTS))))
 
     for found, expected in zip(asyncio.run(main()), alone, strict=True):
         same(found, expected)
 
 
-# ------------------------------------------------------------------ who takes part
+# ------------------------------------------------------------------ scheduling
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def watching(demo: Magistral, monkeypatch: pytest.MonkeyPatch) -> Watching:
 
 
 def both(demo: Magistral, batch: ContinuousBatch, **more: Any) -> tuple[Stream, Stream]:
-    """Two that say 40 ids, begun."""
+    """Two replies of 40 ids, started."""
     one, other = (joined(demo, batch, 0, max_tokens=40, seed=seed, **more) for seed in (1, 2))
     next(one)
     next(other)
@@ -132,29 +132,29 @@ def test_they_decode_in_one_pass(demo: Magistral, watching: Watching):
     assert max(B for B, _ in watching.fed) == 2
 
 
-def test_one_that_is_not_read_holds_nobody_up(demo: Magistral, watching: Watching):
+def test_a_reply_that_is_not_read_delays_no_other(demo: Magistral, watching: Watching):
     slow, quick = both(demo, demo.new_continuous_batch())
     before = len(slow.reply.token_ids)
-    assert len(quick.drain().token_ids) > 2 * LEAD
+    assert len(quick.drain().token_ids) > 2 * MAX_AHEAD
     demo.run(lambda: None)
-    assert len(slow.reply.token_ids) <= before + LEAD + 1
+    assert len(slow.reply.token_ids) <= before + MAX_AHEAD + 1
     shapes = [B for B, L in watching.fed if L == 1]
-    assert shapes[-LEAD:] == [1] * LEAD  # the last passes were without it
+    assert shapes[-MAX_AHEAD:] == [1] * MAX_AHEAD  # it took no part in the last passes
     slow.close()
 
 
-def test_whoever_leaves_is_in_no_further_pass(demo: Magistral, watching: Watching):
+def test_a_closed_reply_is_in_no_further_pass(demo: Magistral, watching: Watching):
     one, other = both(demo, demo.new_continuous_batch())
     one.close()
-    demo.run(lambda: None)  # the turn under way
+    demo.run(lambda: None)  # wait for the iteration that is running
     watching.fed.clear()
     other.drain()
     assert {B for B, _ in watching.fed} == {1}
 
 
-def test_a_reader_does_not_wait_for_what_another_thread_has_closed(demo: Magistral):
+def test_closing_from_another_thread_wakes_a_reader(demo: Magistral):
     gate = threading.Event()
-    demo.submit(gate.wait)  # the model is busy elsewhere
+    demo.submit(gate.wait)  # the model's thread is busy
     stream = joined(demo, demo.new_continuous_batch(), 0)
     stream.start()
     reading = threading.Thread(target=stream.drain, daemon=True)
@@ -170,7 +170,7 @@ def test_a_long_prompt_is_read_by_pieces_between_steps(demo: Magistral, watching
     batch = demo.new_continuous_batch()
     one, other = both(demo, batch)
     watching.fed.clear()
-    prompt = [5 + at % 90 for at in range(3 * PIECE)]
+    prompt = [5 + at % 90 for at in range(3 * PREFILL_PIECE)]
     long = demo.stream_ids(prompt, batch=batch, max_tokens=2, seed=1)
 
     async def main() -> list[Reply]:
@@ -179,23 +179,23 @@ def test_a_long_prompt_is_read_by_pieces_between_steps(demo: Magistral, watching
     asyncio.run(main())
     pieces = [at for at, (_, L) in enumerate(watching.fed) if L > 1]
     assert sum(watching.fed[at][1] for at in pieces) == len(prompt)
-    assert watching.fed[pieces[0]] == (1, PIECE)  # others were being answered
-    assert pieces[1] - pieces[0] > 1  # and went on meanwhile
+    assert watching.fed[pieces[0]] == (1, PREFILL_PIECE)  # a small piece, as others were decoded
+    assert pieces[1] - pieces[0] > 1  # which continued between two pieces
 
 
 def test_prompts_are_read_in_turns(demo: Magistral, watching: Watching):
-    """A short one that comes later does not wait until a long one is read."""
+    """A short prompt that comes later does not wait until a long one is prefilled."""
     batch, both_asked = demo.new_continuous_batch(), threading.Event()
     others = both(demo, batch)
     watching.fed.clear()
     demo.submit(both_asked.wait)
-    long = demo.stream_ids([7] * 3 * PIECE, batch=batch, max_tokens=2, seed=1)
+    long = demo.stream_ids([7] * 3 * PREFILL_PIECE, batch=batch, max_tokens=2, seed=1)
     short = demo.stream_ids([7] * 9, batch=batch, max_tokens=2, seed=1)
     long.start()
     short.start()
     both_asked.set()
     short.drain()
-    assert [L for _, L in watching.fed if L > 1][:2] == [PIECE, 9]
+    assert [L for _, L in watching.fed if L > 1][:2] == [PREFILL_PIECE, 9]
     for stream in (long, *others):
         stream.close()
 
@@ -203,8 +203,10 @@ def test_prompts_are_read_in_turns(demo: Magistral, watching: Watching):
 # ------------------------------------------------------------------ memory
 
 
-def test_what_prompts_will_take_is_counted(demo: Magistral, monkeypatch: pytest.MonkeyPatch):
-    """Of two that fit one by one, the second is refused before the first has read anything."""
+def test_memory_that_prompts_have_still_to_allocate_is_counted(
+    demo: Magistral, monkeypatch: pytest.MonkeyPatch
+):
+    """Of two prompts that fit one by one, the second is refused before the first is prefilled."""
     guard, batch, prompt = demo._guard, demo.new_continuous_batch(), [7] * 300
     needs = guard.kv(len(prompt))
     # Other tests' models come and go in the same process: what they hold must not decide this one.
@@ -213,11 +215,11 @@ def test_what_prompts_will_take_is_counted(demo: Magistral, monkeypatch: pytest.
     machine = replace(plan.machine, budget=plan.total + needs // 2)
     monkeypatch.setattr(guard, "_plan", replace(guard._plan, machine=machine))
     with demo.stream_ids(prompt, batch=batch, max_tokens=3) as stream:
-        assert batch.owed == needs
+        assert batch.unallocated == needs
         with pytest.raises(MemoryLimitError, match="300 tokens"):
             demo.stream_ids(prompt, batch=batch, max_tokens=3)
         next(stream)
-        assert batch.owed == 0  # it is held now, and counted as such
+        assert batch.unallocated == 0  # it is allocated now, and counted as such
 
 
 def test_nothing_stays_behind_however_they_end(demo: Magistral):
@@ -258,7 +260,7 @@ def test_an_interrupt_while_closing_leaves_nothing_that_goes_on(
         patch.setattr(Member, "leave", lambda _: (_ for _ in ()).throw(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             stream.close()
-    assert stream.is_open  # so that whoever closes it again ends it
+    assert stream.is_open  # so that closing it again ends it
     stream.close()
     assert not stream.is_open
 

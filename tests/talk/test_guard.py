@@ -23,7 +23,7 @@ def guard(
 PACKED = replace(MAGISTRAL, quantization=Quantization())
 
 
-def test_what_fits_is_not_spoken_of(monkeypatch: pytest.MonkeyPatch):
+def test_what_fits_gives_no_warning(monkeypatch: pytest.MonkeyPatch):
     watch = guard(monkeypatch, 32)
     watch.check_load("it")
     watch.check_reply(300, 40000)
@@ -35,7 +35,7 @@ def test_a_load_that_leaves_little_room_is_warned_of_once(monkeypatch: pytest.Mo
         MagistralWarning, match=r"40,960 tokens of context with it take 20\.\d GB .*sysctl"
     ) as said:
         watch.check_load("it")
-    watch.check_load("it")  # said: another warning would be an error here
+    watch.check_load("it")  # warned before: another warning would be an error here
     assert len(said) == 1
 
 
@@ -56,7 +56,7 @@ def test_a_prompt_without_room_is_refused_and_a_long_reply_warned_of(monkeypatch
         MagistralWarning, match=r"a reply of 40,960 tokens may run out of memory: .* what would fit"
     ):
         watch.check_reply(300, 40960)
-    watch.check_reply(300, 40960)  # said
+    watch.check_reply(300, 40960)  # warned before
     with pytest.raises(MemoryLimitError, match=r"the prompt of 30,000 tokens takes .* 8-bit KV cache"):
         watch.check_reply(30_000, 1)
     packed = guard(monkeypatch, 24, kv_bits=8)

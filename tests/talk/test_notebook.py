@@ -18,7 +18,7 @@ from magistral_mlx.talk.notebook import _View
 NOTEBOOK = Path(__file__).parents[2] / "docs" / "notebook.ipynb"
 
 
-def test_the_example_runs_and_draws_itself():
+def test_the_example_runs_and_shows_its_streams():
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     NotebookClient(notebook, timeout=60, kernel_name="python3").execute()
     shown = [output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])]
@@ -47,7 +47,7 @@ def test_interrupting_keeps_the_reply_and_the_model(kernel: tuple[KernelManager,
     manager, client = kernel
     setup = "from magistral_mlx import Magistral, Sampling; model = Magistral.load('demo')"
     assert finished(client, client.execute(setup))["status"] == "ok"
-    noise = "sampling=Sampling(temperature=9, top_p=1), seed=4"  # a seed that goes on for long
+    noise = "sampling=Sampling(temperature=9, top_p=1), seed=4"  # a seed with a long reply
     endless = f"stream = model.stream('hm', {noise}, think=False); stream"
     asked = client.execute(endless, stop_on_error=False)
     while client.get_iopub_msg(timeout=60)["msg_type"] != "update_display_data":

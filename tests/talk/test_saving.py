@@ -1,4 +1,4 @@
-"""A saved conversation goes on as if it had never been away; and files that cannot be believed."""
+"""A loaded conversation continues like the one that was saved; damaged and forged files are refused."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ LONG = "All work and no play makes a long prompt, " * 100
 
 
 def write_model(path: Path, *, seed: int = 0, **shape: Any) -> Path:
-    """A random model over the tiny tokenizer; it never says a control token, so it always says something."""
+    """A random model with the tiny tokenizer; it never samples a control token, so each reply has text."""
     config = replace(CONFIG, **shape)
     weights = models.random_weights(config, seed=seed)
     weights["lm_head.weight"][:CONTROLS] = 0
@@ -70,7 +70,7 @@ def talked(model: Magistral, tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 def goes_on_alike(model: Magistral, talk: Conversation, path: Path, **saving: Any) -> tuple[int, int]:
-    """Save, load, go on with both; how many tokens of the next prompt each had read already."""
+    """Save, load, continue both; returns how many tokens of the next prompt each had in its cache."""
     talk.save(path, **saving)
     back = model.load_conversation(path)
     assert back.messages == talk.messages
@@ -82,7 +82,7 @@ def goes_on_alike(model: Magistral, talk: Conversation, path: Path, **saving: An
     return ours.stats.cached_tokens, theirs.stats.cached_tokens
 
 
-# ------------------------------------------------------------------ going on
+# ------------------------------------------------------------------ continuing
 
 
 def test_a_context_of_4000_tokens_goes_on(home: Path, model: Magistral, tmp_path: Path):
@@ -115,7 +115,7 @@ def test_other_dtypes(home: Path, tmp_path: Path, dtype: Any):
 
 @pytest.mark.parametrize("after", [0, 20, 5000])
 def test_an_8_bit_cache(model: Magistral, tmp_path: Path, after: int):
-    """Packed from the start, since a while, and not yet."""
+    """Quantized from the start, from 20 positions on, and not yet."""
     talk = short(model)
     talk._prefix = model.new_prefix(8, quantize_after=after)
     talk.ask("a longer question, so that something is packed")
@@ -143,7 +143,7 @@ def test_after_undo_fork_and_a_cut_reply(model: Magistral, tmp_path: Path):
         assert ours == theirs > 0
 
 
-def test_layers_that_an_error_left_apart(model: Magistral, tmp_path: Path):
+def test_layers_that_an_error_left_at_different_lengths(model: Magistral, tmp_path: Path):
     talk = short(model)
     talk.ask("one")
     talk._prefix.caches[-1].trim(3)  # type: ignore[union-attr]
@@ -179,7 +179,7 @@ def test_replies_come_back_whole(model: Magistral, tmp_path: Path):
 
 
 def test_only_what_is_filled_is_kept(model: Magistral, tmp_path: Path):
-    """And others read it: it is an ordinary safetensors file."""
+    """And other software can read it: it is an ordinary safetensors file."""
     talk = short(model)
     reply = talk.ask("one")
     talk.save(tmp_path / "talk")
@@ -245,7 +245,7 @@ def test_saving_shares_and_keeps_no_array(model: Magistral, tmp_path: Path):
 
 
 def test_a_model_whose_files_are_gone(tmp_path: Path):
-    """It still speaks from memory; what is asked of its files is told, and nothing is written."""
+    """It still replies; what needs its files raises, and nothing is written."""
     path = write_model(tmp_path / "model")
     with Magistral.load(path) as model:
         talk = short(model)
@@ -267,7 +267,7 @@ def test_another_model(model: Magistral, tmp_path: Path, home: Path, talked: byt
     path.write_bytes(talked)
     expected = model.load_conversation(path)
     for name, how, difference in (
-        ("tuned", {"seed": 1}, "its weights are others"),
+        ("tuned", {"seed": 1}, "its weights differ"),
         ("wide", {"hidden_dim": 128}, "intermediate_size was 96, is 128"),
         ("deep", {"n_layers": 3}, "num_hidden_layers was 2, is 3"),
     ):
@@ -319,7 +319,7 @@ def test_any_bit_that_flips_is_noticed(model: Magistral, tmp_path: Path, talked:
 
 
 def forged(path: Path, data: bytes, change: Callable[[dict[str, Any], dict[str, Any]], None]) -> bytes:
-    """The file with something changed, and a hash that agrees with it."""
+    """The file with something changed, and a checksum that agrees with it."""
     path.write_bytes(data)
     entries, metadata = read_whole_header(path)
     told = json.loads(metadata["conversation"])
@@ -365,7 +365,7 @@ def ids(*numbers: int) -> tuple[str, tuple[int], bytes]:
         (lambda told, _: told.update(model=[]), "damaged or changed"),
         (lambda told, _: told["turns"].pop(), "tensors .*turns.1"),
         (lambda told, _: told["turns"][0].update(said=1), "turns"),
-        (lambda told, _: told["turns"][0].update(answer=None), "a reply"),
+        (lambda told, _: told["turns"][0].update(answer=None), "text of a reply"),
         (lambda told, _: told["turns"][0].update(seed="1"), "seed"),
         (lambda told, _: told["turns"][0].update(finish_reason="bored"), "finish reason"),
         (lambda told, _: told["turns"][0]["stats"].update(prompt_tokens=-1), "statistics"),
@@ -378,18 +378,21 @@ def ids(*numbers: int) -> tuple[str, tuple[int], bytes]:
         (lambda told, _: told["cache"].update(kv_bits=3), "in 16 or in 8 bits"),
         (lambda told, _: told["cache"].update(quantize_after=-1), "quantize_after"),
         (lambda told, _: told.update(cache=None), "tensors .*cache"),
-        (shorter, r"cache.1.values, F32 \[1, 2, \d+, 32\]"),
+        (shorter, r"cache.1.values: F32 \[1, 2, \d+, 32\]"),
         (lambda _, tensors: tensors.pop("cache.0.keys"), "cache.0.keys"),
         (lambda _, tensors: tensors.update({"cache.2.keys": ids(1)}), "cache.2.keys"),
         (lambda _, tensors: tensors.update({"cache.ids": ids(1, 2)}), "cache.ids"),
-        (lambda _, tensors: tensors.update({"turns.0.token_ids": ids(5, 1280)}), "ids beyond the vocabulary"),
+        (
+            lambda _, tensors: tensors.update({"turns.0.token_ids": ids(5, 1280)}),
+            "ids, beyond the vocabulary",
+        ),
         (
             lambda _, tensors: tensors.update({"turns.0.token_ids": ("U32", (), bytes(4))}),
             "turns.0.token_ids",
         ),
     ],
 )
-def test_lies(model: Magistral, tmp_path: Path, talked: bytes, change: Any, why: str):
+def test_forged_files_are_refused(model: Magistral, tmp_path: Path, talked: bytes, change: Any, why: str):
     path = tmp_path / "talk"
     refused(model, path, forged(path, talked, change), why)
 

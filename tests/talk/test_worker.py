@@ -1,4 +1,4 @@
-"""Jobs on the model's thread: every one is done or refused, also while it ends."""
+"""Jobs on the model's thread: every one is run or refused, even while the thread ends."""
 
 import queue
 import threading
@@ -11,7 +11,7 @@ from magistral_mlx.talk.worker import Worker
 
 
 def test_a_job_that_comes_while_the_thread_ends_is_done_or_refused():
-    """Between the question whether it is open and the queue, another thread begins to close it."""
+    """Between the check that the worker is open and the queueing, another thread starts to close it."""
     worker = Worker("short-lived")
     closing = threading.Thread(target=worker.close)
     jobs = worker._jobs

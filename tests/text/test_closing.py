@@ -1,7 +1,7 @@
-"""Reasoning that is closed by us: where, what it costs at most, what is said, and what must not leak.
+"""Reasoning with a forced close: where it comes, the most tokens it takes, and tags that must not leak.
 
-Transcripts are checked against `parse`, the reference: what stands before our close is reasoning, and what
-stands behind it is the answer, with the first closing tag taken out, which is the model's own, too late.
+Transcripts are checked against `parse`, the reference: text before the forced close is reasoning, and text
+after it is the answer, without its first closing tag, which is the model's own, too late.
 """
 
 import codecs
@@ -34,12 +34,12 @@ BUDGETS = (0, 1, 5, 20, 100)
 
 
 def as_bytes(text: str) -> list[int]:
-    """One id a byte: everything is split everywhere."""
+    """One id per byte: characters and tags are split everywhere."""
     return [CONTROLS + byte for byte in text.encode()]
 
 
 def bare(answer: str) -> str:
-    """An answer as it is shown: by the reference, which takes it from behind a close."""
+    """An answer as it is shown: what the reference finds after a closing tag."""
     return parse(f"{OPEN}{CLOSE}{answer}")[1]
 
 
@@ -51,7 +51,7 @@ def play(transcript: Transcript, ids: Sequence[int]) -> list[TextEvent]:
 
 
 def forced(tokenizer: Tokenizer, before: Sequence[int], after: Sequence[int]) -> tuple[str, str]:
-    """(thinking, answer) of ids with our close between them; and what holds of any: no id lost or moved."""
+    """(thinking, answer) of ids with a forced close between them; checks that no id is lost or moved."""
     transcript = Transcript(tokenizer)
     events = play(transcript, before)
     assert transcript.phase == "thinking"
@@ -114,7 +114,7 @@ LATE = (
 def transcripts(
     tokenizer: Tokenizer, how_many: int, seed: int
 ) -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:
-    """Pairs of what came out and what should: every kind in turn. Texts are tokenized once, cut by ids."""
+    """Pairs of (actual, expected), every kind in turn. Texts are tokenized once, and cut between ids."""
     draw = random.Random(seed)
     thoughts = [tokenizer.encode(f"{OPEN}\n{text}\n{text}\n") for text in THOUGHTS]
     answers = [tokenizer.encode(text) for text in ANSWERS]
@@ -194,7 +194,7 @@ def test_control_tags_are_forced_and_late_ones_ignored(full_tokenizer: Open, how
 
 
 @pytest.mark.parametrize("torn", ["<", "</", "</think", "<<"])
-def test_a_torn_tag_is_text_when_we_come_between(tiny_tokenizer: Open, torn: str):
+def test_a_tag_split_by_a_forced_close_is_text(tiny_tokenizer: Open, torn: str):
     tokenizer = tiny_tokenizer("v11")
     transcript = Transcript(tokenizer)
     play(transcript, as_bytes(f"{OPEN}a {torn}"))
@@ -247,12 +247,12 @@ class Inline:
 
 
 class Model:
-    """Thinks as it is told to until it is closed or has done, then answers: the generator of a `Source`."""
+    """Thinks the given ids until it is closed or has no more, then answers: the steps of a `Source`."""
 
     def __init__(
         self, thought: Sequence[int], answer: Sequence[int], own: Sequence[int] | None = None
     ) -> None:
-        """own: what it answers when nobody closed its reasoning but itself."""
+        """own: its answer if it closed its reasoning itself."""
         self.thought, self.answer = thought, answer
         self.own = answer if own is None else own
         self.sent: list[list[int]] = []
@@ -288,7 +288,7 @@ def texts(events: Sequence[Event], kind: type[ThinkToken] | type[AnswerToken]) -
 
 
 def check_events(events: Sequence[Event], reply: Reply) -> None:
-    """What holds of every stream that ran to its end."""
+    """Check what holds for every stream that ran to its end."""
     assert tuple(i for event in events for i in event.token_ids) == reply.token_ids
     assert texts(events, ThinkToken) == reply.thinking
     assert texts(events, AnswerToken) == reply.answer
@@ -321,7 +321,7 @@ SAYS = ("The answer is **85**.", "\n</think>\n\nThe answer is **85**.", " 답은
 
 
 def stories(tokenizer: Tokenizer, how_many: int, seed: int) -> Iterator[tuple[list[int], str, list[int]]]:
-    """(thought, what it was to say, answer) in ids, cut by the tokenizer or into bytes; short and long."""
+    """(ids of the thought, its text, ids of the answer), tokenized or one per byte; short and long."""
     draw = random.Random(seed)
     control = tokenizer.think_ids is not None
     for number in range(how_many):
@@ -341,7 +341,7 @@ PAUSE = re.compile(r"(?:\n|[^\d][.!?…]|[。！？؟।])[\"'”’»)\]*`」�
 def place(tokenizer: Tokenizer, ids: Sequence[int], budget: int) -> int | None:
     """After how many of `ids` the reasoning is to be closed; None if it closes by itself before.
 
-    Told from the whole text each time, and not piece by piece.
+    Computed from the whole text each time, not incrementally.
     """
     for waited, size in enumerate(range(max(budget, 1), len(ids) + 1), start=1):
         raw = b"".join(tokenizer.pieces[i] or b"" for i in ids[:size])
@@ -364,7 +364,7 @@ def place(tokenizer: Tokenizer, ids: Sequence[int], budget: int) -> int | None:
 @pytest.mark.parametrize("version", ["v11", "v13"])
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_budgets_hold(tiny_tokenizer: Open, version: str, budget: int):
-    """At most budget + GRACE ids of thinking, TEAR more where that would tear a tag, and the forced ids."""
+    """At most budget + GRACE ids of thinking, TEAR more where that would split a tag, and the forced ids."""
     tokenizer = tiny_tokenizer(version)
     closed, early = 0, 0
     for thought, text, answer in stories(tokenizer, 200, seed=budget):
@@ -392,7 +392,7 @@ def test_budgets_hold(tiny_tokenizer: Open, version: str, budget: int):
 
 
 def test_the_bound_is_reached_and_never_passed(tiny_tokenizer: Open):
-    """`<<<…` may always be half a tag, bytes of E2 always half a character: they are torn at the last."""
+    """`<<<…` may always be half a tag, bytes E2 always half a character: they are split at the limit."""
     for version, opening in (("v11", as_bytes(OPEN)), ("v13", [34])):
         tokenizer = tiny_tokenizer(version)
         for torn in (as_bytes("<"), [CONTROLS + 0xE2]):
@@ -452,7 +452,7 @@ def test_a_model_that_never_thinks_is_left_alone(tiny_tokenizer: Open):
 
 
 def test_one_that_closes_by_itself_just_then(tiny_tokenizer: Open):
-    """With every budget up to its length: its own close stands, or ours, and never both."""
+    """With every budget up to its length: there is its own close or the forced one, never both."""
     tokenizer = tiny_tokenizer("v11")
     thought = as_bytes(f"{OPEN}\nSo it is.\n{CLOSE}")
     own = 0
@@ -482,7 +482,7 @@ def test_a_negative_budget_is_told_at_once(tiny_tokenizer: Open, budget: int):
 
 
 class Listening(Script):
-    """A `Script` that answers when its reasoning is closed, by itself or by us."""
+    """A `Script` that answers once its reasoning is closed, by itself or by force."""
 
     def __init__(
         self, thought: Sequence[int], answer: Sequence[int], tokenizer: Tokenizer, seconds: float
@@ -535,7 +535,7 @@ def test_a_budget_through_the_engine(listening: Callable[..., Magistral], budget
 
 
 def test_control_tokens_through_the_engine(tiny_tokenizer: Open):
-    """Our `[/THINK]` is fed in the place of an id: the script goes on behind it."""
+    """The forced `[/THINK]` is fed in the place of an id: the script continues after it."""
     tokenizer = tiny_tokenizer("v13")
     thought = [34, *tokenizer.encode("One. Two. Three. ")]
     with scripted(
@@ -602,7 +602,7 @@ def test_stop_thinking_in_the_answer_is_nothing(listening: Callable[..., Magistr
     assert events
 
 
-def test_a_budget_and_a_wish_close_once(listening: Callable[..., Magistral]):
+def test_a_budget_and_stop_thinking_close_once(listening: Callable[..., Magistral]):
     for at, budget in pairwise(range(12)):
         stream = listening(THINKS).stream("?", think_budget=budget)
         events = list(islice(stream, at))
@@ -613,7 +613,7 @@ def test_a_budget_and_a_wish_close_once(listening: Callable[..., Magistral]):
 
 
 def test_the_next_turn_goes_on_from_a_forced_close(listening: Callable[..., Magistral]):
-    """Kept reasoning holds the forced ids where they were fed, so the next prompt begins with what was."""
+    """Kept reasoning has the forced ids where they were fed, so the next prompt begins with the same ids."""
     model = listening(THINKS)
     talk = model.conversation(keep_thinking=True)
     first = talk.ask("one", think_budget=9)

@@ -1,4 +1,4 @@
-"""The loop guard: planted loops are seen, honest texts are left alone, and it costs little."""
+"""The loop guard: planted loops are detected, other texts are not, and it costs little."""
 
 import random
 import sys
@@ -52,7 +52,7 @@ def test_most_loops_with_edits_are_caught_within_eight_periods():
 
 
 def test_what_counts_is_no_loop():
-    """The same sentence for ever, but for a number that goes on."""
+    """The same sentence again and again, but with a number that increases."""
     rng = random.Random(0)
     before, after = words(rng, 20), words(rng, 20)
     ids = [token for n in range(1000) for token in (*before, *(int(digit) for digit in f"{n:03}"), *after)]
@@ -116,7 +116,7 @@ def test_the_whole_corpus(full_tokenizer):
     texts = [*generated(tokenizer, GENERATORS, each=8, seed=1), *from_files(tokenizer, "library", library())]
     assert len(texts) >= 500
     alarms = measure_honest(texts)["by_kind"]
-    known = {"calendar"}  # see docs/decisions/0006: three months alike but for their name
+    known = {"calendar"}  # see docs/decisions/0006: three months that differ only in their name
     assert not {kind for kind, (wrong, _) in alarms.items() if wrong} - known
     rows = {row["loops"]: row for row in measure_loops(texts, 1000, seed=1)}
     assert rows["1 to 400 evenly"]["in_8_periods_or_1600"] >= 0.9 * rows["1 to 400 evenly"]["planted"]

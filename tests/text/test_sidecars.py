@@ -149,7 +149,7 @@ def test_ids_of_the_written_tokenizer_are_mistral_commons(full):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_ids_over_a_large_corpus(full):
-    """Every different line of Python's own library, and soup of many scripts.
+    """Every distinct line of Python's own library, and random text of many scripts.
 
     Not texts that spell a control token: other readers make a control token of it.
     """
@@ -243,7 +243,7 @@ def test_a_source_without_a_prompt_gets_the_cards(tmp_path):
 def test_a_source_without_tekken_keeps_what_it_has(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "config.json").write_text("{}")
-    with pytest.warns(MagistralWarning, match=r"no tekken\.json .* tokenizer\.json goes along"):
+    with pytest.warns(MagistralWarning, match=r"no tekken\.json .* tokenizer\.json is copied"):
         files = sidecars.files(tmp_path, name="x", recipe="4 bit", context=4096)
     assert files.keys() == {"README.md", "tokenizer.json"}
 

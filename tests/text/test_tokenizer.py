@@ -216,7 +216,7 @@ def test_earlier_reasoning_is_dropped(tiny_tokenizer: Open, version: str, field:
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_reply_of_nothing_but_reasoning(tiny_tokenizer: Open, version: str):
-    """A reply cut off while thinking goes with its reasoning; mistral_common takes no empty one."""
+    """A reply cut off while thinking is dropped with its reasoning; mistral_common accepts no empty one."""
     tokenizer = tiny_tokenizer(version)
     cut = [HISTORY[0], {"role": "assistant", "content": "<think>\nCar"}, HISTORY[2]]
     apart = [HISTORY[0], {"role": "assistant", "content": "", "thinking": "Car"}, HISTORY[2]]
@@ -418,7 +418,7 @@ def test_a_character_comes_whole_with_its_last_byte(tiny_tokenizer: Open):
 
 
 def test_ids_of_the_published_vocabulary(full_tokenizer: Open):
-    """What makes matching on ids wrong: both tags are ordinary pieces that merge with what stands beside."""
+    """Why ids cannot be matched: both tags are ordinary text that merges with its neighbours."""
     tokenizer = full_tokenizer("v11")
     pieces = [
         [spelled(tokenizer, [i]) for i in tokenizer.encode(text)] for text in ("<think>\n", "a.</think>\n\n")

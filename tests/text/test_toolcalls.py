@@ -1,4 +1,4 @@
-"""Tool calls out of ids: the forms of three versions, any cutting, and what turns out to be none."""
+"""Tool calls parsed from ids: the forms of three versions, any tokenization, and what is no call."""
 
 import json
 import re
@@ -23,7 +23,7 @@ PARIS, ROME = '{"city": "Paris"}', '{"city": "Rome", "days": [1, {"a": "}\\""}]}
 
 
 def ids_of(tokenizer: Tokenizer, text: str, *, bytewise: bool = False) -> list[int]:
-    """Ids of a transcript in which control tokens stand by their names."""
+    """Ids of a transcript in which control tokens are written by name."""
     ids: list[int] = []
     for part in re.split(f"({'|'.join(map(re.escape, MARKERS))})", text):
         if part in MARKERS:
@@ -36,7 +36,7 @@ def ids_of(tokenizer: Tokenizer, text: str, *, bytewise: bool = False) -> list[i
 def play(
     tokenizer: Tokenizer, ids: Sequence[int], *, stop: tuple[str, ...] = ()
 ) -> tuple[Transcript, list[TextEvent]]:
-    """Feed `ids` and check what holds for any: every id is accounted for, and pieces join to what is said."""
+    """Feed `ids` and check what holds for any: every id is accounted for, and the pieces join to the text."""
     transcript = Transcript(tokenizer, stop=stop, calls=CallParser("key"))
     events = [event for token_id in ids for event in transcript.feed(token_id)]
     last, leftover = transcript.flush()
@@ -204,14 +204,14 @@ def test_without_tools_their_tokens_are_like_any_other(tiny_tokenizer: Open):
     ],
 )
 def test_what_is_no_call_is_text(tiny_tokenizer: Open, broken: str):
-    """Behind "~" it is text already, in which control tokens are not spelled."""
+    """After "~" it is text already, in which the names of control tokens are left out."""
     said = f"<think>Hm[TOOL_CALLS]a[ARGS]{{}}{broken.replace('~', '')}"
     expected = ("Hm", re.sub(r"~\[\w+\]", "", broken), ["a {}"])
     assert seen(tiny_tokenizer("v11"), said) == expected
 
 
 def test_arguments_of_any_depth_are_no_error(tiny_tokenizer: Open):
-    """How deep JSON may go is Python's to say, and differs by version: a call, or text, and nothing lost."""
+    """How deep JSON may nest depends on Python's version: it is a call, or text, and nothing is lost."""
     arguments = f'{{"a": {"[" * 2000}{"]" * 2000}}}'
     thinking, answer, calls = seen(tiny_tokenizer("v11"), f"<think>Hm[TOOL_CALLS]a[ARGS]{arguments}")
     assert thinking == "Hm"

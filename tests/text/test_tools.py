@@ -97,7 +97,7 @@ def test_prompts_equal_mistral_commons(full_tokenizer: Open, version: str, tools
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("keep", [False, True])
 def test_reasoning_of_this_turn_is_kept(full_tokenizer: Open, version: str, keep: bool):
-    """It led to calls that are being answered; that of earlier turns goes by the switch."""
+    """It led to calls that are being answered; `keep_thinking` decides on that of earlier turns."""
     tokenizer = full_tokenizer(version)
     first, second = calling(("abcDEF123", "time", "{}")), calling(("000000001", "time", "{}"))
     messages = [
@@ -153,7 +153,7 @@ def test_other_shapes_of_the_same(tiny_tokenizer: Open):
     full = [user("a"), calling(("abcDEF123", "time", "{}")), result("abcDEF123", "")]
     assert tokenizer.encode_chat(empty) == tokenizer.encode_chat(full)
     broken = [user("a"), calling(("abcDEF123", "time", '{"a')), result("abcDEF123", "what?")]
-    assert tokenizer.encode_chat(broken)  # a framework may report a call that we could not read
+    assert tokenizer.encode_chat(broken)  # a framework may report a call that could not be parsed
 
 
 def function(**fields: object) -> list:
@@ -270,7 +270,7 @@ def test_the_same_seed_gives_the_same_ids_of_calls(model: Magistral):
 
 
 def test_a_conversation_goes_on_from_the_ids(model: Magistral):
-    """Results come behind what was sampled; the next question drops the reasoning, and what led to calls."""
+    """Results follow the sampled ids; the next question drops all reasoning, also that which led to calls."""
     talk = model.conversation(tools=TOOLS)
     first = talk.ask("a")
     second = talk.ask([call.result({"t": "21 °C"}) for call in first.tool_calls])
@@ -285,7 +285,7 @@ def test_a_conversation_goes_on_from_the_ids(model: Magistral):
     assert talk.messages == [user("a"), first.message, *results, second.message]
     third = talk.ask([call.result("b") for call in second.tool_calls])
     answers = [call.result("c") for call in third.tool_calls]
-    fourth = talk.ask(answers, tool_choice="none")  # whose prompt does not tell of tools
+    fourth = talk.ask(answers, tool_choice="none")  # its prompt has no tool definitions
     assert list(fourth.prompt_ids) == model.encode([*talk.messages[:-1]])
     assert 5 not in fourth.prompt_ids
     assert fourth.tool_calls == ()
@@ -294,7 +294,7 @@ def test_a_conversation_goes_on_from_the_ids(model: Magistral):
 
 
 def test_kept_reasoning_and_tools(model: Magistral):
-    """A new question finds the tools where the template has them; it goes on from the ids if it can."""
+    """A new question has the tools where the template has them; it continues from the ids if it can."""
     talk = model.conversation(keep_thinking=True, tools=TOOLS)
     calls = talk.ask("a").tool_calls
     last = talk.ask([call.result("21") for call in calls], tool_choice="none")
@@ -310,7 +310,7 @@ def test_kept_reasoning_and_tools(model: Magistral):
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_ids_that_the_model_left_out_are_written_in(tiny_tokenizer: Open, version: str):
-    """A result names its call, where the template has names: so the call has to be read again."""
+    """Where the template has call ids, a result names its call: so the call is encoded again."""
     said = re.sub(r"\[CALL_ID\]\w+|, \"id\": \"\w+\"", "", SAID[version])
     with scripted(
         tiny_tokenizer(version), ids_of(tiny_tokenizer(version), said), max_context=20_000
@@ -372,7 +372,7 @@ def test_tool_choice(model: Magistral):
 
 
 def test_cut_off_calls(model: Magistral):
-    """At any length: nothing is lost, and a call is whole or text."""
+    """At any length: nothing is lost, and a call is complete or text."""
     whole = model.ask("a", tools=TOOLS, seed=1)
     lengths = range(1, len(whole.token_ids), 17)
     for before, reply in pairwise(model.ask("a", tools=TOOLS, seed=1, max_tokens=n) for n in lengths):
@@ -386,7 +386,7 @@ def test_cut_off_calls(model: Magistral):
 
 @pytest.mark.parametrize("budget", [0, 1, 3])
 def test_a_budget_and_calls(model: Magistral, budget: int):
-    """The closing tag is said for the model; its calls come all the same."""
+    """The closing tag is forced; the calls come all the same."""
     with model.stream("a", tools=TOOLS, think_budget=budget) as stream:
         events = list(stream)
     reply = stream.reply
@@ -396,7 +396,7 @@ def test_a_budget_and_calls(model: Magistral, budget: int):
 
 @pytest.mark.parametrize("budget", [0, 1, 3, 10])
 def test_a_call_ends_the_reasoning(tiny_tokenizer: Open, budget: int):
-    """A budget has nothing to close behind it."""
+    """After it, a budget has nothing to close."""
     tokenizer = tiny_tokenizer("v11")
     ids = ids_of(tokenizer, f"[TOOL_CALLS]weather[ARGS]{PARIS}")
     with scripted(tokenizer, ids) as model:

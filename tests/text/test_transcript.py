@@ -20,7 +20,7 @@ EOS = 2
 
 
 def as_bytes(text: str) -> list[int]:
-    """The longest way to write text in ids: one a byte, so that everything is split everywhere."""
+    """The longest tokenization: one id per byte, so that characters and tags are split everywhere."""
     return [CONTROLS + byte for byte in text.encode()]
 
 
