@@ -1,24 +1,24 @@
-"""The local server: OpenAI's and Anthropic's interfaces over HTTP to one loaded model.
+"""The local server: OpenAI's and Anthropic's HTTP APIs for one loaded model.
 
-    wire                what requests may hold, as the interface is published
-    anthropic_wire      the same of Anthropic's interface
-    slots               what may run now, what waits, what is refused
-    failures            errors in the shapes that clients know
-    requests            a request → messages, options, prompts of the library
-    anthropic_requests  Anthropic's requests → those of `wire`
-    rendering           reasoning apart from the answer, tagged, or the text as it was written
-    replies             the library's events and replies → what clients read
-    completion_replies  the same of plain completions
-    anthropic_replies   the same as Anthropic's blocks
-    metrics             what happened, in Prometheus' text
-    service             the model behind it all: streams that share what was read
-    delivery            a job answered whole or as it comes, while the client is there
-    safety              which requests are let in, and how large
-    web                 the page and its policy
+    wire                request bodies of OpenAI's API, validated
+    anthropic_wire      request bodies of Anthropic's API, validated
+    slots               admission: which requests run now, wait, or are refused
+    failures            errors in the formats of OpenAI's and Anthropic's APIs
+    requests            OpenAI's requests → messages, prompts and options of the library
+    anthropic_requests  Anthropic's requests → OpenAI's (`wire`)
+    rendering           events → text: reasoning separate, in tags, or raw
+    replies             chat completions in OpenAI's format, and what all encoders share
+    completion_replies  plain completions in OpenAI's format
+    anthropic_replies   messages in Anthropic's format
+    metrics             counters and gauges for Prometheus
+    service             the model behind the routes: batched streams that reuse prefixes
+    delivery            runs a job and sends its reply, whole or streamed, while the client is connected
+    safety              which requests are accepted, and how large
+    web                 the page and its content security policy
     app                 the routes
-    connection          one client's line, and how long it may keep silent
-    host                a socket, uvicorn, and an end without loose ends
+    connection          one client connection and its timeouts
+    host                the socket, uvicorn, and graceful shutdown
 
-Each imports only what stands above it. Needs the extra `server`; only the command `serve`
+Each imports only modules above it. Needs the extra `server`; only the command `serve`
 imports this folder.
 """

@@ -1,6 +1,6 @@
-"""Replies in Anthropic's shape: a message of blocks, whole or as events that build it.
+"""Replies in Anthropic's format: a message of content blocks, whole or as server-sent events.
 
-Does not know how replies are had. A block is of one kind: reasoning, text, or a call of a tool.
+Does not know how replies are generated. A block has one type: reasoning, text, or a tool call.
 """
 
 import json
@@ -15,7 +15,7 @@ from .rendering import Delta
 from .replies import Choice, ChoiceEnd
 
 SIGNATURE = "unsigned"
-"""Of reasoning: clients keep no block without one. None is looked at when it comes back."""
+"""Signature of reasoning blocks: clients drop a block without one. Ignored when it comes back."""
 
 _REASONS: dict[FinishReason, str] = {
     "stop": "end_turn",
@@ -37,13 +37,13 @@ class MessageEncoder:
         }
         self._prompt_tokens = prompt_tokens
         self._index = -1
-        self._open = ""  # the kind of the last block, while it may grow
+        self._open = ""  # the type of the open block; empty: none
 
     @property
     def id(self) -> str:
         return self._message["id"]
 
-    def opening(self, index: int) -> bytes:  # noqa: ARG002 -- there is one
+    def opening(self, index: int) -> bytes:  # noqa: ARG002 -- there is one choice
         nothing_yet: dict[str, Any] = {"content": [], "stop_reason": None, "stop_sequence": None}
         used = _usage(Stats(prompt_tokens=self._prompt_tokens))
         return _event("message_start", message={**self._message, **nothing_yet, "usage": used})
@@ -81,10 +81,10 @@ class MessageEncoder:
             content.insert(0, {"type": "thinking", "thinking": choice.thinking, "signature": SIGNATURE})
         end = {"stop_reason": _reason(ended), "stop_sequence": ended.stop_string}
         body = {**self._message, "content": content, **end, "usage": _usage(ended.stats)}
-        return json.dumps(body).encode()  # in ASCII: arguments may have half a surrogate pair, escaped
+        return json.dumps(body).encode()  # ASCII: arguments may contain a lone surrogate, escaped
 
     def _call(self, piece: ToolCallToken) -> bytes:
-        """A piece of a call; only the first one says which tool it calls."""
+        """A piece of a tool call; only the first one names the tool."""
         events = b""
         if piece.name is not None:
             block: dict[str, Any] = {"type": "tool_use", "id": piece.id, "name": piece.name, "input": {}}
@@ -92,7 +92,7 @@ class MessageEncoder:
         return events + self._delta("input_json_delta", "partial_json", piece.text)
 
     def _within(self, block: dict[str, Any]) -> bytes:
-        """The events that have to come to be within a block like this."""
+        """The events that open `block`, unless one of its type is open."""
         if self._open == block["type"]:
             return b""
         closed = self._close()
@@ -124,7 +124,7 @@ def _use(call: ToolCall) -> dict[str, Any]:
 
 
 def _usage(stats: Stats) -> dict[str, Any]:
-    """Tokens: of the prompt those that were read now and those that were not, apart."""
+    """Token counts; those of the prompt are split into computed now and reused from the cache."""
     return {
         "input_tokens": stats.prompt_tokens - stats.cached_tokens,
         "cache_creation_input_tokens": 0,

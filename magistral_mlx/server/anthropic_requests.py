@@ -1,6 +1,6 @@
-"""Anthropic's requests → OpenAI's, which `requests` then translates: what each thing is called there.
+"""Anthropic's requests → OpenAI's, which `requests` then translates for the library.
 
-Knows both wires. Does not know the library.
+Knows both request formats. Does not know the library.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,7 +27,7 @@ _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
 def chat(request: CountRequest) -> ChatRequest:
-    """The same request, in the other interface's words."""
+    """The same request in OpenAI's format."""
     choice, config = request.tool_choice, request.output_config
     asked: dict[str, Any] = {
         "messages": [
@@ -45,7 +45,7 @@ def chat(request: CountRequest) -> ChatRequest:
     if isinstance(request, MessagesRequest):
         asked |= {name: getattr(request, name) for name in ("stream", "max_tokens", *_SAMPLED)}
         asked["stop"] = request.stop_sequences
-    return ChatRequest.model_construct(**asked)  # checked already, in the words that the client used
+    return ChatRequest.model_construct(**asked)  # validated already, under the client's field names
 
 
 _SAMPLED = ("temperature", "top_p", "top_k")
@@ -63,7 +63,7 @@ def _system(blocks: Sequence[Text]) -> list[Message]:
 
 
 def _messages(turn: Turn) -> Iterator[Message]:
-    """One turn as messages: results of tools before what else is said with them, as the model reads them."""
+    """One turn as messages: tool results before the text beside them, the order that the model expects."""
     _check(turn)
     if turn.role == "assistant":
         yield _assistant(turn.content)
@@ -87,7 +87,7 @@ def _assistant(blocks: Sequence[Block]) -> Message:
 
 
 def _check(turn: Turn) -> None:
-    """Everybody says what is theirs to say."""
+    """Refuse blocks that a role cannot have: tool results of an assistant, tool calls of a user."""
     match turn.role:
         case "assistant":
             foreign = [block for block in turn.content if isinstance(block, ToolResult)]
@@ -106,7 +106,7 @@ def _call(block: ToolUse) -> dict[str, Any]:
 
 
 def _result(block: ToolResult) -> str:
-    """Mistral's models are told in words that a tool failed; their prompts have no other place for it."""
+    """A tool's result; a failure is marked in its text, as Mistral's prompt format has no field for it."""
     text = "\n\n".join(part.text for part in block.content or ())
     return f"Error: {text}" if block.is_error else text
 

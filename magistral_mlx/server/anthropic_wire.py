@@ -1,6 +1,6 @@
-"""What requests to `/v1/messages` may hold: Anthropic's interface, checked as `wire` checks OpenAI's.
+"""Request bodies of `/v1/messages` (Anthropic's API), validated by pydantic as in `wire`.
 
-Knows types and bounds. What they come to is `anthropic_requests`' to know.
+Knows types and bounds. Does not know what the values mean (`anthropic_requests`).
 """
 
 from typing import Annotated, Any, Literal, TypeAlias
@@ -16,14 +16,14 @@ class Text(Wire):
 
 
 class Thinking(Wire):
-    """Reasoning of an earlier reply. Its signature says nothing here, and is not asked for."""
+    """Reasoning of an earlier reply. Its signature is neither required nor checked."""
 
     type: Literal["thinking"]
     thinking: str
 
 
 class RedactedThinking(Wire):
-    """Reasoning of another model, which nobody here can read."""
+    """Encrypted reasoning of another model: unreadable here, and ignored."""
 
     type: Literal["redacted_thinking"]
 
@@ -36,7 +36,7 @@ class ToolUse(Wire):
 
 
 def _blocks(content: Any) -> Any:
-    """A text alone is short for one block of it."""
+    """A plain string is short for one text block."""
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
@@ -64,7 +64,7 @@ class Turn(Wire):
 
 
 class Enabled(Wire):
-    """budget_tokens: of reasoning, after which the answer follows."""
+    """budget_tokens: limit of reasoning tokens; then the answer follows."""
 
     type: Literal["enabled"]
     budget_tokens: Whole
@@ -86,7 +86,7 @@ class Tool(Wire):
 
 
 class ToolChoice(Wire):
-    """name: of the tool that has to be called, with the type tool."""
+    """name: the tool that must be called, for the type `tool`."""
 
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
@@ -106,7 +106,7 @@ class OutputConfig(Wire):
 class CountRequest(Wire):
     """`POST /v1/messages/count_tokens`, and what both routes have in common.
 
-    thinking: left out, the model thinks as it does elsewhere.
+    thinking: if absent, the model reasons, up to the limit of `output_config.effort`.
     """
 
     model: str | None = None

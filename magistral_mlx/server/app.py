@@ -1,4 +1,4 @@
-"""The routes. Each turns a request into a job of the service, and its reply into a response."""
+"""The routes. Each turns a request into a job for the service, and the reply into an HTTP response."""
 
 import asyncio
 from functools import partial
@@ -30,7 +30,7 @@ from .wire import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeReq
 
 
 def create_app(service: Service, rules: Rules) -> ASGIApp:
-    """All of it: the routes behind the rules."""
+    """The whole application: all routes, behind the access rules."""
     app = FastAPI(title="magistral_mlx", version=version("magistral_mlx"), docs_url=None, redoc_url=None)
     app.state.service = service
     for base, raw in (("/v1", False), ("/raw/v1", True)):
@@ -40,7 +40,7 @@ def create_app(service: Service, rules: Rules) -> ASGIApp:
     app.router.routes += web.routes()
     for kind in (Exception, MagistralError, RefusedError, FullError, ClosingError):
         app.add_exception_handler(kind, _failed)
-    for kind in (HTTPException, RequestValidationError):  # in place of the framework's own
+    for kind in (HTTPException, RequestValidationError):  # instead of FastAPI's handlers
         app.add_exception_handler(kind, _failed)
     counted = _Counted(app, service)
     if rules.origins:
@@ -51,7 +51,7 @@ def create_app(service: Service, rules: Rules) -> ASGIApp:
 
 
 def _interface(service: Service, *, raw: bool) -> APIRouter:
-    """The interface under one base path; raw: the reasoning stays in the text, between its tags."""
+    """OpenAI's API under one base path; raw: the reasoning stays in the text, between its tags."""
     router = APIRouter(responses={"4XX": _ERROR, "5XX": _ERROR})
     tokenizer = service.model.tokenizer
     name = service.ids[0]
@@ -107,7 +107,7 @@ def _interface(service: Service, *, raw: bool) -> APIRouter:
 
 
 def _anthropic(service: Service) -> APIRouter:
-    """Anthropic's interface: the same chat in other words."""
+    """Anthropic's API: the same chat in another format."""
     router = APIRouter(responses={"4XX": _ANTHROPIC_ERROR, "5XX": _ANTHROPIC_ERROR})
 
     @router.post("/messages")
@@ -127,7 +127,7 @@ def _anthropic(service: Service) -> APIRouter:
 
 
 async def _prompt(service: Service, asked: ChatRequest) -> tuple[list[int], Options]:
-    """What a chat comes to: the ids to go on from, and how."""
+    """A chat request as the ids of its prompt and the options of its reply."""
     messages, options = requests.chat(asked, service.model.tokenizer)
     prompt = await asyncio.to_thread(service.model.encode, messages, **options)
     options.pop("system", None)
@@ -135,7 +135,7 @@ async def _prompt(service: Service, asked: ChatRequest) -> tuple[list[int], Opti
 
 
 def _about(service: Service) -> APIRouter:
-    """The server itself."""
+    """Routes about the server itself."""
     router = APIRouter()
 
     @router.get("/health")
@@ -150,7 +150,7 @@ def _about(service: Service) -> APIRouter:
 
 
 class _Counted:
-    """Counts answers by path and status."""
+    """Counts responses by path and status."""
 
     def __init__(self, app: FastAPI, service: Service) -> None:
         self._app, self._metrics = app, service.metrics
@@ -158,7 +158,7 @@ class _Counted:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def sending(message: Any) -> None:
             if message["type"] == "http.response.start":
-                own = "route" in scope and not scope.get("path_params")  # never a path that a client made up
+                own = "route" in scope and not scope.get("path_params")  # no paths made up by clients
                 self._metrics.answered(scope["path"] if own else "other", message["status"])
             await send(message)
 
@@ -186,7 +186,7 @@ def _object(**properties: Any) -> dict[str, Any]:
 
 
 def _response(**body: Any) -> dict[str, Any]:
-    """How the published interface says what an error looks like."""
+    """An error response in the OpenAPI schema."""
     content = {"application/json": {"schema": _object(**body)}}
     return {"description": "what was expected, and what was found", "content": content}
 

@@ -1,6 +1,6 @@
-"""Plain completions in OpenAI's older shape: log-probabilities are a table of columns.
+"""Plain completions in OpenAI's legacy format: log-probabilities are parallel lists.
 
-Does not know how replies are had.
+Does not know how replies are generated.
 """
 
 import json
@@ -16,11 +16,11 @@ from .replies import REASONS, Choice, ChoiceEnd, OpenAIEncoder
 from .wire import CompletionRequest
 
 _CONTINUATIONS = {b"", *(bytes([byte]) for byte in range(0x80, 0xC0))}
-"""How a piece begins that is within a character of UTF-8."""
+"""First byte of a token's text that does not begin a new UTF-8 character; empty: the token has no text."""
 
 
 class CompletionEncoder(OpenAIEncoder):
-    """echoes: what the text of each prompt's choices begins with; none: with what is new."""
+    """echoes: per prompt, the text put before its choices; empty: no echo."""
 
     kind, piece_kind, prefix = "text_completion", "text_completion", "cmpl"
 
@@ -63,7 +63,7 @@ class CompletionEncoder(OpenAIEncoder):
 
 
 class _Table:
-    """Log-probabilities of a choice, column by column; offsets are characters of its text."""
+    """Log-probabilities of a choice as parallel lists; offsets count characters of its text."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -72,7 +72,7 @@ class _Table:
         self._length = 0  # of the text so far
 
     def of(self, deltas: Sequence[Delta]) -> dict[str, Any]:
-        """The rows of ids that brought text; not of those behind a stop string, or of the end of text."""
+        """One entry for each id whose text is sent: none for ids after a stop string or for end of text."""
         self._length += sum(len(one.text) for one in deltas)
         scored = [(logprob, self._next(logprob.id)) for one in deltas for logprob in one.logprobs if logprob]
         rows = [(logprob, at) for logprob, at in scored if at < self._length]
@@ -87,16 +87,16 @@ class _Table:
         return (self._tokenizer.pieces[id_] or b"").decode(errors="replace")
 
     def _likeliest(self, scored: TokenLogprob) -> dict[str, float]:
-        """By their texts: of two with one text, as parts of characters have, the likelier one."""
+        """By text: where ids share a text, as parts of characters do, the likelier one."""
         likeliest: dict[str, float] = {}
         for id_, logprob in scored.top:
             likeliest.setdefault(self._token(id_), logprob)
         return likeliest
 
     def _next(self, id_: int) -> int:
-        """Where the text of an id begins; of one within a character, where that begins."""
+        """Offset of the id's text; if it continues a character, the offset of that character."""
         piece, (begun, _) = self._tokenizer.pieces[id_] or b"", self._decoder.getstate()
         goes_on = piece[:1] in _CONTINUATIONS
-        at = self._offset + bool(begun and not goes_on)  # a character that breaks off is one U+FFFD
+        at = self._offset + bool(begun and not goes_on)  # an incomplete character is one U+FFFD
         self._offset += len(self._decoder.decode(piece))
         return at

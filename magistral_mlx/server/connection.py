@@ -1,8 +1,8 @@
-"""One client's line: closed when it is silent where it should speak, or takes nothing of what it asked for.
+"""One client connection: closed when a request's headers are late, or the response is not read.
 
-uvicorn gives up a line only where nothing comes *between* requests: one that never says anything, sends its
-headers byte by byte, or reads no answer is kept for ever; a process has a few hundred to give. Bodies that
-come too slowly are `safety`'s to refuse.
+uvicorn only times out *between* requests: a client that never sends anything, sends its headers byte by byte,
+or reads no response would keep its connection for ever, and a process has only a few hundred. Slow bodies are
+refused by `safety`.
 """
 
 import asyncio
@@ -11,9 +11,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 
 class Connection(H11Protocol):
-    """head_seconds: in which a request's headers have to come, all of them.
+    """head_seconds: time for all headers of a request to arrive.
 
-    send_seconds: in which some of what waits to be sent has to be taken.
+    send_seconds: once the send buffer is full, time for the client to read enough of it.
     """
 
     head_seconds = 10.0
@@ -29,7 +29,7 @@ class Connection(H11Protocol):
         super().data_received(data)
         if self.cycle and not self.cycle.response_complete:  # a request is being answered
             self._head = _cancelled(self._head)
-        elif self._head is None:  # the next one begins, or what is left of a body that nobody read
+        elif self._head is None:  # the next request, or the rest of a body that was not read
             self._head = self.loop.call_later(self.head_seconds, self.transport.abort)
 
     def pause_writing(self) -> None:

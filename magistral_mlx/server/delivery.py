@@ -1,6 +1,6 @@
-"""A job answered whole, or as it comes, to a client that may leave at any time.
+"""Runs a job and sends its reply, whole or streamed, to a client that may disconnect at any time.
 
-Knows slots, the service and HTTP. Does not know what was asked, or how a reply looks
+Knows slots, the service and HTTP. Does not know what was requested, or the format of a reply
 (`ReplyEncoder`).
 """
 
@@ -28,7 +28,7 @@ T = TypeVar("T")
 async def answer(
     service: Service, request: Request, job: Job, encoder: ReplyEncoder, *, stream: bool
 ) -> Response:
-    """Wait for a turn, then answer whole, or as it comes."""
+    """Wait for a slot, then answer with the whole reply or a stream."""
     slot = await _while_connected(request, service.slots.take())
     if stream:
         try:
@@ -43,7 +43,7 @@ async def answer(
 
 
 async def _pieces(service: Service, job: Job, first: Stream, encoder: ReplyEncoder) -> AsyncGenerator[bytes]:
-    """A job as server-sent events. An error that comes when some were sent is one of them."""
+    """A job as server-sent events. An error becomes an event, too."""
     ends: dict[int, ChoiceEnd] = {}
     try:
         for index in range(job.choices):
@@ -56,13 +56,13 @@ async def _pieces(service: Service, job: Job, first: Stream, encoder: ReplyEncod
                 ends[index] = event
                 yield encoder.ending(index, event)
         yield encoder.last([ends[index] for index in range(job.choices)])
-    except Exception as error:  # noqa: BLE001 -- the status was sent long ago: an event can still say it
+    except Exception as error:  # noqa: BLE001 -- the status has been sent: only an event can report it
         failures.log(error)
         yield encoder.failed(error)
 
 
 class _Events(EventSourceResponse):
-    """Events that hold a slot until the last one is sent, or the client has left."""
+    """An event stream that holds its slot until the last event is sent, or the client disconnects."""
 
     def __init__(self, pieces: AsyncGenerator[bytes], slot: Slot, first: Stream) -> None:
         super().__init__(pieces)
@@ -74,7 +74,7 @@ class _Events(EventSourceResponse):
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Do it, unless the client leaves first."""
+    """Await `work`; if the client disconnects first, cancel it and raise."""
     task, left = asyncio.ensure_future(work), asyncio.ensure_future(_left(request))
     try:
         await asyncio.wait((task, left), return_when=asyncio.FIRST_COMPLETED)

@@ -1,7 +1,7 @@
-"""Errors in the shapes that clients know: OpenAI's, and under `/v1/messages` Anthropic's.
+"""Errors in the formats that clients expect: OpenAI's, and under `/v1/messages` Anthropic's.
 
-Knows which error of the library is whose fault. What was asked is not repeated in a message of ours, never at
-length: it may be long, private, or no Unicode.
+Knows the status of each error of the library. Messages written here do not quote the request, and all are cut
+to `MOST` characters: a request may be long, private, or invalid Unicode.
 """
 
 import json
@@ -20,11 +20,11 @@ logger = logging.getLogger(__name__)
 
 
 MOST = 1000
-"""Characters of a message: it may quote what was asked, which may be a book."""
+"""Characters of an error message: the library's may quote a request, which may be a book."""
 
 
 class RefusedError(Exception):
-    """A request that is answered with an error."""
+    """Refuses a request: the error that the client gets."""
 
     def __init__(
         self,
@@ -52,13 +52,13 @@ class RefusedError(Exception):
         return json.dumps({"type": "error", "error": {"type": kind, "message": str(self)}}).encode()
 
     def response(self, path: str) -> Response:
-        """As it is told to who asked for that path."""
+        """The HTTP response, in the format of the API that `path` belongs to."""
         body = self.as_anthropic if path.startswith(ANTHROPIC) else self.body
         return Response(body, self.status, self.headers, media_type="application/json")
 
 
 ANTHROPIC = "/v1/messages"
-"""Where clients of Anthropic's interface ask."""
+"""Beginning of the paths of Anthropic's API."""
 
 _KINDS = {
     401: "authentication_error",
@@ -69,16 +69,16 @@ _KINDS = {
 _ANTHROPIC_KINDS = {408: "timeout_error", 413: "request_too_large", 503: "overloaded_error"}
 
 GONE = 499
-"""What a request whose client has left ends with; nobody reads it, a log may show it."""
+"""Status of a request whose client has disconnected; nobody receives it, but the metrics may count it."""
 
 
 def unsupported(param: str, message: str) -> RefusedError:
-    """Something of the interface that this server does not do."""
+    """A part of the API that this server does not implement."""
     return RefusedError(400, message, param=param, code="unsupported")
 
 
 def of(error: Exception) -> RefusedError:
-    """What a client is told about any error."""
+    """What the client gets for any exception."""
     match error:
         case RefusedError():
             refused = error
@@ -99,7 +99,7 @@ def of(error: Exception) -> RefusedError:
 
 
 def of_validation(errors: Sequence[Any]) -> RefusedError:
-    """The first thing that is wrong with a body, by its place."""
+    """The first mistake in a body, with the path of its field."""
     first = cast("dict[str, Any]", errors[0])
     place = [str(part) for part in first["loc"] if part != "body"]
     if first["type"] == "json_invalid":
@@ -112,7 +112,7 @@ def of_validation(errors: Sequence[Any]) -> RefusedError:
 
 
 def log(error: Exception) -> None:
-    """Of an error that is nobody's but ours: where it happened, and nothing that it may quote."""
+    """Log an internal error: its type and traceback, not its message, which may quote the request."""
     if of(error).code == "internal_error":
         places = "".join(traceback.format_tb(error.__traceback__))
         logger.error("internal error, %s:\n%s", type(error).__name__, places)

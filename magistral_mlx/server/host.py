@@ -1,6 +1,6 @@
-"""A socket, uvicorn on it, and an end without loose ends.
+"""The listening socket, uvicorn on it, and graceful shutdown.
 
-Knows uvicorn and signals. What is served is `app`'s.
+Knows uvicorn and signals. Does not know what is served (`app`).
 """
 
 import errno
@@ -23,16 +23,19 @@ _REMEDIES = {
 _OTHER_HOST = "--host is an address of this machine, such as 127.0.0.1, or 0.0.0.0 for all of them"
 
 GRACE_SECONDS = 5
-"""For connections to end by themselves, once everything that ran was stopped."""
+"""Time for connections to close by themselves at shutdown, after all replies were stopped."""
 
 
 class Host(uvicorn.Server):
-    """Serves until `should_exit`, Ctrl-C or SIGTERM; `run` then returns. A second Ctrl-C waits for nobody."""
+    """Serves until `should_exit`, Ctrl-C or SIGTERM; `run` then returns.
+
+    A second Ctrl-C does not wait for connections to close.
+    """
 
     def __init__(
         self, app: ASGIApp, *, close: Callable[[], None], connection: type[Connection] = Connection
     ) -> None:
-        AppStatus.disable_automatic_graceful_drain()  # streams are told by `close`, and tell their clients
+        AppStatus.disable_automatic_graceful_drain()  # `close` ends the streams, which tell their clients
         super().__init__(
             uvicorn.Config(
                 app,
@@ -58,10 +61,10 @@ class Host(uvicorn.Server):
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that listens; port 0: any that is free.
+    """A listening socket; port 0: any free port.
 
     Raises:
-        ServerError: the address is taken, not to be had, or none of this machine's.
+        ServerError: the address is in use, not permitted, or not one of this machine's.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family, socket.SOCK_STREAM)

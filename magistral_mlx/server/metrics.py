@@ -1,4 +1,4 @@
-"""What happened, counted, in the text that Prometheus reads."""
+"""Counters, gauges and a histogram of the server, in Prometheus' text format."""
 
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ _SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
 
 class Metrics:
-    """A registry of its own, so that several servers may live in one process."""
+    """Uses its own registry, so that several servers can run in one process."""
 
     def __init__(self, slots: "Slots", prefixes: "Prefixes") -> None:
         self._registry = registry = CollectorRegistry()

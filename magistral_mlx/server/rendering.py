@@ -1,6 +1,6 @@
-"""Events → what a client reads of them: reasoning apart, or in the text, or the text as it was written.
+"""Events → text for the client: reasoning separate, in tags within the text, or the raw text.
 
-Pure: events in, texts and pieces of tool calls out. A rendering is given the events of one reply, in order.
+Pure: events in, texts and pieces of tool calls out. A rendering gets the events of one reply, in order.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from magistral_mlx.wire import TokenLogprob
 
 
 class Delta(NamedTuple):
-    """What one event brought to be read."""
+    """What one event adds to the reply."""
 
     thinking: str = ""
     text: str = ""
@@ -25,19 +25,19 @@ class Delta(NamedTuple):
 class Rendering(Protocol):
     @property
     def stopped(self) -> bool:
-        """Whether the reply is to end here, though the model would go on."""
+        """Whether the reply ends here although the model would continue."""
         ...
 
     @property
     def late(self) -> bool:
-        """Whether the text of an event may come with a later one."""
+        """Whether the text of an event may be held back until a later one."""
         ...
 
     def render(self, event: Event) -> Delta: ...
 
 
 class SeparateReasoning:
-    """The reasoning is one text, the answer another."""
+    """Reasoning and answer as two separate texts."""
 
     stopped = late = False
 
@@ -54,7 +54,7 @@ class SeparateReasoning:
 
 
 class TaggedReasoning:
-    """One text in the form of the model's template: `<think>`, the reasoning, `</think>`, the answer."""
+    """One text in the format of the model's template: `<think>`, the reasoning, `</think>`, the answer."""
 
     stopped = late = False
 
@@ -81,7 +81,7 @@ class TaggedReasoning:
 
 
 class RawText:
-    """The text of all ids as they come, up to a stop string."""
+    """The decoded text of all ids, up to a stop string."""
 
     late = True
 

@@ -1,7 +1,7 @@
-"""Replies in the shapes that clients read: JSON objects, and the same in pieces as server-sent events.
+"""Replies in OpenAI's formats: JSON objects, and chunks as server-sent events.
 
-Pieces are put together from text: one is sent for every id, and a model of its shape would cost more than
-all the rest of the server. Does not know how replies are had.
+Chunks are put together as strings: one is sent for every id, and a pydantic object for each would cost more
+than all the rest of the server. Does not know how replies are generated.
 """
 
 import json
@@ -55,13 +55,13 @@ class Choice(NamedTuple):
 
 
 class ReplyEncoder(Protocol):
-    """One answer as bytes: a piece of a choice, or a whole one, in the form of an interface."""
+    """One response as bytes, whole or in pieces, in the format of one API."""
 
     @property
     def id(self) -> str: ...
 
     def opening(self, index: int) -> bytes:
-        """Sent before anything is read."""
+        """Sent first, without waiting for the model."""
         ...
 
     def piece(self, index: int, delta: Delta) -> bytes: ...
@@ -73,14 +73,14 @@ class ReplyEncoder(Protocol):
         ...
 
     def failed(self, error: Exception) -> bytes:
-        """Sent in place of all that was still to come."""
+        """Sent instead of everything that was still to come."""
         ...
 
     def whole(self, choices: Sequence[Choice]) -> bytes: ...
 
 
 class OpenAIEncoder:
-    """What OpenAI's two forms have in common."""
+    """What chat completions and plain completions have in common."""
 
     kind = piece_kind = prefix = ""
 
@@ -117,7 +117,7 @@ class OpenAIEncoder:
         return json.dumps(body, ensure_ascii=False).encode()
 
     def _usage(self, ends: Sequence[ChoiceEnd]) -> dict[str, Any]:
-        """Tokens of a request; a prompt counts once, however many choices were made of it."""
+        """Token counts of a request; a prompt counts once, however many choices it has."""
         stats = [end.stats for end in ends]
         prompts = stats[:: self._n]
         prompt = sum(one.prompt_tokens for one in prompts)
@@ -166,7 +166,7 @@ class ChatEncoder(OpenAIEncoder):
         return f"{self._head}{one}}}\n\n".encode()
 
     def _logprobs(self, deltas: Sequence[Delta]) -> dict[str, Any] | None:
-        """Of the ids that the text came from; of those forced in the model's place there are none."""
+        """Log-probabilities of the ids behind the text; forced ids (not sampled) have none."""
         found = [logprob for one in deltas for logprob in one.logprobs if logprob]
         return {"content": [self._scored(one) for one in found], "refusal": None} if found else None
 
@@ -180,7 +180,7 @@ class ChatEncoder(OpenAIEncoder):
 
 
 def _call(piece: ToolCallToken) -> dict[str, Any]:
-    """A piece of a tool call; only the first one says which function it calls."""
+    """A piece of a tool call; only the first one names the function."""
     if piece.name is None:
         return {"index": piece.index, "function": {"arguments": piece.text}}
     function = {"name": piece.name, "arguments": piece.text}

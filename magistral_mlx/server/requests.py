@@ -1,6 +1,6 @@
-"""A request → messages and options of the library. What it cannot do is refused here, in words.
+"""OpenAI's requests → messages, prompts and options of the library; what it cannot do is refused.
 
-Knows the wire and the library's options. Does not know HTTP, or how replies are had.
+Knows the request format and the library's options. Does not know HTTP, or how replies are generated.
 """
 
 from collections.abc import Sequence
@@ -18,13 +18,13 @@ from .wire import ChatRequest, CompletionRequest, Effort, Message, Part, Sampled
 Dialogue: TypeAlias = list[dict[str, Any]]
 
 EFFORTS: dict[Effort, int | None] = {"minimal": 256, "low": 1024, "medium": 8192, "high": None, "xhigh": None}
-"""Tokens of reasoning that each effort may take; "none" does not think at all."""
+"""Limit of reasoning tokens for each effort; None: no limit. "none" turns the reasoning off."""
 COMPLETION_TOKENS = 16
-"""What the interface gives to a plain completion that says nothing."""
+"""OpenAI's default of `max_tokens` for a plain completion."""
 
 
 def chat(request: ChatRequest, tokenizer: Tokenizer) -> tuple[Dialogue, Options]:
-    """What to say to the model, and how it is to reply."""
+    """The messages for the model, and the options of its reply."""
     system, messages = dialogue(request.messages, tokenizer)
     options = _sampled(request)
     limit = request.max_completion_tokens or request.max_tokens or MAX_TOKENS
@@ -40,7 +40,7 @@ def chat(request: ChatRequest, tokenizer: Tokenizer) -> tuple[Dialogue, Options]
 
 
 def completion(request: CompletionRequest, tokenizer: Tokenizer) -> tuple[list[list[int]], Options]:
-    """Prompts as ids, each with its begin of text, and how they are to be gone on with."""
+    """Prompts as ids, texts with the BOS id in front, and the options of their completions."""
     if request.suffix:
         raise unsupported("suffix", "this model goes on with a text; it cannot fill the gap before a suffix")
     if request.echo and request.logprobs is not None:
@@ -54,7 +54,7 @@ def completion(request: CompletionRequest, tokenizer: Tokenizer) -> tuple[list[l
 
 
 def echoes(request: CompletionRequest, tokenizer: Tokenizer) -> list[str]:
-    """What the text of each prompt's choices begins with."""
+    """Per prompt, the text to put before its choices; empty if no echo was requested."""
     if not request.echo:
         return []
     return [p if isinstance(p, str) else tokenizer.decode(p) for p in _prompts(request.prompt)]
@@ -77,10 +77,10 @@ def stops(request: Sampled) -> tuple[str, ...]:
 
 
 def dialogue(messages: Sequence[Message], tokenizer: Tokenizer) -> tuple[str | None, Dialogue]:
-    """The library's messages, and what goes before the checkpoint's own system prompt.
+    """The library's messages, and the text to place before the checkpoint's own system prompt.
 
-    Clients that know Magistral send its think template in a system message: it is then taken as it stands.
-    Others send what they send to any model. Taken as it stands, that would switch the thinking off.
+    Clients that know Magistral send its think template in a system message, which is then used unchanged.
+    Others send the system message they would send to any model: on its own, it would turn the reasoning off.
     """
     system = [_text(m, at) for at, m in enumerate(messages) if m.role in ("system", "developer")]
     own = any(map(tokenizer.has_think_template, system))
@@ -94,7 +94,7 @@ def dialogue(messages: Sequence[Message], tokenizer: Tokenizer) -> tuple[str | N
 
 
 def _message(message: Message, at: int) -> dict[str, Any]:
-    """One message; empty if it says nothing, as a reply that was cut off before its answer."""
+    """One message; empty if it has no content, such as a reply that was cut off before its answer."""
     text = _text(message, at)
     match message.role:
         case "assistant":
@@ -121,7 +121,7 @@ def _part(part: Part, at: int) -> str:
 
 
 def _sampled(request: Sampled) -> Options:
-    """What any kind of reply has: how ids are drawn, from what seed, and where it ends."""
+    """The options that chat and plain completions share: sampling, seed and stop strings."""
     for name in ("frequency_penalty", "presence_penalty", "logit_bias"):
         if getattr(request, name):
             raise unsupported(name, f"{name} is not done by this server; repetition_penalty is")
@@ -134,7 +134,7 @@ def _sampled(request: Sampled) -> Options:
 
 
 def _tools(request: ChatRequest) -> Options:
-    """The functions that may be called; what is wrong with them, the library says."""
+    """Tools and tool choice; the library validates the tools."""
     choice: Any = request.tool_choice
     if isinstance(choice, dict):
         match cast("dict[str, Any]", choice):
@@ -151,7 +151,7 @@ def _tools(request: ChatRequest) -> Options:
 
 
 def _shape(request: ChatRequest) -> Options:
-    """What the answer is to be; a schema that cannot be followed, the library refuses."""
+    """The format of the answer as a schema; the library refuses one that it cannot enforce."""
     wanted: Any = request.response_format
     match wanted:
         case None | {"type": "text"}:
@@ -172,7 +172,7 @@ def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> Sequence[
         case str():
             return [prompt]
         case [int(), *_]:
-            return [prompt]  # pyright: ignore[reportReturnType]  # a list of ids, as its first one shows
+            return [prompt]  # pyright: ignore[reportReturnType]  # the first element shows that it is a list of ids
         case _:
             return prompt  # pyright: ignore[reportReturnType]  # a list of texts, or of lists of ids
 

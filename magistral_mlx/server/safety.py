@@ -1,8 +1,9 @@
-"""Who may ask at all, and with how much: stands before everything else.
+"""Access control, before everything else: Host, Origin, API key, size and time of a request.
 
 A page on the web can make a browser send requests to this machine. It cannot choose their `Host` (but can
-have its own name point here: DNS rebinding) nor their `Origin`; so both must be ours. A key keeps other
-people out, sizes and times keep any one request small. Knows ASGI and headers; not what is asked.
+have its own name point here: DNS rebinding) nor their `Origin`; so both must be known ones. A key keeps other
+people out, limits of size and time keep any one request small. Knows ASGI and headers. Does not know what is
+requested.
 """
 
 import asyncio
@@ -19,17 +20,17 @@ from .failures import RefusedError
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 OPEN_PATHS = frozenset({"/", "/health"})
 OPEN_FILES = "/page/"
-"""What may be had without the key: the page that asks for it, and whether the server is well."""
+"""What needs no key: the page, which asks for the key, and the health check."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """What is let through.
+    """Which requests are accepted.
 
-    hosts: names by which this server may be called. any_address: by any number, too (a name can be made to
-        point here, a number is what it is).
-    origins: other sites whose pages may ask.
-    body_bytes, body_seconds: how large a request may be, and how slow.
+    hosts: values of `Host` that are accepted. any_address: any IP address, too (a name can be made to point
+        here by DNS, an address cannot).
+    origins: other sites whose pages may send requests.
+    body_bytes, body_seconds: the largest size of a body, and the longest time for it to arrive.
     """
 
     key: str | None = None
@@ -41,7 +42,7 @@ class Rules:
 
 
 class Safety:
-    """An ASGI application around another: what is against the rules is answered here."""
+    """ASGI middleware that refuses requests against the rules."""
 
     def __init__(self, app: ASGIApp, rules: Rules) -> None:
         self._app, self._rules = app, rules
@@ -64,7 +65,7 @@ class Safety:
             self._check(scope)
             body = await self._body(scope, receive)
             await self._app(scope, _again(body, receive), sending)
-        except Exception as error:  # noqa: BLE001 -- the last door: nobody outside is shown a traceback
+        except Exception as error:  # noqa: BLE001 -- the outermost handler: no client gets a traceback
             failures.log(error)
             if not began:
                 await failures.of(error).response(scope["path"])(scope, receive, send)
@@ -91,7 +92,7 @@ class Safety:
         return name in self._rules.hosts or (self._rules.any_address and _is_address(name))
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes | None:
-        """All of the body, of those methods that have one."""
+        """The whole body, for methods that have one."""
         if scope["method"] not in ("POST", "PUT", "PATCH"):
             return None
         try:
@@ -118,7 +119,7 @@ class Safety:
 
 
 def _again(body: bytes | None, receive: Receive) -> Receive:
-    """`receive`, with the body that was read already in front."""
+    """`receive` that first returns the body, which was read already."""
     waiting = [body] if body is not None else []
 
     async def receiving() -> Message:

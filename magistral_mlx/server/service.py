@@ -1,6 +1,6 @@
-"""The model behind the routes: replies that are written together, and share what was read.
+"""The model behind the routes: replies are decoded in one continuous batch, and reuse prefixes.
 
-Knows the library. Does not know HTTP, nor the shape of an answer.
+Knows the library. Does not know HTTP, or the format of a response.
 """
 
 import asyncio
@@ -28,19 +28,19 @@ from .slots import ClosingError, Slots
 
 T = TypeVar("T")
 ChoiceEvent: TypeAlias = tuple[int, Delta | ChoiceEnd]
-"""The number of a choice, and what comes next of it."""
+"""The index of a choice, and its next delta or its end."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What one request wants: `n` choices of each prompt, one after another."""
+    """What one request asks for: `n` choices of each prompt, numbered prompt by prompt."""
 
     prompts: Sequence[list[int]]
     options: Options
     rendering: Callable[[], Rendering]
     n: int = 1
     id: str = ""
-    """By which its reasoning can be ended."""
+    """Names the job for `stop_thinking`."""
 
     @property
     def choices(self) -> int:
@@ -48,7 +48,7 @@ class Job:
 
 
 class Service:
-    """A model, who may use it, what it has read, and what happened."""
+    """A model with its slots, prefix cache, batch and metrics."""
 
     def __init__(
         self,
@@ -64,17 +64,17 @@ class Service:
         self.slots = Slots(running=running, waiting=waiting)
         self.prefixes = model.new_prefixes(prefix_bytes)
         self._batch = model.new_continuous_batch()
-        self._rows = asyncio.Semaphore(running)  # replies: a request may want several
+        self._rows = asyncio.Semaphore(running)  # one per reply: a request may have several
         self.metrics = Metrics(self.slots, self.prefixes)
-        self._streams: WeakKeyDictionary[Stream, str] = WeakKeyDictionary()  # and the id of its job
+        self._streams: WeakKeyDictionary[Stream, str] = WeakKeyDictionary()  # → the id of its job
         self._lent: WeakKeyDictionary[Stream, list[Prefix]] = WeakKeyDictionary()
 
     async def begin(self, job: Job) -> Stream:
-        """The stream of the first choice: whatever is wrong with a job is raised here."""
+        """Open the stream of the first choice: a mistake in the request raises here."""
         return await self._open(job, 0)
 
     async def run(self, job: Job, first: Stream) -> AsyncGenerator[ChoiceEvent]:
-        """All choices of a job, side by side: what comes next of any of them."""
+        """All choices of a job concurrently: their events, as they come."""
         read = [asyncio.Event() for _ in job.prompts]
         choices = [self._choice(job, index, read, None if index else first) for index in range(job.choices)]
         async with aclosing(_merged(choices)) as events:
@@ -82,7 +82,7 @@ class Service:
                 yield event
 
     async def choices(self, job: Job) -> list[Choice]:
-        """The same, waited for."""
+        """All choices of a job, complete."""
         deltas: list[list[Delta]] = [[] for _ in range(job.choices)]
         ends: dict[int, ChoiceEnd] = {}
         async with await self.begin(job) as first, aclosing(self.run(job, first)) as events:
@@ -94,14 +94,14 @@ class Service:
         return [Choice(deltas[index], ends[index]) for index in range(job.choices)]
 
     def stop_thinking(self, id_: str) -> bool:
-        """End the reasoning of a job's replies; False: nothing of that id runs."""
+        """End the reasoning of a job's replies; False: no job of that id is running."""
         running = [stream for stream, of in list(self._streams.items()) if of == id_ and stream.is_open]
         for stream in running:
             stream.stop_thinking()
         return bool(running)
 
     def close(self) -> None:
-        """End what runs, and send away who waits."""
+        """End running replies, and refuse waiting requests."""
         self.slots.close()
         for stream in list(self._streams):
             stream.close()
@@ -109,7 +109,7 @@ class Service:
     async def _choice(
         self, job: Job, index: int, read: Sequence[asyncio.Event], first: Stream | None
     ) -> AsyncGenerator[ChoiceEvent]:
-        """One choice. Others of its prompt begin when the first has read it."""
+        """One choice. A prompt's other choices wait until the first has read it, and reuse its prefix."""
         rendering, here = job.rendering(), read[index // job.n]
         leads = index % job.n == 0
         reason: FinishReason | None = None
@@ -141,7 +141,7 @@ class Service:
         yield index, ChoiceEnd(reason, reply.stats, reply.tool_calls, reply.stop_string)
 
     async def _open(self, job: Job, index: int, *, shared: bool = False) -> Stream:
-        """A stream behind what was read before; what is kept gives way where memory is short."""
+        """Open a stream that reuses a cached prefix; if memory is short, clear the prefix cache and retry."""
         prompt, options = job.prompts[index // job.n], _seeded(job.options, index)
         await self._rows.acquire()
         try:
@@ -157,12 +157,12 @@ class Service:
         return stream
 
     async def _behind(self, prefix: Prefix, prompt: list[int], options: Options) -> Stream:
-        lent = [prefix]  # a stream that has ended may be remembered, its arrays are not
+        lent = [prefix]  # emptied at the end: a reference to the stream must not keep its arrays
 
         def ended(reply: Reply) -> None:
             self._rows.release()
             self.metrics.replied(reply)
-            # The next prompt of this conversation holds the answer, but no reasoning that led to no call.
+            # The conversation's next prompt leaves out this reasoning, unless it led to a tool call.
             kept = 0 if reply.thinking and not reply.tool_calls else len(reply.token_ids)
             self._keep(lent.pop(), len(prompt) + kept)
 
@@ -170,19 +170,19 @@ class Service:
             begin = partial(
                 self.model.stream_ids, prompt, prefix=prefix, batch=self._batch, on_end=ended, **options
             )
-            # A grammar, of a schema or of calls that have to be made, may take a while to compile.
+            # Compiling a grammar, for a schema or for required tool calls, may take a while.
             compiles = options.get("schema") or options.get("tools")
             stream = await asyncio.to_thread(begin) if compiles else begin()
         except MemoryLimitError:
             raise
-        except MagistralError:  # a mistake in the request: what was taken is as it was
+        except MagistralError:  # a mistake in the request: the prefix is unchanged
             self._keep(prefix, prefix.length)
             raise
         self._lent[stream] = lent
         return stream
 
     async def _share(self, stream: Stream) -> None:
-        """What the prompt of an open stream has read, for those that have the same."""
+        """Put a fork of an open stream's prompt into the prefix cache, for the other choices."""
 
         def share() -> None:
             for prefix in self._lent[stream]:
@@ -191,7 +191,7 @@ class Service:
         await asyncio.wrap_future(self.model.submit(share))
 
     def _keep(self, prefix: Prefix, length: int) -> None:
-        """For the prompts to come; on the model's thread, behind a step that may still be under way."""
+        """Return a prefix to the cache: on the model's thread, after a step that may still be running."""
         with suppress(ClosedError):
             self.model.submit(lambda: self.prefixes.put(prefix, length)).add_done_callback(_log)
 
@@ -202,13 +202,13 @@ def _log(kept: Future[None]) -> None:
 
 
 def _seeded(options: Options, index: int) -> Options:
-    """Each choice has its own seed, counted from the first one's."""
+    """Each choice has its own seed: the request's, plus the choice's index."""
     seed = options.get("seed")
     return options if seed is None else {**options, "seed": seed + index}
 
 
 async def _merged(sources: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[T]:
-    """What comes next of any of them, as it comes."""
+    """The items of all sources, as they come."""
     coming = {asyncio.ensure_future(anext(source)): source for source in sources}
     try:
         while coming:

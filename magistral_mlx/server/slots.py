@@ -1,6 +1,6 @@
-"""Slots to run in: so many at once, so many requests waiting behind them; all others learn when to come back.
+"""Admission control: a limit of running and one of waiting requests; all others are told when to retry.
 
-Knows asyncio, and nothing of what a slot is used for. All of it happens on one event loop.
+Knows asyncio. Does not know what a slot is used for. Everything runs on one event loop.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ from typing import Self
 
 
 class FullError(Exception):
-    """No room to run and none to wait. `retry_after`: seconds after which there may be some."""
+    """All slots are taken and the queue is full. `retry_after`: seconds after which there may be room."""
 
     def __init__(self, retry_after: int) -> None:
         super().__init__(f"all places are taken, also those in the queue; try again in {retry_after} s")
@@ -19,16 +19,16 @@ class FullError(Exception):
 
 
 class ClosingError(Exception):
-    """The server is ending; nobody new may run."""
+    """The server is shutting down: no further request may run."""
 
 
 class Slots:
-    """`running` at once in the order they came, `waiting` at most behind them."""
+    """At most `running` slots are taken at once, in order of arrival; at most `waiting` requests queue."""
 
     def __init__(self, *, running: int, waiting: int) -> None:
         self._most_running, self._most_waiting = running, waiting
         self._queue: deque[asyncio.Future[None]] = deque()
-        self._seconds = 1.0  # how long a slot is held, lately
+        self._seconds = 1.0  # how long a slot is held: a moving average
         self._closed = False
         self.running = 0
 
@@ -37,7 +37,7 @@ class Slots:
         return len(self._queue)
 
     async def take(self) -> "Slot":
-        """Wait for a turn.
+        """Wait for a slot.
 
         Raises:
             FullError: the queue is full.
@@ -52,7 +52,7 @@ class Slots:
         try:
             await turn
         except asyncio.CancelledError:
-            if not turn.cancelled() and turn.exception() is None:  # handed to us just as we left
+            if not turn.cancelled() and turn.exception() is None:  # got a slot just as the wait was cancelled
                 self._hand_on()
             raise
         finally:
@@ -61,7 +61,7 @@ class Slots:
         return Slot(self)
 
     def check(self) -> None:
-        """Raise what `take` would raise at once: before the work that only a request with a turn is worth."""
+        """Raise what `take` would raise at once: spares the work on a request that would be refused."""
         if self._closed:
             raise ClosingError("the server is shutting down")
         if self.running >= self._most_running and len(self._queue) >= self._most_waiting:
@@ -69,19 +69,19 @@ class Slots:
             raise FullError(min(math.ceil(self._seconds * turns), 600))
 
     def close(self) -> None:
-        """Send everybody who waits away; those who run may end."""
+        """Refuse all waiting requests; running ones may finish."""
         self._closed = True
         for turn in self._queue:
             if not turn.done():
                 turn.set_exception(ClosingError("the server is shutting down"))
 
     def give_back(self, seconds: float) -> None:
-        """A slot was held for so long, and is free."""
+        """Release a slot that was held for `seconds`."""
         self._seconds += (seconds - self._seconds) / 8
         self._hand_on()
 
     def _hand_on(self) -> None:
-        """To whoever waits longest, or to nobody."""
+        """Pass the slot to the request that has waited longest, or free it."""
         while self._queue:
             turn = self._queue.popleft()
             if not turn.done():
@@ -91,7 +91,7 @@ class Slots:
 
 
 class Slot:
-    """The right to run; given back once, however often it is released."""
+    """The right to run. Only the first `release` counts."""
 
     def __init__(self, slots: Slots) -> None:
         self._slots: Slots | None = slots

@@ -1,7 +1,7 @@
-"""The page at `/`: its files, and what a browser that shows it may do.
+"""The page at `/`: its files, and the content security policy for the browser.
 
-Whatever the page is made to show, it loads and asks nothing but this server, and runs no script but the files
-in `page`. Needs no key: it has nothing of the model's, and asks for the key where there is one.
+Whatever text the page shows, it connects to this server only, and runs no scripts but the files in `page`.
+Needs no key: the files hold nothing private, and the page asks for the key where there is one.
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ HEADERS = {
     "require-trusted-types-for 'script'; trusted-types dompurify",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",  # asked for again each time, and mostly not sent again
+    "Cache-Control": "no-cache",  # revalidated each time; an unchanged file is not sent again
 }
 
 

@@ -1,10 +1,11 @@
-"""What requests may hold: the published interface, checked by pydantic as they come in.
+"""Request bodies of OpenAI's API, validated by pydantic.
 
-Knows types and bounds. What a value means, and whether the model can do it, is `requests`' to know. Unknown
-fields are ignored: clients send many that a local model has no use for (`user`, `store`, `service_tier`).
+Knows types and bounds. Does not know what a value means, or whether the model supports it (`requests`).
+Unknown fields are ignored: clients send many that a local model has no use for (`user`, `store`,
+`service_tier`).
 
-A list is refused at its first mistake (`fail_fast`): a body has room for millions, and to tell of each would
-take a minute and gigabytes.
+A list is refused at its first mistake (`fail_fast`): a body has room for millions, and reporting them all
+would take a minute and gigabytes.
 """
 
 from typing import Annotated, Any, Literal, TypeAlias
@@ -32,7 +33,7 @@ class Wire(BaseModel):
 
 
 class Part(Wire):
-    """A piece of a message's content; only text can be read."""
+    """A part of a message's content; only text is supported."""
 
     type: str
     text: str | None = None
@@ -70,14 +71,14 @@ class Sampled(Wire):
     presence_penalty: float | None = None
     logit_bias: dict[str, Any] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Annotated[str, Field(max_length=1024)] | Stops | None = None  # an empty one is none
+    stop: Annotated[str, Field(max_length=1024)] | Stops | None = None  # empty: no stop string
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
 
 
 class ChatRequest(Sampled):
     """`POST /v1/chat/completions`.
 
-    think_budget: tokens of reasoning, after which the answer follows; goes before `reasoning_effort`.
+    think_budget: limit of reasoning tokens, then the answer follows; overrides that of `reasoning_effort`.
     """
 
     messages: Messages
@@ -93,7 +94,7 @@ class ChatRequest(Sampled):
 
 
 class CompletionRequest(Sampled):
-    """`POST /v1/completions`: text that is gone on with, as it stands; no template, no system prompt."""
+    """`POST /v1/completions`: continues a text as it stands; no template, no system prompt."""
 
     prompt: (
         str
@@ -108,7 +109,7 @@ class CompletionRequest(Sampled):
 
 
 class TokenizeRequest(Wire):
-    """`POST /v1/tokenize`: either text as it stands, or messages as a chat would send them."""
+    """`POST /v1/tokenize`: either a text as it stands, or the messages of a chat."""
 
     model: str | None = None
     prompt: str | None = None
