@@ -51,10 +51,10 @@ class MessageEncoder:
     def piece(self, index: int, delta: Delta) -> bytes:  # noqa: ARG002
         events = b""
         if delta.thinking:
-            events += self._within({"type": "thinking", "thinking": "", "signature": ""})
+            events += self._ensure_open({"type": "thinking", "thinking": "", "signature": ""})
             events += self._delta("thinking_delta", "thinking", delta.thinking)
         if delta.text:
-            events += self._within({"type": "text", "text": ""})
+            events += self._ensure_open({"type": "text", "text": ""})
             events += self._delta("text_delta", "text", delta.text)
         if delta.call:
             events += self._call(delta.call)
@@ -69,7 +69,7 @@ class MessageEncoder:
         return b""
 
     def failed(self, error: Exception) -> bytes:
-        return b"event: error\ndata: " + failures.of(error).as_anthropic + b"\n\n"
+        return b"event: error\ndata: " + failures.refusal(error).as_anthropic + b"\n\n"
 
     def whole(self, choices: Sequence[Choice]) -> bytes:
         [choice] = choices
@@ -88,10 +88,10 @@ class MessageEncoder:
         events = b""
         if piece.name is not None:
             block: dict[str, Any] = {"type": "tool_use", "id": piece.id, "name": piece.name, "input": {}}
-            events = self._close() + self._within(block)
+            events = self._close() + self._ensure_open(block)
         return events + self._delta("input_json_delta", "partial_json", piece.text)
 
-    def _within(self, block: dict[str, Any]) -> bytes:
+    def _ensure_open(self, block: dict[str, Any]) -> bytes:
         """The events that open `block`, unless one of its type is open."""
         if self._open == block["type"]:
             return b""

@@ -96,7 +96,7 @@ def _check(turn: Turn) -> None:
         case _:
             foreign = [block for block in turn.content if not isinstance(block, Text)]
     if foreign:
-        message = f"a message of the role {turn.role} has no blocks of the type {foreign[0].type}"
+        message = f"a message of the role {turn.role} cannot have blocks of the type {foreign[0].type}"
         raise RefusedError(400, message, param="messages", code="invalid_value")
 
 

@@ -34,7 +34,7 @@ def create_app(service: Service, rules: Rules) -> ASGIApp:
     app = FastAPI(title="magistral_mlx", version=version("magistral_mlx"), docs_url=None, redoc_url=None)
     app.state.service = service
     for base, raw in (("/v1", False), ("/raw/v1", True)):
-        app.include_router(_interface(service, raw=raw), prefix=base)
+        app.include_router(_openai(service, raw=raw), prefix=base)
     app.include_router(_anthropic(service), prefix="/v1")
     app.include_router(_about(service))
     app.router.routes += web.routes()
@@ -50,7 +50,7 @@ def create_app(service: Service, rules: Rules) -> ASGIApp:
     return Safety(counted, rules)
 
 
-def _interface(service: Service, *, raw: bool) -> APIRouter:
+def _openai(service: Service, *, raw: bool) -> APIRouter:
     """OpenAI's API under one base path; raw: the reasoning stays in the text, between its tags."""
     router = APIRouter(responses={"4XX": _ERROR, "5XX": _ERROR})
     tokenizer = service.model.tokenizer
@@ -81,7 +81,7 @@ def _interface(service: Service, *, raw: bool) -> APIRouter:
     async def stop_thinking(id_: str) -> None:
         """End the reasoning of a reply that is being streamed; the answer follows."""
         if not service.stop_thinking(id_):
-            raise RefusedError(404, "no reply of that id is being written", code="not_running")
+            raise RefusedError(404, "no reply of that id is running", code="not_running")
 
     @router.post("/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
@@ -168,11 +168,11 @@ class _Counted:
 async def _failed(request: Request, error: Exception) -> Response:
     match error:
         case RequestValidationError():
-            refused = failures.of_validation(error.errors())
+            refused = failures.validation_refusal(error.errors())
         case HTTPException():
             refused = RefusedError(error.status_code, str(error.detail), headers=error.headers)
         case _:
-            refused = failures.of(error)
+            refused = failures.refusal(error)
     return refused.response(request.url.path)
 
 

@@ -25,11 +25,11 @@ class CompletionEncoder(OpenAIEncoder):
     kind, piece_kind, prefix = "text_completion", "text_completion", "cmpl"
 
     def __init__(
-        self, model: str, tokenizer: Tokenizer, asked: CompletionRequest, echoes: Sequence[str]
+        self, model: str, tokenizer: Tokenizer, request: CompletionRequest, echoes: Sequence[str]
     ) -> None:
-        super().__init__(model, tokenizer, asked)
+        super().__init__(model, tokenizer, request)
         self._echoes = echoes
-        self._scored = asked.logprobs is not None
+        self._scored = request.logprobs is not None
         self._tables: dict[int, _Table] = {}
 
     def opening(self, index: int) -> bytes:
@@ -37,14 +37,14 @@ class CompletionEncoder(OpenAIEncoder):
 
     def piece(self, index: int, delta: Delta) -> bytes:
         table = self._table(index)
-        return self._piece(index, delta.text, logprobs=json.dumps(table and table.of([delta])))
+        return self._piece(index, delta.text, logprobs=json.dumps(table and table.columns([delta])))
 
     def ending(self, index: int, ended: ChoiceEnd) -> bytes:
         return self._piece(index, "", f'"{REASONS[ended.reason]}"')
 
     def choice(self, index: int, choice: Choice) -> dict[str, Any]:
         table = self._table(index)
-        logprobs = table and table.of(choice.deltas)
+        logprobs = table and table.columns(choice.deltas)
         text = self._echo(index) + choice.text
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": choice.reason}
 
@@ -71,10 +71,12 @@ class _Table:
         self._offset = 0  # of the next id
         self._length = 0  # of the text so far
 
-    def of(self, deltas: Sequence[Delta]) -> dict[str, Any]:
+    def columns(self, deltas: Sequence[Delta]) -> dict[str, Any]:
         """One entry for each id whose text is sent: none for ids after a stop string or for end of text."""
         self._length += sum(len(one.text) for one in deltas)
-        scored = [(logprob, self._next(logprob.id)) for one in deltas for logprob in one.logprobs if logprob]
+        scored = [
+            (logprob, self._advance(logprob.id)) for one in deltas for logprob in one.logprobs if logprob
+        ]
         rows = [(logprob, at) for logprob, at in scored if at < self._length]
         return {
             "tokens": [self._token(one.id) for one, _ in rows],
@@ -93,10 +95,10 @@ class _Table:
             likeliest.setdefault(self._token(id_), logprob)
         return likeliest
 
-    def _next(self, id_: int) -> int:
-        """Offset of the id's text; if it continues a character, the offset of that character."""
+    def _advance(self, id_: int) -> int:
+        """Step past an id. Returns the offset of its text; if it continues a character, of that character."""
         piece, (begun, _) = self._tokenizer.pieces[id_] or b"", self._decoder.getstate()
-        goes_on = piece[:1] in _CONTINUATIONS
-        at = self._offset + bool(begun and not goes_on)  # an incomplete character is one U+FFFD
+        continues = piece[:1] in _CONTINUATIONS
+        at = self._offset + bool(begun and not continues)  # an incomplete character is one U+FFFD
         self._offset += len(self._decoder.decode(piece))
         return at

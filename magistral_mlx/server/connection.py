@@ -18,30 +18,30 @@ class Connection(H11Protocol):
 
     head_seconds = 10.0
     send_seconds = 60.0
-    _head: asyncio.TimerHandle | None = None
-    _sending: asyncio.TimerHandle | None = None
+    _head_timer: asyncio.TimerHandle | None = None
+    _send_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._head = self.loop.call_later(self.head_seconds, transport.abort)
+        self._head_timer = self.loop.call_later(self.head_seconds, transport.abort)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self.cycle and not self.cycle.response_complete:  # a request is being answered
-            self._head = _cancelled(self._head)
-        elif self._head is None:  # the next request, or the rest of a body that was not read
-            self._head = self.loop.call_later(self.head_seconds, self.transport.abort)
+            self._head_timer = _cancelled(self._head_timer)
+        elif self._head_timer is None:  # the next request, or the rest of a body that was not read
+            self._head_timer = self.loop.call_later(self.head_seconds, self.transport.abort)
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._sending = self.loop.call_later(self.send_seconds, self.transport.abort)
+        self._send_timer = self.loop.call_later(self.send_seconds, self.transport.abort)
 
     def resume_writing(self) -> None:
-        self._sending = _cancelled(self._sending)
+        self._send_timer = _cancelled(self._send_timer)
         super().resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._head, self._sending = _cancelled(self._head), _cancelled(self._sending)
+        self._head_timer, self._send_timer = _cancelled(self._head_timer), _cancelled(self._send_timer)
         super().connection_lost(exc)
 
 

@@ -75,18 +75,18 @@ class _Events(EventSourceResponse):
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """Await `work`; if the client disconnects first, cancel it and raise."""
-    task, left = asyncio.ensure_future(work), asyncio.ensure_future(_left(request))
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
     try:
-        await asyncio.wait((task, left), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        raise RefusedError(GONE, "the client has left")
+        raise RefusedError(GONE, "the client has disconnected")
     finally:
-        for one in (task, left):
+        for one in (task, gone):
             one.cancel()
-        await asyncio.gather(task, left, return_exceptions=True)
+        await asyncio.gather(task, gone, return_exceptions=True)
 
 
-async def _left(request: Request) -> None:
+async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -1,7 +1,7 @@
 """Errors in the formats that clients expect: OpenAI's, and under `/v1/messages` Anthropic's.
 
 Knows the status of each error of the library. Messages written here do not quote the request, and all are cut
-to `MOST` characters: a request may be long, private, or invalid Unicode.
+to `MAX_MESSAGE` characters: a request may be long, private, or invalid Unicode.
 """
 
 import json
@@ -19,7 +19,7 @@ from .slots import ClosingError, FullError
 logger = logging.getLogger(__name__)
 
 
-MOST = 1000
+MAX_MESSAGE = 1000
 """Characters of an error message: the library's may quote a request, which may be a book."""
 
 
@@ -35,7 +35,7 @@ class RefusedError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(message if len(message) <= MOST else f"{message[:MOST]}…")
+        super().__init__(message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]}…")
         self.status, self.param, self.code = status, param, code
         self.headers = dict(headers or {})
 
@@ -77,7 +77,7 @@ def unsupported(param: str, message: str) -> RefusedError:
     return RefusedError(400, message, param=param, code="unsupported")
 
 
-def of(error: Exception) -> RefusedError:
+def refusal(error: Exception) -> RefusedError:
     """What the client gets for any exception."""
     match error:
         case RefusedError():
@@ -98,12 +98,12 @@ def of(error: Exception) -> RefusedError:
     return refused
 
 
-def of_validation(errors: Sequence[Any]) -> RefusedError:
+def validation_refusal(errors: Sequence[Any]) -> RefusedError:
     """The first mistake in a body, with the path of its field."""
     first = cast("dict[str, Any]", errors[0])
     place = [str(part) for part in first["loc"] if part != "body"]
     if first["type"] == "json_invalid":
-        return RefusedError(400, "the body is no JSON", code="invalid_json")
+        return RefusedError(400, "the body is not JSON", code="invalid_json")
     if not place:
         message = "the body: expected a JSON object, sent with Content-Type: application/json"
         return RefusedError(400, message, code="invalid_value")
@@ -113,6 +113,6 @@ def of_validation(errors: Sequence[Any]) -> RefusedError:
 
 def log(error: Exception) -> None:
     """Log an internal error: its type and traceback, not its message, which may quote the request."""
-    if of(error).code == "internal_error":
+    if refusal(error).code == "internal_error":
         places = "".join(traceback.format_tb(error.__traceback__))
         logger.error("internal error, %s:\n%s", type(error).__name__, places)

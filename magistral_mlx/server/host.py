@@ -17,7 +17,7 @@ from magistral_mlx.errors import ServerError
 from .connection import Connection
 
 _REMEDIES = {
-    errno.EADDRINUSE: "choose another --port, or end what holds it",
+    errno.EADDRINUSE: "choose another --port, or end the program that uses it",
     errno.EACCES: "choose a --port above 1023",
 }
 _OTHER_HOST = "--host is an address of this machine, such as 127.0.0.1, or 0.0.0.0 for all of them"
@@ -74,6 +74,6 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         bound.close()
         remedy = _REMEDIES.get(error.errno or 0, _OTHER_HOST)
-        raise ServerError(f"{host}:{port} cannot be listened on ({error}); {remedy}") from error
+        raise ServerError(f"cannot listen on {host}:{port} ({error}); {remedy}") from error
     bound.listen(128)
     return bound

@@ -21,12 +21,12 @@ class Metrics:
     def __init__(self, slots: "Slots", prefixes: "Prefixes") -> None:
         self._registry = registry = CollectorRegistry()
         self._requests = Counter(
-            "magistral_requests", "Answers by path and status", ["path", "status"], registry=registry
+            "magistral_requests", "Responses by path and status", ["path", "status"], registry=registry
         )
         self._replies = Counter(
-            "magistral_replies", "Replies by how they ended", ["reason"], registry=registry
+            "magistral_replies", "Replies by finish reason", ["reason"], registry=registry
         )
-        self._tokens = Counter("magistral_tokens", "Tokens by what they were", ["kind"], registry=registry)
+        self._tokens = Counter("magistral_tokens", "Tokens by kind", ["kind"], registry=registry)
         self._first = Histogram(
             "magistral_first_token_seconds",
             "From a reply's start to its first token",
@@ -34,9 +34,9 @@ class Metrics:
             registry=registry,
         )
         for name, text, read in (
-            ("running", "Requests that run now", lambda: slots.running),
+            ("running", "Requests running now", lambda: slots.running),
             ("waiting", "Requests in the queue", lambda: slots.waiting),
-            ("prefix_cache_bytes", "Kept of what earlier prompts read", lambda: prefixes.nbytes),
+            ("prefix_cache_bytes", "KV cache kept of earlier prompts", lambda: prefixes.nbytes),
         ):
             Gauge(f"magistral_{name}", text, registry=registry).set_function(read)
 

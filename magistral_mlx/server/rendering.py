@@ -29,7 +29,7 @@ class Rendering(Protocol):
         ...
 
     @property
-    def late(self) -> bool:
+    def holds_back(self) -> bool:
         """Whether the text of an event may be held back until a later one."""
         ...
 
@@ -39,7 +39,7 @@ class Rendering(Protocol):
 class SeparateReasoning:
     """Reasoning and answer as two separate texts."""
 
-    stopped = late = False
+    stopped = holds_back = False
 
     def render(self, event: Event) -> Delta:
         match event:
@@ -56,7 +56,7 @@ class SeparateReasoning:
 class TaggedReasoning:
     """One text in the format of the model's template: `<think>`, the reasoning, `</think>`, the answer."""
 
-    stopped = late = False
+    stopped = holds_back = False
 
     def __init__(self) -> None:
         self._open = False
@@ -69,13 +69,13 @@ class TaggedReasoning:
             case ThinkToken(text=text):
                 return Delta(text=text)
             case AnswerToken(text=text):
-                return Delta(text=self._closed() + text)
+                return Delta(text=self._close() + text)
             case ToolCallToken():
-                return Delta(text=self._closed(), call=event)
+                return Delta(text=self._close(), call=event)
             case Finished(stats=stats):
-                return Delta(text=self._closed() if stats.answer_tokens else "")
+                return Delta(text=self._close() if stats.answer_tokens else "")
 
-    def _closed(self) -> str:
+    def _close(self) -> str:
         was_open, self._open = self._open, False
         return f"\n{CLOSE}\n\n" if was_open else ""
 
@@ -83,7 +83,7 @@ class TaggedReasoning:
 class RawText:
     """The decoded text of all ids, up to a stop string."""
 
-    late = True
+    holds_back = True
 
     def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...]) -> None:
         self._detokenizer = tokenizer.detokenizer()

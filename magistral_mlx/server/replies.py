@@ -84,10 +84,10 @@ class OpenAIEncoder:
 
     kind = piece_kind = prefix = ""
 
-    def __init__(self, model: str, tokenizer: Tokenizer, asked: Sampled) -> None:
+    def __init__(self, model: str, tokenizer: Tokenizer, request: Sampled) -> None:
         self._tokenizer = tokenizer
-        self._n = asked.n or 1
-        self._counted = bool(asked.stream_options and asked.stream_options.include_usage)
+        self._n = request.n or 1
+        self._include_usage = bool(request.stream_options and request.stream_options.include_usage)
         self._about = {
             "id": f"{self.prefix}-{secrets.token_hex(12)}",
             "created": int(time.time()),
@@ -104,11 +104,11 @@ class OpenAIEncoder:
         raise NotImplementedError
 
     def last(self, ends: Sequence[ChoiceEnd]) -> bytes:
-        counted = f'{self._head}[], "usage": {json.dumps(self._usage(ends))}}}\n\n'.encode()
-        return (counted if self._counted else b"") + b"data: [DONE]\n\n"
+        usage = f'{self._head}[], "usage": {json.dumps(self._usage(ends))}}}\n\n'.encode()
+        return (usage if self._include_usage else b"") + b"data: [DONE]\n\n"
 
     def failed(self, error: Exception) -> bytes:
-        return b"data: " + failures.of(error).body + b"\n\n"
+        return b"data: " + failures.refusal(error).body + b"\n\n"
 
     def whole(self, choices: Sequence[Choice]) -> bytes:
         encoded = [self.choice(index, choice) for index, choice in enumerate(choices)]

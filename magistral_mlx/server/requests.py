@@ -31,7 +31,7 @@ def chat(request: ChatRequest, tokenizer: Tokenizer) -> tuple[Dialogue, Options]
     budget = EFFORTS.get(request.reasoning_effort or "high")
     if request.logprobs:
         options["logprobs"] = request.top_logprobs or 0
-    return messages, options | _tools(request) | _shape(request) | Options(
+    return messages, options | _tools(request) | _schema(request) | Options(
         max_tokens=limit,
         think=request.reasoning_effort != "none",
         think_budget=budget if request.think_budget is None else request.think_budget,
@@ -42,11 +42,11 @@ def chat(request: ChatRequest, tokenizer: Tokenizer) -> tuple[Dialogue, Options]
 def completion(request: CompletionRequest, tokenizer: Tokenizer) -> tuple[list[list[int]], Options]:
     """Prompts as ids, texts with the BOS id in front, and the options of their completions."""
     if request.suffix:
-        raise unsupported("suffix", "this model goes on with a text; it cannot fill the gap before a suffix")
+        raise unsupported("suffix", "suffix is not supported: the model can only continue a text")
     if request.echo and request.logprobs is not None:
         raise unsupported("logprobs", "a prompt has no logprobs here; ask for echo or for logprobs")
     if (request.best_of or 1) > 1:
-        raise unsupported("best_of", "best_of is not done by this server; ask for n and choose")
+        raise unsupported("best_of", "best_of is not supported; request n choices and pick one")
     options = _sampled(request)
     options["max_tokens"] = request.max_tokens or COMPLETION_TOKENS
     options["logprobs"] = request.logprobs
@@ -116,7 +116,7 @@ def _text(message: Message, at: int) -> str:
 
 def _part(part: Part, at: int) -> str:
     if part.type != "text" or part.text is None:
-        raise unsupported(f"messages.{at}.content", "only parts of the type text can be read")
+        raise unsupported(f"messages.{at}.content", "only parts of the type text are supported")
     return part.text
 
 
@@ -124,7 +124,7 @@ def _sampled(request: Sampled) -> Options:
     """The options that chat and plain completions share: sampling, seed and stop strings."""
     for name in ("frequency_penalty", "presence_penalty", "logit_bias"):
         if getattr(request, name):
-            raise unsupported(name, f"{name} is not done by this server; repetition_penalty is")
+            raise unsupported(name, f"{name} is not supported; repetition_penalty is")
     names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     given = {name: value for name in names if (value := getattr(request, name)) is not None}
     options = Options(sampling=Sampling(**given), stop=stops(request))
@@ -150,7 +150,7 @@ def _tools(request: ChatRequest) -> Options:
     return {"tools": request.tools, "tool_choice": choice or "auto", "parallel_tool_calls": several}
 
 
-def _shape(request: ChatRequest) -> Options:
+def _schema(request: ChatRequest) -> Options:
     """The format of the answer as a schema; the library refuses one that it cannot enforce."""
     wanted: Any = request.response_format
     match wanted:
@@ -182,6 +182,6 @@ def _ids(prompt: str | list[int], tokenizer: Tokenizer) -> list[int]:
         return [tokenizer.bos_id, *tokenizer.encode(prompt)]
     if not prompt or not all(0 <= id_ < tokenizer.vocab_size for id_ in prompt):
         raise RefusedError(
-            400, f"ids are from 0 to {tokenizer.vocab_size - 1}, and one at least", param="prompt"
+            400, f"expected at least one id, each from 0 to {tokenizer.vocab_size - 1}", param="prompt"
         )
     return prompt

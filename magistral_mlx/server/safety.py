@@ -64,20 +64,28 @@ class Safety:
         try:
             self._check(scope)
             body = await self._body(scope, receive)
-            await self._app(scope, _again(body, receive), sending)
+            await self._app(scope, _replayed(body, receive), sending)
         except Exception as error:  # noqa: BLE001 -- the outermost handler: no client gets a traceback
             failures.log(error)
             if not began:
-                await failures.of(error).response(scope["path"])(scope, receive, send)
+                await failures.refusal(error).response(scope["path"])(scope, receive, send)
 
     def _check(self, scope: Scope) -> None:
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         host = headers.get(b"host", "")
         if not self._knows(_name(host)):
-            raise RefusedError(403, "this server is not called by that Host", code="foreign_host")
+            raise RefusedError(
+                403,
+                "this server does not answer to that Host; serve --allow-host adds one",
+                code="foreign_host",
+            )
         origin = headers.get(b"origin")
         if origin is not None and origin not in self._rules.origins and not _same(origin, host):
-            raise RefusedError(403, "requests of other sites' pages are refused", code="foreign_origin")
+            raise RefusedError(
+                403,
+                "requests from other sites' pages are refused; serve --allow-origin allows one",
+                code="foreign_origin",
+            )
         unlocked = scope["path"] in OPEN_PATHS or scope["path"].startswith(OPEN_FILES)
         if self._rules.key is None or unlocked or scope["method"] == "OPTIONS":
             return
@@ -108,7 +116,7 @@ class Safety:
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
-                raise RefusedError(failures.GONE, "the client has left")
+                raise RefusedError(failures.GONE, "the client has disconnected")
             parts.append(message.get("body", b""))
             size += len(parts[-1])
             if size > self._rules.body_bytes:
@@ -118,7 +126,7 @@ class Safety:
         return b"".join(parts)
 
 
-def _again(body: bytes | None, receive: Receive) -> Receive:
+def _replayed(body: bytes | None, receive: Receive) -> Receive:
     """`receive` that first returns the body, which was read already."""
     waiting = [body] if body is not None else []
 

@@ -75,7 +75,7 @@ class Service:
 
     async def run(self, job: Job, first: Stream) -> AsyncGenerator[ChoiceEvent]:
         """All choices of a job concurrently: their events, as they come."""
-        read = [asyncio.Event() for _ in job.prompts]
+        read = [asyncio.Event() for _ in job.prompts]  # set when a prompt has been read
         choices = [self._choice(job, index, read, None if index else first) for index in range(job.choices)]
         async with aclosing(_merged(choices)) as events:
             async for event in events:
@@ -110,23 +110,23 @@ class Service:
         self, job: Job, index: int, read: Sequence[asyncio.Event], first: Stream | None
     ) -> AsyncGenerator[ChoiceEvent]:
         """One choice. A prompt's other choices wait until the first has read it, and reuse its prefix."""
-        rendering, here = job.rendering(), read[index // job.n]
+        rendering, prompt_read = job.rendering(), read[index // job.n]
         leads = index % job.n == 0
         reason: FinishReason | None = None
         try:
             if not leads:
-                await here.wait()
+                await prompt_read.wait()
             async with first or await self._open(job, index, shared=not leads) as stream:
                 received = sent = 0  # ids
                 async for event in stream:
-                    if leads and job.n > 1 and not here.is_set():
+                    if leads and job.n > 1 and not prompt_read.is_set():
                         await self._share(stream)
-                        here.set()
+                        prompt_read.set()
                     received += len(event.token_ids)
                     if any(delta := rendering.render(event)):
                         logprobs = stream.logprobs[sent:received] if delta.text else ()
                         yield index, delta._replace(logprobs=logprobs) if logprobs else delta
-                    if any(delta) or not rendering.late:
+                    if any(delta) or not rendering.holds_back:
                         sent = received
                     if isinstance(event, Finished):
                         reason = event.reason
@@ -134,7 +134,7 @@ class Service:
                         reason = "stop"
                         break
         finally:
-            here.set()
+            prompt_read.set()
         if reason is None:  # closed by `close`
             raise ClosingError
         reply = stream.reply
@@ -146,17 +146,17 @@ class Service:
         await self._rows.acquire()
         try:
             try:
-                stream = await self._behind(self.prefixes.take(prompt, shared=shared), prompt, options)
+                stream = await self._stream(self.prefixes.take(prompt, shared=shared), prompt, options)
             except MemoryLimitError:
                 self.prefixes.clear()
-                stream = await self._behind(self.prefixes.take(prompt), prompt, options)
+                stream = await self._stream(self.prefixes.take(prompt), prompt, options)
         except BaseException:
             self._rows.release()
             raise
         self._streams[stream] = job.id
         return stream
 
-    async def _behind(self, prefix: Prefix, prompt: list[int], options: Options) -> Stream:
+    async def _stream(self, prefix: Prefix, prompt: list[int], options: Options) -> Stream:
         lent = [prefix]  # emptied at the end: a reference to the stream must not keep its arrays
 
         def ended(reply: Reply) -> None:

@@ -14,7 +14,7 @@ class FullError(Exception):
     """All slots are taken and the queue is full. `retry_after`: seconds after which there may be room."""
 
     def __init__(self, retry_after: int) -> None:
-        super().__init__(f"all places are taken, also those in the queue; try again in {retry_after} s")
+        super().__init__(f"the server is busy and its queue is full; try again in {retry_after} s")
         self.retry_after = retry_after
 
 
@@ -53,7 +53,7 @@ class Slots:
             await turn
         except asyncio.CancelledError:
             if not turn.cancelled() and turn.exception() is None:  # got a slot just as the wait was cancelled
-                self._hand_on()
+                self._pass_on()
             raise
         finally:
             if turn in self._queue:
@@ -78,9 +78,9 @@ class Slots:
     def give_back(self, seconds: float) -> None:
         """Release a slot that was held for `seconds`."""
         self._seconds += (seconds - self._seconds) / 8
-        self._hand_on()
+        self._pass_on()
 
-    def _hand_on(self) -> None:
+    def _pass_on(self) -> None:
         """Pass the slot to the request that has waited longest, or free it."""
         while self._queue:
             turn = self._queue.popleft()

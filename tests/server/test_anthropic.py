@@ -1,4 +1,4 @@
-"""Anthropic's interface: the official client, the blocks and events it reads, and what is refused."""
+"""Anthropic's API: the official client, the blocks and events it reads, and what is refused."""
 
 import asyncio
 import json
@@ -35,9 +35,9 @@ MESSAGES = "/v1/messages"
 USER = {"role": "user", "content": QUESTION}
 PLAIN: dict[str, Any] = {"model": "any", "max_tokens": 2000, "messages": [USER]}
 ASK: dict[str, Any] = PLAIN | {"temperature": 0}
-"""As it goes over the wire."""
+"""As in the HTTP body."""
 ASKED: dict[str, Any] = PLAIN | {"extra_body": {"temperature": 0}}
-"""The same for the client, whose newer versions have no name for it."""
+"""The same for the client, whose newer versions have no parameter for it."""
 WEATHER = {
     "name": "weather",
     "description": "Of a city.",
@@ -57,7 +57,7 @@ def client(served: Running) -> Iterator[Anthropic]:
 
 @pytest.fixture(scope="module")
 def said(served: Running) -> Reply:
-    """What the library says to the same question."""
+    """The library's reply to the same question."""
     return served.service.model.ask(QUESTION, sampling=Sampling(temperature=0))
 
 
@@ -86,7 +86,7 @@ def test_a_stream_builds_the_same_message(client: Anthropic):
 
 
 def test_the_events_themselves(served: Running, said: Reply):
-    """In the order that the interface promises, and each named twice."""
+    """In the order that the API promises, each with its name in the event and in the data."""
     told = served.post(MESSAGES, ASK | {"stream": True})
     assert told.headers["content-type"].startswith("text/event-stream")
     events = [lines.split("\n") for lines in told.body.decode().replace("\r", "").strip().split("\n\n")]
@@ -190,7 +190,7 @@ def test_results_go_back_in(caller: Running):
 
 
 def test_a_call_that_breaks_off_is_no_call(tiny_tokenizer: Callable[[str], Tokenizer]):
-    """Its preview was streamed; the reason says that there is nothing to run."""
+    """A preview of the call was streamed; the stop reason says that there is nothing to run."""
     tokenizer = tiny_tokenizer("v11")
     broken = ids_of(tokenizer, 'Look.[TOOL_CALLS]weather[ARGS]{"city": "Pa')
     with scripted(tokenizer, broken) as model, Running(model) as server, client_of(server) as client:
@@ -260,7 +260,7 @@ DELTAS |= {"tool_use": ("input_json_delta", "partial_json")}
 
 
 def built(told: bytes) -> list[tuple[str, str]]:
-    """The kind and content of each block, by the rules of the interface: one at a time is open, and grows."""
+    """The type and content of each block, by the API's rules: one at a time is open, and grows."""
     blocks: list[tuple[str, str]] = []
     is_open = False
     for event in (json.loads(lines.split(b"\ndata: ")[1]) for lines in told.strip().split(b"\n\n") if lines):
@@ -301,7 +301,7 @@ def call_piece(text: str) -> ToolCallToken:
 
 @given(HEARD)
 def test_whatever_is_said_is_in_blocks(deltas: list[Delta]):
-    deltas = [  # a call goes on only where one is open
+    deltas = [  # a call is continued only where one is open
         one
         for at, one in enumerate(deltas)
         if not one.call or one.call.name or (at and deltas[at - 1].call and deltas[at - 1].call.name)
@@ -323,7 +323,7 @@ def test_whatever_is_said_is_in_blocks(deltas: list[Delta]):
 
 
 def test_half_a_surrogate_pair_in_arguments():
-    """It is JSON, and no Unicode."""
+    """It is valid JSON, but not valid Unicode."""
     call = ToolCall(id="abcdefghi", name="f", arguments='{"a": "\\ud800"}')
     choice = Choice([], ChoiceEnd("tool_calls", Stats(), (call,)))
     [block] = json.loads(MessageEncoder("demo", prompt_tokens=1).whole([choice]))["content"]

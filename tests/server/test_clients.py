@@ -21,7 +21,7 @@ from magistral_mlx.server.safety import Rules
 from tests.serving import ASK, HUB_ID, QUESTION, Running
 
 CARD = (Path(__file__).parents[1] / "card_client.txt").read_text(encoding="utf-8")
-"""The client on the model card of Magistral-Small-2506, as it stands there."""
+"""The client on the model card of Magistral-Small-2506, unchanged."""
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def run_card(base_url: str, hub_cache: Path, **environment: str) -> str:
 
 
 def test_the_model_cards_script(served: Running, hub_cache: Path):
-    """Only its address is changed; the prompt that it fetches and sends is there once, not twice."""
+    """Only its address is changed; the system prompt that it fetches and sends is there once, not twice."""
     thought = "<think>\nThis is not small arithmetic."
     raw = run_card(f"{served.url}/raw/v1", hub_cache)
     assert raw.startswith(thought)

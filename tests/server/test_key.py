@@ -1,4 +1,4 @@
-"""The key of a server: whence it comes, and which it takes, before anything is loaded."""
+"""The server's API key: where it comes from, and which are valid, checked before anything is loaded."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Many clients at once, some of whom leave: everybody else is served, and nothing is left behind."""
+"""Many clients at once, some of which disconnect: all others are served, and nothing leaks."""
 
 import asyncio
 import os
@@ -28,7 +28,7 @@ Right = dict[tuple[str, int, bool], str]
 
 
 def answers(server: Running, *, think: tuple[bool, ...]) -> Right:
-    """What is right: what the library says to the same question with the same seed."""
+    """The expected answers: the library's, to the same questions with the same seeds."""
     ask, seeds = server.service.model.ask, range(SEEDS)
     return {
         (q, seed, t): ask(q, seed=seed, think=t).answer for q in QUESTIONS for seed in seeds for t in think
@@ -72,7 +72,7 @@ async def crowd(server: Running, clients: int, requests: int, right: Right) -> l
 
 
 def serve(server: Running, right: Right, clients: int, requests: int) -> None:
-    asyncio.run(crowd(server, clients, clients, right))  # what is allocated once and kept is there now
+    asyncio.run(crowd(server, clients, clients, right))  # everything that is allocated once exists now
     before = server.rest()
     went = asyncio.run(crowd(server, clients, requests, right))
     assert len(went) == requests

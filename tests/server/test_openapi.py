@@ -1,4 +1,4 @@
-"""The published interface, attacked by schemathesis: whatever it allows or forbids, never a 5xx."""
+"""The OpenAPI schema, attacked by schemathesis: whatever it allows or forbids, never a 5xx."""
 
 import pytest
 import schemathesis
@@ -42,7 +42,7 @@ def attack(served: Running, method: str, path: str, examples: int) -> None:
         database=None,
     )
     def asked(case: schemathesis.Case) -> None:
-        if isinstance(case.body, dict):  # right or wrong, but not long
+        if isinstance(case.body, dict):  # valid or not, but a short reply
             for name in {"max_tokens", *case.body} & {"max_tokens", "max_completion_tokens"}:
                 if isinstance(case.body.get(name, 2), int | None) and (case.body.get(name) or 2) > 1:
                     case.body[name] = 1

@@ -1,4 +1,4 @@
-"""The page as its reader meets it: in a browser without a window, against the real server."""
+"""The page in a headless browser, against the real server."""
 
 import os
 import re
@@ -38,7 +38,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def visit(browser: Browser) -> Iterator[Callable[..., Page]]:
-    """A page that asks nothing of anybody else, and of which nothing breaks."""
+    """A page that must not send requests elsewhere or log errors."""
     contexts, wrong, asked = [], [], []
 
     def visited(address: str, **how) -> Page:
@@ -60,7 +60,7 @@ def visit(browser: Browser) -> Iterator[Callable[..., Page]]:
 
 
 def ask(page: Page, text: str) -> Locator:
-    """Send a message; the place of its reply."""
+    """Send a message; returns the element of its reply."""
     at = page.locator("#turns > li").count()
     page.fill("#question", text)
     page.press("#question", "Enter")
@@ -201,10 +201,10 @@ def test_thinking_is_seen_and_ended(visit, slow):
     expect(reply.locator("summary")).to_contain_text("Thinking")
     expect(page.locator("#send")).to_be_hidden()
     reply.locator(".answer-now").click()
-    expect(reply.locator("summary")).to_be_focused()  # and not nothing: the button is gone
+    expect(reply.locator("summary")).to_be_focused()  # focus is not lost with the button
     expect(reply).to_have_attribute(
         "data-phase", "answering"
-    )  # the scripted model says the rest as its answer
+    )  # the scripted model writes the rest as its answer
     expect(reply.locator(".reasoning")).to_be_hidden()
     expect(reply.locator("summary")).to_contain_text("Thought for")
     expect(reply.locator(".text")).to_contain_text("on and on")
@@ -285,7 +285,7 @@ def test_what_goes_wrong_is_told_and_may_be_tried_again(visit, served):
 
 @pytest.fixture(scope="module")
 def sheet(browser, served) -> Iterator[Page]:
-    """A page for texts alone."""
+    """A page that only renders texts."""
     with browser.new_context() as context:
         page = context.new_page()
         page.goto(served.url)
@@ -293,7 +293,7 @@ def sheet(browser, served) -> Iterator[Page]:
 
 
 def shown(page: Page, text: str) -> Locator:
-    """A text of the model's, as the page shows it."""
+    """A text of the model, as the page renders it."""
     page.evaluate(
         """async (text) => {
             const { show } = await import('/page/markdown.js');
@@ -431,7 +431,7 @@ def test_on_a_phone(visit, served):
     for size in page.locator("#settings :is(input:not([type=checkbox]), textarea)").evaluate_all(
         "fields => fields.map((field) => parseFloat(getComputedStyle(field).fontSize))"
     ):
-        assert size >= 16  # a phone zooms into what is smaller
+        assert size >= 16  # a phone zooms into smaller ones
     page.locator("#settings menu button:not(.quiet)").tap()
     shown(
         page, "```\n" + "x" * 300 + "\n```\n\n$$" + "x+" * 100 + "x$$\n\n|" + " a |" * 30 + "\n|" + "--|" * 30

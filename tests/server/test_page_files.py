@@ -1,4 +1,4 @@
-"""The page's files, as they lie there: nothing from elsewhere, nothing inline, all as recorded."""
+"""The page's files: nothing from elsewhere, nothing inline, vendored files with their recorded hashes."""
 
 import hashlib
 import json
@@ -124,7 +124,7 @@ def light(colour: str) -> float:
 
 @pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
 def test_text_can_be_read(scheme: int):
-    """WCAG's 4.5 : 1 of every colour of text on every ground that it may stand on."""
+    """WCAG's 4.5 : 1 for every text colour on every background that it may have."""
     style = (PAGE / "style.css").read_text()
     pairs = re.findall(r"--([\w-]+): light-dark\((#\w{6}), (#\w{6})\)", style)
     colours = {name: light(pair[scheme]) for name, *pair in pairs}

@@ -1,4 +1,4 @@
-"""Requests → the library's messages and options; its events → what a client reads."""
+"""Requests → the library's messages and options; its events → responses."""
 
 from typing import Any
 
@@ -173,7 +173,7 @@ MANY = 10_000
     ids=lambda value: repr(value)[:60],
 )
 def test_of_many_mistakes_few_are_told(kind: type[Wire], body: dict[str, Any]):
-    """Each takes its time and memory, and a body can hold millions of them."""
+    """Reporting each takes time and memory, and a body can hold millions of them."""
     with pytest.raises(ValidationError) as told:
         kind.model_validate(body)
     assert told.value.error_count() < 10

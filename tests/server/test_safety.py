@@ -1,4 +1,4 @@
-"""Who is refused, what is too much, and that nothing whatever brings the server down."""
+"""Access rules, limits of size and time, and that no request brings the server down."""
 
 import json
 import logging
@@ -24,7 +24,7 @@ CHAT = "/v1/chat/completions"
 
 @pytest.fixture(scope="module")
 def guarded(served: Running) -> Iterator[Running]:
-    """A key is set, bodies are small and must be quick, one more name and one site are allowed."""
+    """A key is set, bodies must be small and quick, one more host and one origin are allowed."""
     rules = Rules(
         key="secret",
         hosts=LOOPBACK | {"mac.local"},
@@ -114,7 +114,7 @@ def test_the_key(guarded: Running, headers: dict[str, str], known: bool):
 
 
 def test_large_bodies_are_refused_as_they_come(guarded: Running):
-    """Also one that does not say how large it is, and never ends."""
+    """Also one without Content-Length that never ends."""
     key = {"x-api-key": "secret"}
     assert guarded.post(CHAT, b"[" * 30_000, **key).status == 413
     with guarded.socket() as line:
@@ -125,7 +125,7 @@ def test_large_bodies_are_refused_as_they_come(guarded: Running):
 
 
 def flood(line: socket.socket) -> bytes:
-    """Send chunks until somebody answers, or closes."""
+    """Send chunks until the server answers or closes."""
     line.settimeout(0.01)
     for _ in range(1000):
         with suppress(OSError):
@@ -150,7 +150,7 @@ class Hasty(Connection):
 
 @pytest.fixture(scope="module")
 def hasty(served: Running) -> Iterator[Running]:
-    """Waits for nobody; a key is set."""
+    """Has short timeouts; a key is set."""
     with Running(served.service.model, rules=Rules(key="secret"), connection=Hasty) as running:
         yield running
 
@@ -170,7 +170,7 @@ HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
     ids=["nothing", "a beginning", "headers", "a second request", "a body after the answer"],
 )
 def test_lines_that_come_byte_by_byte_are_closed(hasty: Running, said: bytes, answers: int):
-    """However long each byte may still wait for the next."""
+    """However short the pauses between the bytes."""
     with hasty.socket() as line:
         line.sendall(said)
         line.settimeout(0.1)
@@ -183,7 +183,7 @@ def test_lines_that_come_byte_by_byte_are_closed(hasty: Running, said: bytes, an
                     answered += received
                 if said:
                     line.sendall(b"x")
-        except OSError:  # it was closed while we spoke
+        except OSError:  # closed while we were sending
             pass
         assert answered.count(b"HTTP/1.1 ") == answers
     until(lambda: not hasty.host.server_state.connections)
@@ -240,8 +240,10 @@ def test_an_error_in_mid_stream_is_told_there(served: Running, monkeypatch: pyte
 
 
 def test_an_address_that_is_taken():
-    with pytest.raises(ServerError, match=r"192\.0\.2\.1:0 cannot .*; --host is an address of this machine"):
-        bind("192.0.2.1", 0)  # an address for documentation: nobody's
+    with pytest.raises(
+        ServerError, match=r"cannot listen on 192\.0\.2\.1:0 .*; --host is an address of this machine"
+    ):
+        bind("192.0.2.1", 0)  # reserved for documentation: not this machine's
     with bind("127.0.0.1", 0) as first, pytest.raises(ServerError, match="choose another --port"):
         bind("127.0.0.1", first.getsockname()[1])
 
@@ -299,7 +301,7 @@ def test_hostile_bodies(served: Running, body: bytes):
 
 
 def broken(seed: int) -> bytes:
-    """A request, damaged: bytes changed, lost, doubled, or values of other types in its places."""
+    """A damaged request: bytes changed, lost or doubled, or values of other types in its fields."""
     rng = random.Random(seed)
     if rng.random() < 0.3:
         return rng.choice(HOSTILE) + rng.randbytes(rng.randrange(3))
@@ -322,7 +324,7 @@ def broken(seed: int) -> bytes:
 
 
 def send_somehow(server: Running, seed: int) -> bytes:
-    """Send a broken body in a broken way; returns the first bytes of the answer, none if it was closed."""
+    """Send a broken body in a broken way; returns the response's first bytes, none if it was closed."""
     rng, body = random.Random(-seed), broken(seed)
     headers = [
         "Host: localhost",
@@ -345,7 +347,7 @@ def send_somehow(server: Running, seed: int) -> bytes:
             if manner in ("half-closed", "long"):
                 line.shutdown(socket.SHUT_WR)
             return line.recv(100)
-        except OSError:  # it closed before we had said all
+        except OSError:  # closed before we had sent everything
             return b""
 
 

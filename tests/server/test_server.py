@@ -1,4 +1,4 @@
-"""The routes, as any client meets them: shapes, options, the queue, and the end."""
+"""The routes, as any client meets them: formats, options, the queue, and shutdown."""
 
 import json
 import re
@@ -135,7 +135,7 @@ def test_completions_with_an_echo(served: Running, as_ids: bool):
 
 
 def test_completions_with_logprobs(served: Running):
-    """Columns of a table, in step with the text; cut where a stop string cuts it."""
+    """Parallel lists, aligned with the text; cut where a stop string cuts it."""
     asked = {
         "prompt": "48 + 37 é€😀 =",
         "seed": 3,
@@ -175,7 +175,7 @@ def test_completions_that_are_not_done(served: Running, asked: dict[str, Any]):
 def test_completions_of_several_prompts(served: Running):
     body = served.post("/v1/completions", {"prompt": ["48 + 37 =", "12 + 5 ="], "seed": 3, "n": 2}).json
     assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
-    assert body["usage"]["completion_tokens"] <= 4 * 16  # the interface's default
+    assert body["usage"]["completion_tokens"] <= 4 * 16  # the API's default
     assert body["usage"]["prompt_tokens"] == sum(
         served.post("/v1/tokenize", {"prompt": text}).json["count"] for text in ("48 + 37 =", "12 + 5 =")
     )
@@ -196,7 +196,7 @@ def test_a_second_prompt_with_the_same_beginning_is_not_read_again(served: Runni
     long = "Remember: " + " ".join(f"{n}," for n in range(100, 160))
     talk = [{"role": "user", "content": long}]
     first = served.post(CHAT, {"messages": talk, "max_tokens": 5}).json["usage"]
-    served.rest()  # what was read is kept when the answer is on its way already
+    served.rest()  # the prefix is stored only after the answer was sent
     again = served.post(CHAT, {"messages": talk, "max_tokens": 5}).json["usage"]
     assert first["prompt_tokens_details"]["cached_tokens"] < first["prompt_tokens"] / 2
     assert again["prompt_tokens_details"]["cached_tokens"] == again["prompt_tokens"] - 1
@@ -216,7 +216,7 @@ def test_health_and_metrics(served: Running):
 
 @pytest.fixture(scope="module")
 def narrow(served: Running) -> Iterator[Running]:
-    """The same model behind a door for one, and a bench for one more."""
+    """The same model with one slot, and a queue of one."""
     with Running(served.service.model, running=1, waiting=1) as running:
         yield running
 
@@ -225,7 +225,7 @@ ENDLESS = ASK | {"stream": True, "temperature": 50, "top_p": 1}
 
 
 def begin(server: Running, body: object = ENDLESS) -> socket.socket:
-    """Ask, and read nothing yet."""
+    """Send a request; read nothing of the response yet."""
     line = server.socket()
     data = json.dumps(body).encode()
     head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -240,7 +240,7 @@ def test_a_full_queue_says_when_to_come_back(narrow: Running, monkeypatch: pytes
         with begin(narrow):
             until(lambda: slots.waiting == 1)
             with monkeypatch.context() as patch:
-                patch.setattr(narrow.service.model, "encode", lambda *_, **__: 1 / 0)  # nobody asks for it
+                patch.setattr(narrow.service.model, "encode", lambda *_, **__: 1 / 0)  # must not be called
                 refused = narrow.post(CHAT, ASK)
             assert (refused.status, refused.error["code"]) == (429, "queue_full")
             assert int(refused.headers["retry-after"]) >= 1
@@ -276,7 +276,7 @@ def test_one_who_waits_may_leave(narrow: Running):
 
 
 def test_requests_are_decoded_together(served: Running, monkeypatch: pytest.MonkeyPatch):
-    """Those of two clients, and the choices of one, whose prompt is read once."""
+    """Those of two clients, and the choices of one request, whose prompt is read once."""
     model = Watching(served.service.model._model)
     monkeypatch.setattr(served.service.model, "_model", model)
     with begin(served) as long:
@@ -298,7 +298,7 @@ def test_more_choices_than_rows_come_one_after_another(narrow: Running, monkeypa
 
 
 def test_a_short_request_does_not_wait_for_a_long_one(served: Running):
-    """A short one that comes later ends before a long one that came first."""
+    """A short reply that starts later ends before a long one that started first."""
     with begin(served) as long:
         long.recv(1)
         assert served.post(CHAT, ASK).json["choices"][0]["finish_reason"] == "stop"
@@ -391,7 +391,7 @@ def test_mistakes_are_not_quoted_at_length(served: Running):
 
 
 def test_a_body_without_its_type_is_told_of_it(served: Running):
-    form = {"Content-Type": "application/x-www-form-urlencoded"}  # as curl has it
+    form = {"Content-Type": "application/x-www-form-urlencoded"}  # curl's default
     told = served.call("POST", CHAT, json.dumps(ASK).encode(), form)
     assert told.status == 400
     assert "Content-Type: application/json" in told.error["message"]
@@ -404,7 +404,7 @@ def test_what_is_not_there(served: Running):
 
 
 def test_reasoning_is_ended_by_its_id(tiny_tokenizer):
-    """The scripted model goes on with what it has to say: from then on as its answer."""
+    """The scripted model continues its text: from then on, as its answer."""
     said = "<think>\n" + "On and on.\n" * 100 + "</think>\nDone."
     with scripted(tiny_tokenizer("v11"), said, step_seconds=0.002) as model, Running(model) as server:
         with begin(server, ASK | {"stream": True, "max_tokens": 400}) as line:

@@ -67,7 +67,7 @@ def test_a_slot_is_given_back_once():
 
 @given(st.lists(st.sampled_from(["take", "cancel", "release", "both", "breathe"]), max_size=60))
 def test_no_slot_is_ever_lost(steps: list[str]):
-    """Whoever leaves when: what runs and waits is never more than allowed, and in the end all are free."""
+    """Whoever disconnects when: no more run and wait than allowed, and in the end all slots are free."""
 
     async def main() -> None:
         slots, tasks = Slots(running=2, waiting=3), list[asyncio.Task]()
@@ -76,7 +76,7 @@ def test_no_slot_is_ever_lost(steps: list[str]):
             waiting = [task for task in tasks if not task.done()]
             if step == "take":
                 tasks.append(asyncio.create_task(slots.take()))
-            if step in ("release", "both") and held:  # "both": handed to one who leaves in that moment
+            if step in ("release", "both") and held:  # "both": passed to one that is cancelled in that moment
                 held.pop(at % len(held)).release()
             if step in ("cancel", "both") and waiting:
                 waiting[0].cancel()

@@ -1,4 +1,4 @@
-"""Answers in a shape, and log-probabilities, over HTTP."""
+"""Structured answers, and log-probabilities, over HTTP."""
 
 import json
 import math

@@ -1,5 +1,5 @@
-// The page: a conversation kept in this browser, one reply at a time. What is sent is client.js's to know, how
-// text looks markdown.js's.
+// The page: a conversation kept in this browser, one reply at a time. Does not know HTTP (client.js), or how
+// text is rendered (markdown.js).
 import { chat, models, Refused, stopThinking } from './client.js';
 import { show } from './markdown.js';
 
@@ -8,14 +8,14 @@ const list = $('turns');
 const question = $('question');
 
 let turns = stored('turns', []); // {role, content, reasoning, seconds, thought, tokens, rate, problem, note}
-let before = stored('before', []); // the conversation that the last new one replaced
+let before = stored('before', []); // the conversation before this one
 let settings = stored('settings', {});
-let running = null; // {turn, id, abort, since}: the reply that is being written
-let editing = null; // the turn that the next message replaces, with all behind it
-let leaving = false; // whether the page is being left: what breaks then is no failure
-let pinned = true; // whether the page follows what is written
+let running = null; // {turn, id, abort, since}: the reply that is being streamed
+let editing = null; // the turn that the next message replaces, with all after it
+let leaving = false; // whether the page is being left: errors are then expected
+let pinned = true; // whether the page scrolls with the text
 
-// --- what is kept ---
+// --- storage ---
 
 function stored(name, otherwise) {
   try {
@@ -29,7 +29,7 @@ function keep(name, value) {
   try {
     localStorage.setItem(`magistral.${name}`, typeof value === 'string' ? value : JSON.stringify(value));
   } catch {
-    tell('This browser keeps no more: a reload will lose what is new.');
+    tell('This browser cannot store any more: a reload will lose the latest messages.');
   }
 }
 
@@ -39,8 +39,8 @@ const key = () => sessionStorage.getItem('magistral.key');
 
 function request() {
   const { think = true, system, ...numbers } = settings;
-  const said = turns.slice(0, -1).filter(({ content }) => content);
-  const messages = said.map(({ role, content }) => ({ role, content }));
+  const earlier = turns.slice(0, -1).filter(({ content }) => content);
+  const messages = earlier.map(({ role, content }) => ({ role, content }));
   if (system) messages.unshift({ role: 'system', content: system });
   return { messages, ...(!think && { reasoning_effort: 'none' }), ...numbers };
 }
@@ -74,7 +74,7 @@ function take({ id, choices: [choice], usage }) {
     turn.tokens = usage.completion_tokens;
     turn.thought = usage.completion_tokens_details?.reasoning_tokens ?? turn.thought;
     const seconds = (now - running.since) / 1000;
-    if (seconds > 0.2) turn.rate = turn.tokens / seconds; // less says how the page was served, not the model
+    if (seconds > 0.2) turn.rate = turn.tokens / seconds; // below that, delivery is measured, not decoding
   }
   const { reasoning_content: reasoning, content } = choice?.delta ?? {};
   if (reasoning || content) running.since ??= now;
@@ -84,7 +84,7 @@ function take({ id, choices: [choice], usage }) {
   }
   if (turn.reasoning && !turn.content) turn.seconds = (now - running.since) / 1000;
   if (content) turn.content += content;
-  if (choice?.finish_reason === 'length') turn.note = 'Cut off: all the tokens it may write are spent.';
+  if (choice?.finish_reason === 'length') turn.note = 'Cut off at the token limit.';
   soon();
 }
 
@@ -117,11 +117,11 @@ function stop() {
 
 async function answerNow() {
   tell('Asked for the answer');
-  list.lastElementChild.querySelector('summary').focus(); // the button goes, and the focus with it
+  list.lastElementChild.querySelector('summary').focus(); // the button disappears and would lose the focus
   await stopThinking(running.id, key()).catch((error) => tell(error.message));
 }
 
-// --- what is seen ---
+// --- display ---
 
 const tell = (text) => { $('status').textContent = text; };
 
@@ -174,7 +174,7 @@ function paintReply(turn, phase, item) {
   const [thinking, reasoning] = [part('.thinking'), part('.reasoning')];
   const before = item.dataset.phase;
   if (before && before !== phase) {
-    if (before !== 'answering') thinking.open = !turn.content; // from then on it is as its reader leaves it
+    if (before !== 'answering') thinking.open = !turn.content; // after that, the user decides
     tell({ thinking: 'Thinking', answering: 'Answering' }[phase] ?? $('status').textContent);
   }
   item.dataset.phase = phase;
@@ -204,7 +204,7 @@ function thought(turn, phase) {
 let due = false;
 let cost = 0;
 
-// Draws what came, at most half of the time: a long reply must not keep the page from answering its user.
+// Draws new text, using at most half of the time: a long reply must not make the page unresponsive.
 function soon() {
   if (due) return;
   due = true;
@@ -228,9 +228,9 @@ addEventListener('scroll', () => {
   $('down').hidden = pinned;
 }, { passive: true });
 
-// --- what a person does ---
+// --- input ---
 
-const touched = () => matchMedia('(hover: none)').matches; // then focus would bring up the keyboard
+const touched = () => matchMedia('(hover: none)').matches; // there, focus would bring up the keyboard
 
 function write() {
   if (!touched()) question.focus();
@@ -264,7 +264,7 @@ function again(turn) {
 async function copy(text, button) {
   try {
     await navigator.clipboard.writeText(text);
-  } catch { // not to be had on plain http from another machine
+  } catch { // not available over plain http from another machine
     const area = document.body.appendChild(Object.assign(document.createElement('textarea'), { value: text }));
     area.select();
     document.execCommand('copy');
@@ -295,7 +295,7 @@ function ready() {
 question.addEventListener('input', ready);
 
 question.addEventListener('keydown', (event) => {
-  if (event.key !== 'Enter' || event.shiftKey || event.isComposing || touched()) return; // no Shift + Enter there
+  if (event.key !== 'Enter' || event.shiftKey || event.isComposing || touched()) return; // touch keyboards have no Shift + Enter
   event.preventDefault();
   send(question.value);
 });

@@ -1,4 +1,4 @@
-// The server's HTTP interface. Knows requests and their failures; nothing of what is shown.
+// The server's HTTP API. Knows requests and their failures. Does not know what is shown.
 export class Refused extends Error {
   constructor(message, status, retryAfter) {
     super(message);
@@ -10,8 +10,8 @@ async function ask(path, key, options = {}) {
   const headers = { ...(options.body && { 'Content-Type': 'application/json' }), ...(key && { Authorization: `Bearer ${key}` }) };
   const answer = await fetch(path, { ...options, headers });
   if (answer.ok) return answer;
-  const said = await answer.json().catch(() => null);
-  throw new Refused(said?.error?.message ?? `error ${answer.status}`, answer.status, answer.headers.get('Retry-After'));
+  const body = await answer.json().catch(() => null);
+  throw new Refused(body?.error?.message ?? `error ${answer.status}`, answer.status, answer.headers.get('Retry-After'));
 }
 
 export const models = async (key) => (await (await ask('v1/models', key)).json()).data;
@@ -32,7 +32,7 @@ export async function* chat(body, key, signal) {
   throw new TypeError('the stream broke off');
 }
 
-// The data of server-sent events, however the bytes were cut.
+// Yields the data of server-sent events, however the bytes are chunked.
 export async function* events(stream) {
   const reader = stream.getReader();
   const decoder = new TextDecoder();

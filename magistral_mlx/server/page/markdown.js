@@ -1,11 +1,11 @@
-// Text of the model → what is shown. Nothing the text says can run, load or lead anywhere by itself: HTML in it
-// is text, pictures are links, and all is sanitised before it is drawn. Vendored: marked, DOMPurify, temml, hljs.
+// The model's text → DOM nodes. Nothing in the text can run, load or navigate by itself: HTML in it is shown as
+// text, images become links, and all is sanitised before it is shown. Vendored: marked, DOMPurify, temml, hljs.
 const { marked, DOMPurify, temml, hljs } = globalThis;
 
 const escape = (text) => text.replace(/[&<>"]/g, (c) => `&#${c.charCodeAt(0)};`);
 
-// $…$ only where it cannot be money: no space inside its ends, no digit behind it. $$…$$ and \[…\] end at their
-// first close.
+// $…$ only where it cannot be money: no space just inside it, no digit after it. $$…$$ and \[…\] end at their
+// first closing delimiter.
 const DISPLAY = String.raw`\$\$((?:(?!\$\$)[^])+)\$\$|\\\[((?:(?!\\\])[^])+)\\\]`;
 const INLINE = new RegExp(String.raw`^(?:${DISPLAY}|\\\(((?:(?!\\\))[^])+)\\\)|\$(?!\s)((?:\\.|[^\\$\n])+?)(?<![\s\\])\$(?!\d))`);
 const BLOCK = new RegExp(String.raw`^ {0,3}(?:${DISPLAY}|(\\begin\{((?:align|gather|equation)\*?)\}[^]+?\\end\{\4\})) *(?:\n|$)`);
@@ -27,7 +27,7 @@ const math = (name, level, rule, start) => ({
 });
 
 marked.use({
-  breaks: true, // a line of the model's is a line
+  breaks: true, // a single newline is a line break
   extensions: [
     math('blockMath', 'block', BLOCK, /^ {0,3}(?:\$\$|\\\[|\\begin\{)/m),
     math('inlineMath', 'inline', INLINE, /\$|\\\(|\\\[/),
@@ -54,7 +54,7 @@ const ALLOWED = {
   RETURN_DOM_FRAGMENT: true,
 };
 
-function drawn(tokens) {
+function render(tokens) {
   const fragment = DOMPurify.sanitize(marked.parser(tokens), ALLOWED);
   for (const link of fragment.querySelectorAll('a')) {
     Object.assign(link, { target: '_blank', rel: 'noopener noreferrer' });
@@ -70,7 +70,7 @@ function drawn(tokens) {
   return fragment;
 }
 
-// As MathML; what is not TeX after all, as it was written.
+// TeX as MathML; if it is not valid TeX, the source itself.
 function formula(tex, displayMode) {
   try {
     const place = document.createElement('span');
@@ -81,18 +81,18 @@ function formula(tex, displayMode) {
   }
 }
 
-// Shows `text` in `element`, block by block: one that says what it said is left alone, so that a selection in
-// it, and time, are not lost while the text grows.
+// Shows `text` in `element`, block by block. Unchanged blocks are left alone while the text grows: this saves
+// time, and keeps a selection in them.
 export function show(element, text) {
   const tokens = marked.lexer(text);
-  const links = JSON.stringify(tokens.links); // a name that was not known before may be in any block
+  const links = JSON.stringify(tokens.links); // a new link definition may change any block
   const blocks = tokens.filter(({ type }) => type !== 'space' && type !== 'def');
   blocks.forEach((token, at) => {
     const old = element.children[at];
     const source = token.raw + links;
     if (old?.source === source) return;
     const block = Object.assign(document.createElement('div'), { source, dir: 'auto' });
-    block.append(drawn(Object.assign([token], { links: tokens.links })));
+    block.append(render(Object.assign([token], { links: tokens.links })));
     if (old) old.replaceWith(block); else element.append(block);
   });
   while (element.children.length > blocks.length) element.lastElementChild.remove();

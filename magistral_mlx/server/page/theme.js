@@ -1,5 +1,5 @@
-// Before anything is drawn: the theme that was chosen here, else the system's.
+// Runs before anything is drawn: sets the theme that was chosen in this browser; the default is the system's.
 try {
   const theme = localStorage.getItem('magistral.theme');
   if (theme) document.documentElement.dataset.theme = theme;
-} catch { /* a browser that keeps nothing */ }
+} catch { /* a browser without storage */ }
