@@ -1,17 +1,17 @@
-"""`magistral-mlx`: what each command does with the library.
+"""The command line `magistral-mlx`.
 
-    common         what commands share
+    common         shared options and helpers
     convert        convert, verify, info
     plan           what fits into memory
     bench          tokens per second
     doctor         does this machine compute correctly?
     serve          the local server
-    launchd        a launchd agent's property list, loaded and removed
+    launchd        installs and removes a launchd agent
     service        the server as a launchd agent
-    reply_options  what a reply is asked for
+    reply_options  the options of a reply
     repl           the interactive chat
     ask            ask, chat
-    app            all commands, and how errors are shown
+    app            the group of all commands, and how errors are shown
 
-Each imports only what stands above it.
+Each imports only modules above it.
 """

@@ -1,6 +1,6 @@
 """`magistral-mlx`: the group of all commands, and how their errors are shown.
 
-Whatever a command does, the library does it; nothing is decided here but what a person is asked and shown.
+The library does the work; the commands only decide what the user is asked and shown.
 """
 
 import errno
@@ -17,7 +17,9 @@ from . import ask, bench, convert, doctor, plan, serve, service
 
 
 class _Group(click.Group):
-    """Mistakes, a full disk and Ctrl-C end in one line, never in a traceback; commands in our order."""
+    """Shows the library's errors, a full disk and Ctrl-C as one line, not a traceback. Keeps our order of
+    commands.
+    """
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 -- click's signature
         return [*self.commands]
@@ -56,7 +58,7 @@ for _command in (
 
 
 def _open_streams() -> None:
-    """A standard stream that the shell closed (`>&-`) is None in Python: it becomes an empty one."""
+    """Replace standard streams that the shell closed (`>&-`), which are None in Python, by /dev/null."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115, PTH123 -- stays open

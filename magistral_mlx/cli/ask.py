@@ -1,6 +1,6 @@
 """`ask` and `chat`: a question from the command line, or a conversation in the terminal.
 
-Turns options into the library's own objects; what a reply looks like is `talk.display`'s.
+Turns options into the library's objects. Does not know how a reply is displayed (`talk.display`).
 """
 
 import dataclasses
@@ -52,14 +52,14 @@ def ask(
         else:
             _show(stream, terminal)
         if schema is not None:
-            _ = stream.reply.parsed  # an answer that was cut off is an error
+            _ = stream.reply.parsed  # raises if the answer was cut off
         elif not as_json and (lacking := shortcoming(stream.reply)):
             complain(lacking)
 
 
 def _question(words: tuple[str, ...]) -> str:
-    """The question as it was typed, or from standard input; refused where it is empty or without quotes."""
-    if len(words) > 1:  # not joined: the shell may have put file names in the place of a *
+    """The question from the command line or standard input; refused if it is empty or several words."""
+    if len(words) > 1:  # not joined: the shell may have expanded a * to file names
         raise click.UsageError(f"expected one question, found {len(words)} words; {_QUOTED}")
     text = "".join(words)
     if words == ("-",) or (not words and not sys.stdin.isatty()):

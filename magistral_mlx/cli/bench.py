@@ -1,4 +1,4 @@
-"""The command `bench`: what `measure.bench` measures as a table, JSON, a row of Markdown and a chart."""
+"""The command `bench`: the results of `measure.bench` as a table, JSON, a row of Markdown and a chart."""
 
 import json
 from collections.abc import Callable, Generator
@@ -168,7 +168,7 @@ def _notes(report: "Json") -> list[str]:
 
 
 def markdown(report: "Json") -> str:
-    """One row for the table of results, decode and prefill at each context; its head is in the docs."""
+    """One row for the docs' table of results: decode and prefill at each context."""
     rows = report["summary"]["magistral_mlx"]["contexts"]
     decode = " · ".join(
         f"{row['context']:,}: {row['decode_tokens_per_second']['median']:.1f} ({row['share_of_ceiling']:.0%})"
@@ -184,7 +184,7 @@ def markdown(report: "Json") -> str:
 
 
 def draw(report: "Json", path: Path) -> str:
-    """Decode over context, with the ceiling, as SVG; returns what to say of it."""
+    """Draw decode speed over context, with the ceiling, as SVG; returns a line for the user."""
     try:
         figure = import_module("matplotlib.figure").Figure(figsize=(6, 3.5), layout="constrained")
     except ImportError:
@@ -209,7 +209,7 @@ def draw(report: "Json", path: Path) -> str:
 
 @contextmanager
 def _progress() -> Generator[Callable[[int, int, str], None]]:
-    """A bar on standard error: trials done, and what is being done. Drawn seldom, to disturb little."""
+    """A progress bar on standard error; redrawn once a second, to disturb the measurement little."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 

@@ -1,4 +1,4 @@
-"""What the commands share: options, model names, files that a user names, Ctrl-C, readable sizes."""
+"""What the commands share: options, model names, user-named files, Ctrl-C, readable sizes."""
 
 import signal
 import sys
@@ -37,7 +37,7 @@ NO_MODEL = "no model was named, and none used before is there"
 
 
 def chosen(name: str | None) -> str:
-    """The model that was named, or else the one used last."""
+    """The model's name: the given one, or else the one used last."""
     found = last_model.last_used() if name is None else name
     if found is None:
         raise click.UsageError(f"{NO_MODEL}: give --model demo, or --model {hub.RECOMMENDED}")
@@ -45,9 +45,9 @@ def chosen(name: str | None) -> str:
 
 
 def resolve(name: str, *, download: bool, then: hub.Needs | None = None) -> hub.Local:
-    """Where a model lies; what is not here is downloaded if the user says so, now or by --download.
+    """Where a model is; if it is missing it is downloaded, given --download or the user's consent now.
 
-    then: what else will be written, so that there is room for both.
+    then: what else will be written, so that the disk has room for both.
     """
     try:
         return hub.resolve(name, download=download, then=then)
@@ -58,7 +58,7 @@ def resolve(name: str, *, download: bool, then: hub.Needs | None = None) -> hub.
 
 
 def read_text(file: Path) -> str:
-    """A text file that the user named."""
+    """The text of a file that the user named."""
     try:
         return file.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -66,7 +66,7 @@ def read_text(file: Path) -> str:
 
 
 def writable(file: Path) -> Path:
-    """`file`, once it is certain that it can be written: before the work whose result it will hold."""
+    """`file`, after checking that it can be written: before the work whose result it will hold."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         there = file.exists()
@@ -80,7 +80,7 @@ def writable(file: Path) -> Path:
 
 @contextmanager
 def first_interrupt_stops_thinking(stream: "Stream") -> Generator[None]:
-    """Ctrl-C while the model thinks asks it for the answer; during the answer, or again, it interrupts."""
+    """The first Ctrl-C during the reasoning ends it, and the answer follows; any other one interrupts."""
 
     def interrupted(*_: Any) -> None:
         signal.signal(signal.SIGINT, before)
@@ -96,7 +96,7 @@ def first_interrupt_stops_thinking(stream: "Stream") -> Generator[None]:
 
 
 def size(nbytes: float) -> str:
-    """Decimal units, as disks and `ls` on a Mac count."""
+    """A readable size in decimal units, as disks and macOS use them."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if nbytes >= scale:
             return f"{nbytes / scale:.1f} {unit}"

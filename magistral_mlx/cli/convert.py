@@ -1,7 +1,7 @@
-"""The commands about directories: convert · verify · info.
+"""The commands convert, verify and info.
 
 Puts the pieces of a conversion together: the source (`hub`, `checkpoint`), the recipe, the files beside the
-weights (`sidecars`), the target; and tells what became of it.
+weights (`sidecars`), the target; and reports the result.
 """
 
 import sys
@@ -95,7 +95,7 @@ def convert(
             else job_of(checkpoint=open_checkpoint(directory)).plan()
         )
         return _tell(plan, recipe, missing)
-    if not work_directory(out).exists():  # what was begun may be there already, but for its end
+    if not work_directory(out).exists():  # an unfinished run may have renamed it already
         conversion.refuse_existing(out)  # before hours of download
     if upload:
         hub.check_upload(upload)
@@ -176,7 +176,7 @@ def _quantization(packed: "Quantization") -> str:
 def _recipe(
     name: str | None, bits: int | None, group_size: int | None, mode: str | None, overrides: tuple[str, ...]
 ) -> "Recipe":
-    """The recipe that the options ask for: a name, or numbers, and exceptions."""
+    """The recipe from the options: a name or numbers, and exceptions."""
     from magistral_mlx.config import Scheme
     from magistral_mlx.convert.recipe import named, uniform
 
@@ -193,7 +193,7 @@ def _recipe(
 
 
 def _report(out: Path, made: "Converted", recipe: "Recipe") -> None:
-    """What was written, and what it lost."""
+    """Report what was written, and its quantization error."""
     from magistral_mlx.disk import manifest
 
     click.echo(
@@ -207,7 +207,7 @@ def _report(out: Path, made: "Converted", recipe: "Recipe") -> None:
 def _planned(
     source: str, recipe: "Recipe", dtype: str | None, directory: Path, *, dequantize: bool
 ) -> "Plan":
-    """What `source` would become, from its config alone."""
+    """The plan of the output of `source`, from its config alone."""
     import mlx.core as mx
 
     from magistral_mlx.convert.job import refuse_quantized
@@ -221,7 +221,7 @@ def _planned(
 
 
 def _tell(plan: "Plan", recipe: "Recipe", missing: int | None) -> None:
-    """The dry run: sizes, and which Mac it fits."""
+    """The output of a dry run: sizes, and which Macs it fits."""
     click.echo(f"recipe            {recipe}")
     if missing:
         click.echo(f"to download       {size(missing)}")

@@ -1,4 +1,4 @@
-"""The command `doctor`: its checks as a table, and one JSON file to send."""
+"""The command `doctor`: its checks as a list, and one JSON file to attach to an issue."""
 
 import json
 import sys

@@ -1,7 +1,7 @@
-"""The server as a launchd agent: it starts at login, and again when it fails.
+"""The server as a launchd agent: it starts at login, and restarts when it fails.
 
-Knows launchd's files and its command. Does not know what is served: it is handed the words of a command, run
-by this Python. Nothing secret may be among them: other programs can see them while the command runs.
+Knows launchd's files and launchctl. Does not know what is served: it is passed the arguments of a command,
+run by this Python. They must not contain secrets: other programs can see them while the command runs.
 """
 
 import os
@@ -18,13 +18,13 @@ from magistral_mlx.errors import ServerError
 LABEL = "local.magistral-mlx"
 
 _KEPT = ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "MAGISTRAL_MLX_CACHE")
-"""Variables that say where models lie; launchd starts an agent without the shell's."""
+"""Environment variables that locate models: launchd starts an agent without the shell's environment."""
 
 _BUSY = (5, 37)
-"""How launchctl fails to bootstrap an agent while the one before it is still being shut down."""
+"""Exit codes of `launchctl bootstrap` while the previous agent is still shutting down."""
 
 _PATIENCE = 30
-"""Seconds to wait for that; launchd kills what has not ended after 20."""
+"""Seconds to wait for that; launchd kills a process that has not exited after 20."""
 
 
 def file(home: Path) -> Path:
@@ -36,12 +36,12 @@ def log(home: Path) -> Path:
 
 
 def bootstrap(home: Path) -> list[str]:
-    """The command that hands the agent to launchd."""
+    """The command that loads the agent into launchd, and so starts it."""
     return ["launchctl", "bootstrap", _domain(), str(file(home))]
 
 
 def bootout() -> list[str]:
-    """The command that stops the agent and takes it away from launchd."""
+    """The command that stops the agent and unloads it from launchd."""
     return ["launchctl", "bootout", f"{_domain()}/{LABEL}"]
 
 
@@ -56,23 +56,23 @@ def agent(words: Sequence[str], *, home: Path, environment: Mapping[str, str]) -
             "StandardOutPath": str(log(home)),
             "StandardErrorPath": str(log(home)),
             "RunAtLoad": True,
-            "KeepAlive": {"SuccessfulExit": False},  # not after an orderly stop
-            "ThrottleInterval": 30,  # seconds between two starts; reading 13 GB in vain takes its time
-            "ProcessType": "Interactive",  # without it, launchd throttles what it takes for background work
-            "Umask": 0o077,  # the log is its owner's
+            "KeepAlive": {"SuccessfulExit": False},  # restart, but not after an orderly exit
+            "ThrottleInterval": 30,  # seconds between two starts: each may read 13 GB
+            "ProcessType": "Interactive",  # otherwise launchd throttles it as background work
+            "Umask": 0o077,  # only the owner may read the log
         }
     )
 
 
 def install(content: bytes, *, home: Path, force: bool = False) -> None:
-    """Write the plist and start the agent; an agent that is there is replaced only with `force`.
+    """Write the plist and start the agent; an installed agent is replaced only with `force`.
 
     Raises:
-        ServerError: there is one, the plist cannot be written, or launchd does not take it.
+        ServerError: one is installed, the plist cannot be written, or launchd refuses it.
     """
     if file(home).exists() and not force:
         raise ServerError(f"{file(home)} is there already; --force replaces it")
-    _run(bootout())  # whatever it says: mostly that there is none
+    _run(bootout())  # fails if there is none, which is fine
     _write(content, home)
     done = _run(bootstrap(home))
     end = time.monotonic() + _PATIENCE
@@ -90,7 +90,7 @@ def uninstall(*, home: Path) -> None:
     """Stop the agent and remove its plist; the log stays.
 
     Raises:
-        ServerError: there is none, or its plist cannot be removed.
+        ServerError: no agent is installed, or its plist cannot be removed.
     """
     stopped = _run(bootout())
     try:
@@ -103,7 +103,7 @@ def uninstall(*, home: Path) -> None:
 
 
 def status(*, home: Path) -> str | None:
-    """What launchd says of the agent's state ("running", "not running"); None: launchd does not have it.
+    """The agent's state in launchd ("running", "not running"); None: it is not loaded.
 
     Raises:
         ServerError: no agent is installed.
@@ -118,7 +118,7 @@ def status(*, home: Path) -> str | None:
 
 
 def _write(content: bytes, home: Path) -> None:
-    """Beside, then renamed; readable by its owner only."""
+    """Write to a temporary file, then rename it; readable by its owner only."""
     beside = file(home).with_suffix(f".{os.getpid()}")
     try:
         file(home).parent.mkdir(parents=True, exist_ok=True)
@@ -138,7 +138,7 @@ def _domain() -> str:
 
 def _run(command: Sequence[str]) -> "subprocess.CompletedProcess[str]":
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 -- our words
+        return subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 -- our own arguments
     except OSError as error:
         raise ServerError(f"launchctl cannot be run: {error.strerror}") from error
 

@@ -1,6 +1,6 @@
-"""The command plan: what a model takes at a context, on this machine or on another Mac, and what to do.
+"""The command plan: the memory a model needs at a context, on this machine or another Mac, and what to do.
 
-Reads headers, never a weight. The figures are `memory`'s; here they become a small table and a verdict.
+Reads headers, no weights. Does not compute the figures (`memory`), only prints them with a verdict.
 """
 
 import re
@@ -23,7 +23,7 @@ _CONTEXTS = (8192, 40960, 131072)
 
 
 def _gib(_ctx: click.Context, _param: click.Parameter, value: str | None) -> int | None:
-    """`32GB`, `32 GB` or `32`: as a Mac is sold, in units of 2**30 bytes."""
+    """`32GB`, `32 GB` or `32`: a Mac's memory as it is sold, in units of 2**30 bytes."""
     if value is None:
         return None
     found = re.fullmatch(r"([1-9]\d{0,3})\s*(g|gb|gib)?", value.strip(), re.IGNORECASE | re.ASCII)
@@ -87,7 +87,7 @@ def plan(
 
 
 def _weights(model: str) -> "tuple[ModelConfig, Callable[[mx.Dtype], int]]":
-    """A model's config, and the bytes that its weights take in memory, by what is computed in."""
+    """A model's config, and a function: dtype of the computation → bytes of its weights in memory."""
     from magistral_mlx.convert.plan import plan
     from magistral_mlx.convert.recipe import stored
     from magistral_mlx.disk.checkpoint import open_checkpoint
@@ -103,7 +103,7 @@ def _weights(model: str) -> "tuple[ModelConfig, Callable[[mx.Dtype], int]]":
 
 
 def table(config: "ModelConfig", weights: int) -> str:
-    """What each Mac is filled to, as Markdown (`docs/memory.md` has Magistral's); bold is what fits."""
+    """The share of each Mac's GPU memory that is used, as Markdown (see `docs/memory.md`); bold: it fits."""
     from magistral_mlx.memory import MemoryPlan, mac
 
     contexts = [n for n in _CONTEXTS if n <= config.max_context] or [config.max_context]

@@ -1,6 +1,6 @@
-"""The interactive chat: a line in, a reply out, a few commands that begin with "/".
+"""The interactive chat: a line in, a reply out, and a few commands that begin with "/".
 
-Knows a person at a keyboard. What is said is kept by `Conversation` and drawn by `display`.
+Knows the keyboard. Does not know how messages are kept (`Conversation`) or displayed (`display`).
 """
 
 import json
@@ -15,7 +15,7 @@ from magistral_mlx.talk.display import Terminal, complain, shortcoming, summary
 
 from .common import first_interrupt_stops_thinking
 
-if TYPE_CHECKING:  # the model comes in ready made
+if TYPE_CHECKING:  # the model is passed in
     from magistral_mlx.chat import Magistral
     from magistral_mlx.talk.options import Options
     from magistral_mlx.talk.saving import UserInput
@@ -37,14 +37,14 @@ Ctrl-C ends the thinking and asks for the answer; once more stops the reply."""
 
 
 class Repl:
-    """Read, reply, repeat."""
+    """The loop: read a line, reply or run a command, repeat."""
 
     def __init__(self, model: "Magistral", settings: "Options", *, show_thinking: bool) -> None:
         self._model = model
         self._talk = model.conversation(**settings)
         self._terminal = Terminal(show_thinking=show_thinking)
         self._commands: dict[str, Callable[[str], None]] = {
-            "/help": lambda _: print(_HELP),  # noqa: T201 -- this is what it prints
+            "/help": lambda _: print(_HELP),  # noqa: T201 -- its output
             "/think": self._think,
             "/budget": self._budget,
             "/show": self._show,
@@ -58,7 +58,7 @@ class Repl:
         }
 
     def run(self) -> None:
-        """Until /quit or the end of input."""
+        """Run until /quit or the end of input."""
         self._say("/help lists the commands; Ctrl-D leaves.")
         for line in _lines():
             text = line.strip()
@@ -128,13 +128,13 @@ class Repl:
             return complain("expected a file name: /export talk.json")
         path = _path(name)
         try:
-            with path.open("x", encoding="utf-8") as file:  # never over something that is there
+            with path.open("x", encoding="utf-8") as file:  # never overwrites a file
                 json.dump(self._talk.messages, file, ensure_ascii=False, indent=1)
         except FileExistsError:
             return complain(f"error: {path} exists and nothing is overwritten; choose another name")
         except OSError as error:
             with suppress(OSError):
-                path.unlink()  # the half of it that was written
+                path.unlink()  # a partly written file
             return complain(f"error: {path} cannot be written: {error.strerror}")
         return self._say(f"wrote {len(self._talk.messages)} messages to {path}")
 
@@ -146,7 +146,7 @@ class Repl:
 
 
 def _path(name: str) -> Path:
-    """`~` is the user's home; of a user who is not there it stays as it is, and no such file is found."""
+    """A path with `~` expanded; with an unknown ~user it stays as it is, and no such file is found."""
     with suppress(RuntimeError):
         return Path(name).expanduser()
     return Path(name)
@@ -159,7 +159,7 @@ def _switch(value: str, now: bool) -> bool:
 
 
 def _lines() -> Iterator[str]:
-    """What is typed, with editing and history; from a pipe, its lines."""
+    """Lines from the keyboard, with editing and history, or from a pipe."""
     if not sys.stdin.isatty():
         yield from sys.stdin
         return

@@ -1,4 +1,4 @@
-"""What one reply is asked for on the command line: the options of `ask` and `chat`, and what they become."""
+"""The options that `ask` and `chat` share, and how they become the library's options and a loaded model."""
 
 import sys
 from collections.abc import Callable
@@ -91,7 +91,7 @@ def reply_options(command: _Command) -> _Command:
 
 
 def settings_of(options: ReplyOptions) -> "Options":
-    """The library's options from the command line's."""
+    """The command line's options as the library's."""
     from magistral_mlx.decoder.sampling import Sampling
     from magistral_mlx.talk.options import MAX_TOKENS
 
@@ -122,7 +122,7 @@ def settings_of(options: ReplyOptions) -> "Options":
 
 
 def load(options: ReplyOptions) -> "Magistral":
-    """The model that was asked for, else the last one, else the one that is chosen now."""
+    """Load the given model, or the one used last, or the one that the user chooses now."""
     from magistral_mlx.chat import Magistral
     from magistral_mlx.fetch import last_model
 

@@ -20,7 +20,7 @@ _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
 def _bytes(_ctx: click.Context, _param: click.Parameter, value: str | None) -> int | None:
-    """`1GB`, `500 MB`, or bytes: decimal units, as everywhere here."""
+    """`1GB`, `500 MB`, or bytes: decimal units, as in `size`."""
     if value is None:
         return None
     found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,3})?)\s*([kmg]b)?", value.strip(), re.IGNORECASE | re.ASCII)
@@ -140,7 +140,7 @@ def serve(**options: Unpack[_Serving]) -> None:
 
 
 def check(options: _Serving) -> str | None:
-    """Whether it can be served like that, before anything is loaded; returns the key that is needed."""
+    """Check the options before anything is loaded; returns the API key, if there is one."""
     if missing := [name for name in _NEEDED if find_spec(name) is None]:
         raise ServerError(
             f'the server needs {", ".join(missing)}, not installed here: pip install "magistral_mlx[server]"'

@@ -1,6 +1,6 @@
-"""The command service: `serve` as a launchd agent, installed with the options that it would be run with.
+"""The command service: `serve` as a launchd agent, installed with `serve`'s options.
 
-Those are checked now, and not first at the next login. Does not know launchd (`launchd`).
+They are checked at once, not only at the next login. Does not know launchd (`launchd`).
 """
 
 import platform
@@ -74,7 +74,7 @@ def _only_on_a_mac() -> None:
 
 
 def _words(options: tuple[str, ...]) -> list[str]:
-    """`serve` and its options, checked; the model named, and a directory by its whole path."""
+    """The arguments: `serve`, the model (a directory by its absolute path), its other options; checked."""
     with serve.make_context("magistral-mlx serve", [*options]) as context:
         if context.params["api_key"] is not None:
             raise ServerError("a key would be there for all to see; put it in a file, for --api-key-file")
@@ -86,7 +86,7 @@ def _words(options: tuple[str, ...]) -> list[str]:
 
 
 def _others(context: click.Context) -> Iterator[str]:
-    """The options that were given, but for the model's."""
+    """The options that were given on the command line, except the model's."""
     for option in serve.params:
         name = option.name or ""
         given = context.get_parameter_source(name) is ParameterSource.COMMANDLINE

@@ -1,10 +1,10 @@
 """Arrays: a checkpoint → a quantized MLX directory, in the memory of one block of rows.
 
-    recipe      precision of each matrix
+    recipe      the precision of each matrix
     plan        the layout of the output, before it is written
     job         the settings of a conversion
-    quantize    a tensor, block by block
+    quantize    one tensor, block by block
     conversion  plan + quantize + journal → verified → published by one rename
 
-Each imports only what stands above it.
+Each imports only modules above it.
 """

@@ -1,12 +1,12 @@
 """A checkpoint → an MLX directory, in the memory of one row block whatever the model's size.
 
-All output shapes are known before the first weight is read (`plan`), so every file's header is written first,
-and each tensor's blocks (`quantize`) go to their offsets, are flushed, and noted (`journal`). A conversion
-that was killed goes on where it was, to the same bytes; the target appears by one rename, with its proof
-(`manifest`) inside.
+All output shapes are known before the first weight is read (`plan`), so every file's header is written first;
+then each tensor's blocks (`quantize`) are written at their offsets, flushed, and recorded (`journal`). A
+conversion that was killed resumes where it was, with the same bytes as its result. The target appears by one
+rename, with its `manifest` inside.
 
-Does not know tokenizers: the files beside the weights (`sidecars`) are handed in as bytes. Draws nothing:
-progress is a call-back.
+Does not know tokenizers: the files beside the weights (`sidecars`) are passed as bytes. Prints nothing:
+progress is a callback.
 """
 
 import math
@@ -49,10 +49,10 @@ class Converted:
 def convert(job: Job, progress: Callable[[Progress], None] = lambda _: None) -> Converted:
     """Make the directory `job.out` in mlx-lm's format.
 
-    Raises ConversionError with what stands in the way. Nothing is there under `job.out` then; what was
-    written waits beside it, and the same call goes on from there.
+    Raises ConversionError with the reason. `job.out` does not exist then; what was written is kept beside it,
+    and the same call resumes from there.
     """
-    # A link or "." cannot be renamed over; what it stands for can.
+    # A symlink or "." cannot be renamed over, but its real path can.
     job = replace(job, out=Path(os.path.realpath(job.out)))
     planned = job.plan()
     try:
@@ -93,7 +93,7 @@ def _check_target(job: Job, needed: int) -> None:
 
 
 def _check_allowed(job: Job, journal: Journal) -> None:
-    """Weights that an earlier run was allowed to take are asked about again."""
+    """Non-finite weights that an earlier run was allowed to convert need `allow_nonfinite` again."""
     found = [name for name, error in journal.done.items() if error == math.inf]
     if found and not job.allow_nonfinite:
         raise ConversionError(
@@ -103,7 +103,7 @@ def _check_allowed(job: Job, journal: Journal) -> None:
 
 
 def _check_source(job: Job, journal: Journal) -> None:
-    """What was read, and what the manifest says of it, must be one and the same."""
+    """The source must not have changed since its fingerprint was taken."""
     if not job.source().items() <= journal.fingerprint.items():
         raise ConversionError(
             f"the source {job.checkpoint.path} changed while it was converted; remove {journal.work} and "
@@ -112,7 +112,7 @@ def _check_source(job: Job, journal: Journal) -> None:
 
 
 def _write_weights(job: Job, planned: Plan, journal: Journal, progress: Callable[[Progress], None]) -> None:
-    """Write every tensor that the journal does not list yet; each is flushed before it is listed."""
+    """Write every tensor that the journal does not list yet; each is flushed before it is recorded."""
     tensors = job.checkpoint.tensors
     done, total = 0, sum(tensors[name].entry.nbytes for name in planned.outputs)
     _check_kept(planned, journal)
@@ -156,7 +156,7 @@ def _open_outputs(planned: Plan, journal: Journal, stack: ExitStack) -> dict[str
 
 
 def _check_kept(planned: Plan, journal: Journal) -> None:
-    """Files that the journal speaks of must still be there."""
+    """Output files of an earlier run must still be there, at their full size."""
     for name in planned.heads if journal.done else ():
         file = journal.out / name
         if not file.is_file() or file.stat().st_size != planned.file_bytes(name):
@@ -187,7 +187,7 @@ def _write_files(directory: Path, files: Mapping[str, bytes]) -> None:
 
 @contextmanager
 def _hashing(job: Job) -> Generator[dict[Path, "Future[str]"]]:
-    """Hash the source files in a thread of its own while their weights are converted."""
+    """Hash the source files in a separate thread while their weights are converted."""
     stopped = threading.Event()
     with ThreadPoolExecutor(1) as pool:
         try:
@@ -198,7 +198,7 @@ def _hashing(job: Job) -> Generator[dict[Path, "Future[str]"]]:
 
 
 def _manifest(job: Job, planned: Plan, journal: Journal, hashes: "Mapping[Path, Future[str]]") -> bytes:
-    """The proof, from what is on the disk now."""
+    """The manifest, from what is on the disk now."""
     source = {file.name: (file, hashes[file].result() if hashes else None) for file in job.checkpoint.files}
     beside = job.sidecars.keys() - {"README.md"}  # people edit it, on the Hub too, and downloads leave it out
     names = [*planned.heads, *planned.documents(), *beside]
@@ -214,7 +214,7 @@ def _manifest(job: Job, planned: Plan, journal: Journal, hashes: "Mapping[Path, 
                 for name, file in outputs.items()
             },
             "versions": versions(),
-            "relative_rms_error": {  # JSON knows no infinity
+            "relative_rms_error": {  # JSON has no infinity
                 path: error if math.isfinite(error) else None for path, error in _errors(journal).items()
             },
         }

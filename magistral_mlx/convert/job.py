@@ -1,6 +1,6 @@
-"""The settings of a conversion, and the fingerprint by which a later run recognizes it.
+"""The settings of a conversion, and the fingerprint that must match for a later run to resume it.
 
-Does not know how it is carried out (`conversion`), nor how far it is (`journal`).
+Does not know how it is carried out (`conversion`), or how far it is (`journal`).
 """
 
 import hashlib
@@ -24,13 +24,13 @@ from .recipe import RECIPES, Recipe
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A conversion to make.
+    """A conversion to run.
 
     dtype: of norms, scales, biases and unquantized matrices; None: the source's.
-    source_name: what the manifest calls the source (its Hub name); None: its directory's name.
+    source_name: the source's name in the manifest (its Hub name); None: its directory's name.
     sidecars: relative path → bytes of the files beside the weights.
-    dequantize: take a source that is itself quantized, though that only adds error.
-    allow_nonfinite: take weights that are NaN or Inf.
+    dequantize: accept a source that is itself quantized, although that only adds error.
+    allow_nonfinite: accept weights that are NaN or Inf.
     verify: hash source and output, and measure the quantization error, for the manifest.
     """
 
@@ -54,10 +54,10 @@ class Job:
         return plan(self.checkpoint.config, self.recipe, self.dtype or self.checkpoint.dtype)
 
     def fingerprint(self, planned: Plan) -> dict[str, Any]:
-        """What must be as it was for a conversion to go on where another left off.
+        """What must be unchanged for a conversion to resume.
 
-        Weights that are not numbers may be allowed later: until then nothing of them was written. What was
-        written of them, the journal knows.
+        `allow_nonfinite` is not part of it and may be set later: without it no non-finite tensor is recorded
+        as finished, and the journal marks those that were written with it.
         """
         config = json.dumps(self.checkpoint.config.to_json(), sort_keys=True).encode()
         beside = sorted(self.sidecars.items())
@@ -89,5 +89,5 @@ def refuse_quantized(config: ModelConfig, name: str) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of what decides the bytes that are written."""
+    """Versions of the packages that determine the bytes that are written."""
     return {name: version(name) for name in ("magistral_mlx", "mlx")}

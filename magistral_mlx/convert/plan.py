@@ -1,6 +1,6 @@
-"""An output directory before a weight is read: every tensor's file, offset, dtype and shape, from the config.
+"""The layout of an output directory: every tensor's file, offset, dtype and shape, from the config alone.
 
-Knows mlx-lm's directory format. Does not know sources; how bytes get where the plan puts them is `convert`.
+Knows mlx-lm's directory format. Does not know sources, or how the bytes are written (`conversion`).
 """
 
 import json
@@ -18,14 +18,14 @@ from magistral_mlx.disk.tensorfile import NAMES, Entry, plan_file
 from .recipe import Recipe
 
 SHARD_BYTES = 5 * 10**9
-"""mlx-lm's limit for one file, which Hub tooling is used to."""
+"""mlx-lm's limit for one file, which Hub tools expect."""
 
 _Parts: TypeAlias = dict[str, tuple[str, tuple[int, ...]]]  # name → dtype, shape
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """`outputs`: the name of each source tensor → what it becomes: weight, then scales, then biases."""
+    """heads: file name → header. outputs: source tensor → its parts: weight, then scales, then biases."""
 
     config: ModelConfig
     dtype: mx.Dtype
@@ -52,13 +52,13 @@ class Plan:
 
     @property
     def bytes_per_token(self) -> int:
-        """Read for each decoded token: all but the embeddings, of which it is one row."""
+        """Bytes of weights read for each decoded token: all but the embeddings, of which one row is read."""
         embeddings = self.outputs["model.embed_tokens.weight"]
         unread = 0 if self.config.tie_embeddings else sum(entry.nbytes for entry in embeddings)
         return self.weight_bytes - unread
 
     def file_bytes(self, file: str) -> int:
-        """The size a file will have."""
+        """The final size of a file."""
         return len(self.heads[file]) + sum(e.nbytes for e in self.entries() if e.file.name == file)
 
     def entries(self) -> Iterator[Entry]:
@@ -79,7 +79,7 @@ class Plan:
 
 
 def plan(config: ModelConfig, recipe: Recipe, dtype: mx.Dtype) -> Plan:
-    """Lay out what `config` becomes by `recipe`; norms, scales and unquantized matrices are `dtype`."""
+    """Lay out `config`'s model quantized by `recipe`; norms, scales and unquantized matrices are `dtype`."""
     config = replace(config, quantization=recipe.quantization(config), has_vision=False)
     shapes: dict[str, tuple[int, ...]] = {f"{path}.weight": shape for path, shape in config.matrices()}
     shapes |= dict.fromkeys(config.vectors(), (config.dim,))
@@ -106,7 +106,7 @@ def _parts(config: ModelConfig, name: str, shape: tuple[int, ...], dtype: str) -
 
 
 def _lay_out(outputs: Mapping[str, _Parts]) -> tuple[dict[str, bytes], dict[str, Entry]]:
-    """Fill files up to `SHARD_BYTES`, never parting a matrix from its scales; plan each one's header."""
+    """Fill files up to `SHARD_BYTES`, each matrix in one file with its scales; plan each file's header."""
     shards: list[_Parts] = [{}]
     filled = 0
     for parts in outputs.values():

@@ -1,7 +1,7 @@
-"""One source tensor → what it becomes, block of rows by block of rows.
+"""Casts and quantizes one source tensor, one block of rows at a time.
 
-Knows MLX's quantizer and what may not go into it. Does not know files or offsets of the output (`convert`),
-nor which scheme a tensor gets (`recipe`).
+Knows MLX's quantizer and which weights it cannot take. Does not know the output's files and offsets
+(`conversion`), or which scheme a tensor gets (`recipe`).
 """
 
 import math
@@ -20,23 +20,23 @@ from magistral_mlx.disk.tensorfile import DTYPES, NAMES
 from magistral_mlx.errors import ConversionError
 
 BLOCK_BYTES = 8 * 2**20
-"""Of source rows at once: enough for full disk speed, small beside any Mac's memory."""
+"""Bytes of source rows read at once: enough for full disk speed, little compared to any Mac's memory."""
 SAMPLE_ROWS = 16
-"""Of each block, compared with what they became, for the quantization error."""
+"""Rows of each block that are compared with their quantized form, for the quantization error."""
 
 _EXPONENT = {mx.float32: 0xFF000000, mx.bfloat16: 0xFF00, mx.float16: 0xF800}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Block:
-    """Rows from `first` on: `parts` are the floats, or packed weights, scales and biases; all evaluated."""
+    """Rows from `first` on. parts: the floats, or packed weights, scales and biases; all evaluated."""
 
     first: int
     rows: int
     parts: list[mx.array]
     finite: bool
     loss: tuple[float, float] | None
-    """Squares of a sample's rounding errors, summed, and of what was rounded, where that was measured."""
+    """Sum of squares of a sample's quantization errors, and of its original values; None: not measured."""
 
 
 @dataclass(slots=True)
@@ -55,7 +55,7 @@ class Loss:
             self.lost, self.had = self.lost + block.loss[0], self.had + block.loss[1]
 
     def relative(self) -> float | None:
-        """The relative RMS error; infinite where weights that are not numbers were allowed."""
+        """The relative RMS error; infinite if there were non-finite weights (and allowed)."""
         if not self.finite:
             return math.inf
         if not self.measured:
@@ -74,7 +74,7 @@ def blocks(
 ) -> Iterator[Block]:
     """The tensor `name`, cast to `dtype` and quantized by `scheme`, if there is one.
 
-    The groups of a scheme run along a row, so the blocks joined are bit for bit the whole quantized at once.
+    Groups run along a row, so the joined blocks are bit for bit the whole tensor quantized at once.
     """
     tensor, packed = checkpoint.tensors[name], checkpoint.scheme(name.removesuffix(".weight"))
     rows = tensor.entry.shape[0]
@@ -116,7 +116,7 @@ def _quantize(block: mx.array, scheme: Scheme) -> list[mx.array]:
 def _read_ahead(
     tensor: Tensor, spans: Sequence[tuple[int, int]]
 ) -> Iterator[tuple[tuple[int, int], mx.array, bool]]:
-    """Rows as floats, and whether all are finite; the next ones are read and looked at meanwhile."""
+    """Rows as floats, and whether all are finite; the next ones are read and checked meanwhile."""
 
     def fetch(span: tuple[int, int]) -> tuple[NDArray[Any], bool]:
         raw = tensor.entry.raw(*span)
@@ -134,7 +134,7 @@ def _read_ahead(
 def _unpacked(
     checkpoint: Checkpoint, name: str, scheme: Scheme, first: int, last: int
 ) -> tuple[mx.array, bool]:
-    """Rows of a packed matrix as floats again, and whether all are finite."""
+    """Rows of a quantized matrix, dequantized, and whether all are finite."""
     path = name.removesuffix(".weight")
     suffixes = ("weight", "scales", "biases") if scheme.has_biases else ("weight", "scales")
     parts = [checkpoint.tensors[f"{path}.{suffix}"].read(first, last) for suffix in suffixes]
@@ -147,7 +147,7 @@ def _dequantize(parts: list[mx.array], scheme: Scheme) -> mx.array:
 
 
 def _finite(array: mx.array) -> bool:
-    """Looked for in the numbers' own bits: the quantizer would make an ordinary number of a NaN."""
+    """Checks the bits of the values themselves: quantization would turn a NaN into an ordinary number."""
     if array.dtype not in _EXPONENT:
         return True
     bits = cast("NDArray[Any]", np.asarray(array.view(mx.uint32 if array.dtype == mx.float32 else mx.uint16)))
@@ -160,7 +160,9 @@ def _finite_bits(raw: NDArray[Any], dtype: mx.Dtype) -> bool:
 
 
 def _error(block: mx.array, parts: list[mx.array], scheme: Scheme) -> tuple[float, float]:
-    """What the first rows of a block lost, and what they had, in 64 bits: bfloat16's squares need them."""
+    """Sums of squares over a block's first rows: of the errors, and of the values. In float64: bfloat16's
+    squares need its range.
+    """
     was = block[:SAMPLE_ROWS].astype(mx.float32)
     now = _dequantize([part[:SAMPLE_ROWS] for part in parts], scheme).astype(mx.float32)
     lost, had = (_squares(cast("NDArray[np.float32]", np.asarray(x))) for x in (now - was, was))

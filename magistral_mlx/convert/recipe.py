@@ -1,4 +1,4 @@
-"""How much precision each matrix keeps: recipes by name, and exceptions by pattern.
+"""The precision of each matrix: recipes by name, and exceptions by pattern.
 
 Knows paths and schemes. Does not know tensors or files.
 """
@@ -13,11 +13,11 @@ from magistral_mlx.errors import ConversionError
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """`default` for every matrix (None: unquantized), `finer` for those that suffer most from rounding.
+    """`default` for every matrix (None: unquantized), `finer` for the most sensitive ones.
 
-    exceptions: (pattern, scheme) by module path, as in a shell: `model.layers.*.mlp.down_proj`. The last
-    one that matches wins; one that matches nothing is refused. A matrix whose rows no group divides is never
-    quantized.
+    exceptions: (pattern, scheme); shell-style patterns of module paths: `model.layers.*.mlp.down_proj`. The
+    last match wins; a pattern that matches nothing is refused. A matrix whose row length is not a multiple of
+    the group size is never quantized.
     """
 
     name: str
@@ -26,7 +26,7 @@ class Recipe:
     exceptions: tuple[tuple[str, Scheme | None], ...] = ()
 
     def scheme(self, path: str, columns: int, n_layers: int) -> Scheme | None:
-        """The scheme of the matrix at `path`, whose rows have so many columns."""
+        """The scheme of the matrix at `path`, which has `columns` columns."""
         chosen = self.finer if self.finer and _suffers(path, n_layers) else self.default
         for pattern, scheme in self.exceptions:
             if fnmatchcase(path, pattern):
@@ -34,7 +34,7 @@ class Recipe:
         return chosen if chosen and columns % chosen.group_size == 0 else None
 
     def quantization(self, config: ModelConfig) -> Quantization | None:
-        """What `config.json` will say: the default scheme, and every matrix that has another."""
+        """The `quantization` of `config.json`: the default scheme, and every matrix that has another."""
         schemes = {
             path: self.scheme(path, columns, config.n_layers) for path, (_, columns) in config.matrices()
         }
@@ -50,7 +50,7 @@ class Recipe:
         return Quantization(default=default, overrides={p: s for p, s in schemes.items() if s != default})
 
     def but(self, exceptions: Iterable[tuple[str, str]]) -> "Recipe":
-        """This recipe with exceptions, each a pattern and the name of a recipe that treats all alike."""
+        """This recipe with exceptions, each a pattern and the name of a recipe without `finer`."""
         added = [(pattern, named(name)) for pattern, name in exceptions]
         for pattern, recipe in added:
             if recipe.finer:
@@ -85,16 +85,16 @@ def named(name: str) -> Recipe:
 
 
 def uniform(scheme: Scheme) -> Recipe:
-    """Every matrix alike, in a scheme that no named recipe has."""
+    """The recipe with one scheme for every matrix: a named one if there is one."""
     same = (recipe for recipe in RECIPES.values() if recipe.default == scheme and recipe.finer is None)
     made = Recipe(name=f"{scheme.mode}-{scheme.bits}bit-g{scheme.group_size}", default=scheme)
     return next(same, made)
 
 
 def stored(config: ModelConfig) -> Recipe:
-    """The recipe by which a checkpoint with this config was made."""
+    """The recipe of an existing checkpoint, from its config."""
     packed = config.quantization or Quantization()
-    ours = {path for path, _ in config.matrices()}  # an image encoder's are not loaded
+    ours = {path for path, _ in config.matrices()}  # a vision tower's are not loaded
     exceptions = tuple((path, scheme) for path, scheme in packed.overrides.items() if path in ours)
     return Recipe(
         name="stored", default=packed.default if config.quantization else None, exceptions=exceptions
@@ -102,7 +102,9 @@ def stored(config: ModelConfig) -> Recipe:
 
 
 def _suffers(path: str, n_layers: int) -> bool:
-    """mlx-lm's choice, after llama.cpp's Q4_K_M: the head; v and down in outer layers and every third."""
+    """mlx-lm's choice, after llama.cpp's Q4_K_M: lm_head; v_proj and down_proj in the first and last eighth
+    of the layers, and in every third between.
+    """
     if path == "lm_head":
         return True
     if not path.endswith(("v_proj", "down_proj")):

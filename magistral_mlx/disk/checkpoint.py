@@ -1,11 +1,11 @@
-"""Any layout of a Mistral checkpoint → its config and every tensor under the model's own name; and the load.
+"""Opens and loads a Mistral checkpoint of any layout: its config, and every tensor by the model's name.
 
 Reads Mistral's native layout (`params.json`), HF's (`config.json`, one file or shards), and mlx-lm's
-quantized directories, of which LM Studio's are some. Opening reads headers only. It is strict: what the
-config promises and the files hold must agree to the last tensor, and one error lists every difference.
+quantized directories (also LM Studio's). Opening reads headers only. It is strict: config and files must
+agree to the last tensor, and one error lists every difference.
 
-Names are those of mlx-lm's format; native ones stand in one table here and nowhere else.
-Does not know: tokenizers, the Hub, how a quantized checkpoint is made (`convert`).
+Names are those of mlx-lm's format; native ones are in one table here and nowhere else.
+Does not know tokenizers, the Hub, or how a quantized checkpoint is made (`convert`).
 """
 
 import hashlib
@@ -51,7 +51,7 @@ _FLOATS = ("BF16", "F16", "F32")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tensor:
-    """One tensor under its model name; `heads` of them, if its rows stand in native RoPE order."""
+    """One tensor by its model name. heads: the number of heads, if its rows are in native RoPE order."""
 
     name: str
     entry: Entry
@@ -59,7 +59,7 @@ class Tensor:
 
     @property
     def block(self) -> int:
-        """Rows that must be read together: a whole head where rows change places, else one."""
+        """Rows that must be read together: a whole head if rows are reordered, else one."""
         return self.entry.shape[0] // self.heads if self.heads else 1
 
     def read(self, start: int = 0, stop: int | None = None) -> mx.array:
@@ -67,7 +67,7 @@ class Tensor:
         return self.reorder(self.entry.read(start, stop))
 
     def reorder(self, rows: mx.array) -> mx.array:
-        """(head, pair, 2) → (head, 2, pair): native RoPE rotates neighbours, HF's rows half a head apart."""
+        """(head, pair, 2) → (head, 2, pair): native RoPE pairs adjacent rows, HF's rows half a head apart."""
         if not self.heads:
             return rows
         return rows.reshape(-1, self.block // 2, 2, rows.shape[1]).transpose(0, 2, 1, 3).reshape(rows.shape)
@@ -75,7 +75,7 @@ class Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """An opened, checked checkpoint: its shape, and where every tensor lies. No weight has been read."""
+    """An opened, checked checkpoint: its config, and where every tensor is. No weight has been read."""
 
     path: Path
     layout: Layout
@@ -88,24 +88,26 @@ class Checkpoint:
 
     @property
     def dtype(self) -> mx.Dtype:
-        """What weights, or packed ones' scales, are stored in. The norms tell: they are always floats."""
+        """The dtype of the norms, which are always floats: that of the weights, or of the scales of
+        quantized ones.
+        """
         return DTYPES[self.tensors["model.norm.weight"].entry.dtype]
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of all tensors, as the files have them."""
+        """Bytes of all tensors in the files."""
         return sum(tensor.entry.nbytes for tensor in self.tensors.values())
 
     def scheme(self, path: str) -> Scheme | None:
-        """How the matrix at `path` is quantized: the files say whether, the config says how."""
+        """How the matrix at `path` is quantized: the files decide whether, the config how."""
         if f"{path}.scales" not in self.tensors or self.config.quantization is None:
             return None
         return self.config.quantization.scheme(path)
 
     def fingerprint(self) -> str:
-        """A hash that tells a fine-tune from its original: of each norm, and of a row of each matrix.
+        """A hash that tells a fine-tune from its original: over each norm, and the first row of each matrix.
 
-        Not of queries and keys, whose rows stand in another order in each layout. Reads the files anew.
+        Without queries and keys, whose row order depends on the layout. Reads the files each time.
         """
         digest = hashlib.sha256()
         for name, tensor in sorted(self.tensors.items()):
@@ -124,7 +126,7 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Find the layout, read config and headers, check every tensor. Reads no weight."""
+    """Detect the layout, read config and headers, check every tensor. Reads no weights."""
     try:
         layout, files = _find(path)
     except OSError as error:
@@ -149,7 +151,7 @@ def load(checkpoint: Checkpoint, dtype: mx.Dtype) -> Transformer:
 
 
 class Reader:
-    """Hands a checkpoint's weights to the model, each evaluated and out of the file's lazy arrays."""
+    """Passes a checkpoint's weights to the model, each evaluated and removed from the file's lazy arrays."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: mx.Dtype) -> None:
         self._checkpoint = checkpoint
@@ -176,7 +178,7 @@ class Reader:
 
 
 def _open(file: Path) -> dict[str, mx.array]:
-    """A file's lazy arrays. MLX refuses what it does not know even in tensors that nobody asks for."""
+    """A file's lazy arrays. MLX refuses unknown dtypes even in tensors that are not used."""
     try:
         return cast("dict[str, mx.array]", mx.load(str(file)))
     except RuntimeError as error:
@@ -184,7 +186,7 @@ def _open(file: Path) -> dict[str, mx.array]:
 
 
 def _find(path: Path) -> tuple[Layout, list[Path]]:
-    """Which layout a directory holds, and its weight files."""
+    """The layout of a directory, and its weight files."""
     if not path.is_dir():
         raise CheckpointError(f"{path} is not a directory; expected one with params.json or config.json")
     if (path / "params.json").is_file() and (files := sorted(path.glob("consolidated*.safetensors"))):
@@ -204,7 +206,7 @@ def _hf_files(path: Path) -> list[Path]:
         raise CheckpointError(f"{index}: weight_map is missing or empty; expected names of tensors and files")
     names = sorted({str(name) for name in cast("dict[str, object]", weight_map).values()})
     for name in names:
-        # A name from a file never leads out of its directory; a symlink may: the Hub's cache is made of them.
+        # A name in the index must not lead out of the directory; a symlink may: the Hub's cache uses them.
         if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
             raise CheckpointError(
                 f"{index} names {name!r}; expected a plain file name ending in .safetensors"
@@ -230,7 +232,7 @@ def _what_is_missing(path: Path) -> str:
 
 
 def _collect(files: Iterable[Path], layout: Layout, config: ModelConfig) -> dict[str, Tensor]:
-    """Every tensor of the files under its model name; a vision tower's are left out."""
+    """Every tensor of the files by its model name; those of a vision tower are left out."""
     heads = {"self_attn.q_proj": config.n_heads, "self_attn.k_proj": config.n_kv_heads}
     tensors: dict[str, Tensor] = {}
     for file in files:
@@ -252,7 +254,7 @@ def _collect(files: Iterable[Path], layout: Layout, config: ModelConfig) -> dict
 def _from_native(name: str) -> str:
     """`layers.3.attention.wq.weight` → `model.layers.3.self_attn.q_proj.weight`.
 
-    Unknown names are marked: HF's own, in a native file, would pass for rows that stand in native order.
+    Unknown names are marked: HF names in a native file would otherwise pass for rows in native order.
     """
     layer = re.match(r"(layers\.\d+)\.(.+)\.weight$", name)
     if layer and layer[2] in _NATIVE:
@@ -262,7 +264,7 @@ def _from_native(name: str) -> str:
 
 
 def _check(checkpoint: Checkpoint) -> None:
-    """Every tensor that the config promises is there, of its shape and kind, and no other."""
+    """Every tensor that the config implies must be there, with its shape and dtype, and no other."""
     expected = dict(_expected(checkpoint))
     tensors = checkpoint.tensors
     wrong = [f"missing: {name}" for name in expected if name not in tensors]
@@ -282,7 +284,7 @@ def _check(checkpoint: Checkpoint) -> None:
 
 
 def _expected(checkpoint: Checkpoint) -> Iterator[tuple[str, tuple[tuple[int, ...], tuple[str, ...]]]]:
-    """Name → (shape, possible dtypes) of all that must be there."""
+    """Name → (shape, possible dtypes) of every tensor that must be there."""
     for path, (rows, columns) in checkpoint.config.matrices():
         scheme = checkpoint.scheme(path)
         if scheme is None:

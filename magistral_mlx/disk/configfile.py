@@ -1,9 +1,9 @@
 """`params.json` (Mistral) or `config.json` (HF, mlx-lm) → a `ModelConfig`.
 
-JSON is read once, here. What would silently give wrong logits (a RoPE scaling, a sliding window, another
-architecture) is refused by name instead of ignored.
+JSON is parsed once, here. Settings that would silently give wrong logits if they were ignored (a RoPE
+scaling, a sliding window, another architecture) are refused by name.
 
-Does not know: tensors, files other than the two JSON documents, tokenizers.
+Does not know tensors, files other than the two JSON documents, or tokenizers.
 """
 
 import json
@@ -97,7 +97,7 @@ def _from_config(top: "_Fields") -> ModelConfig:
 
 
 def read_directory(path: Path) -> tuple[ModelConfig, str]:
-    """The config of a directory whose weights may not be there yet, and their dtype: bfloat16 if untold."""
+    """The config of a directory whose weights may not be there yet, and their dtype (default: bfloat16)."""
     if (params := path / "params.json").is_file():
         return read_params(params), "bfloat16"
     config = read_config(path / "config.json")
@@ -109,7 +109,7 @@ def read_directory(path: Path) -> tuple[ModelConfig, str]:
 
 
 def read_json(path: Path) -> Json:
-    """A JSON object from a file, or a `ConfigError` that names the file and the place."""
+    """A JSON object from a file, or a `ConfigError` that names the file and what is wrong."""
     try:
         raw: object = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -123,7 +123,7 @@ def read_json(path: Path) -> Json:
 
 @contextmanager
 def _about(path: Path) -> Generator[None, None, None]:
-    """Whatever is found wrong inside is said of this file."""
+    """Puts the file's name in front of every `ConfigError` raised inside."""
     try:
         yield
     except ConfigError as error:
@@ -131,10 +131,10 @@ def _about(path: Path) -> Generator[None, None, None]:
 
 
 def _rope_theta(text: "_Fields") -> float:
-    """RoPE's base, wherever this writer put it; any scaling of it is refused.
+    """RoPE's base, wherever the checkpoint's writer put it; any scaling is refused.
 
-    transformers 5 writes `rope_parameters`; a reader that looks at the top level only falls back to 10000
-    there and talks nonsense.
+    transformers 5 writes `rope_parameters`; a reader of the top level alone would fall back to 10000 and
+    generate nonsense.
     """
     for name in ("rope_parameters", "rope_scaling"):
         if text.raw.get(name) is None:
@@ -177,20 +177,20 @@ def _scheme(section: "_Fields") -> Scheme:
 
 
 def text_name(name: str) -> str:
-    """A text-model name without the prefix that multimodal checkpoints put on it (two spellings exist)."""
+    """A text model's tensor name without the prefix of multimodal checkpoints (there are two spellings)."""
     if name.startswith("model.language_model."):
         return "model." + name.removeprefix("model.language_model.")
     return name.removeprefix("language_model.")
 
 
 class _Fields:
-    """A JSON object read field by field, each by type, each error naming the field."""
+    """A JSON object read field by field, with type checks; each error names the field."""
 
     def __init__(self, raw: Json) -> None:
         self.raw = raw
 
     def get(self, kind: type[_T], *names: str, default: _T | None = None) -> _T:
-        """The first of `names` that is there; a bool is no number, and an int is a fine float."""
+        """The first of `names` that is there. A bool is not accepted as a number; an int is, as a float."""
         for name in names:
             value: object = self.raw.get(name)
             if value is None:
@@ -205,7 +205,7 @@ class _Fields:
         return default
 
     def integer(self, *names: str, default: int | None = None) -> int:
-        """A count: positive, and of the 32 bits in which MLX keeps a shape."""
+        """A positive count that fits 32 bits, as MLX's shapes do."""
         if not 1 <= (value := self.get(int, *names, default=default)) < 2**31:
             raise ConfigError(
                 f"{' or '.join(names)} is a number from 1 to 2^31 - 1, found {reprlib.repr(value)}"

@@ -1,12 +1,12 @@
-"""A conversion's write-ahead state: a work directory beside the target, with a log of the finished tensors.
+"""The state of an unfinished conversion: a work directory beside the target, with a log of finished tensors.
 
-    .NAME.partial/            beside the directory NAME that will be
+    .NAME.partial/            beside the directory NAME that is to be made
         journal.jsonl         the conversion's fingerprint, a line for each finished tensor, one for the end
         out/                  becomes NAME, by one rename
 
-A line is written after the bytes that it speaks of, and the directories that lead to them, are on the disk,
-so what it says is true after any crash; a line cut off in the middle says nothing. Knows files and order; not
-what is converted.
+A line is written only after the tensor's bytes and their directories have been flushed to disk, so it is true
+after any crash; an incomplete last line is dropped. Knows files and the order of writes. Does not know what
+is converted.
 """
 
 import fcntl
@@ -25,9 +25,9 @@ _FINISHED = {"finished": True}
 
 
 class Journal:
-    """Locked by one conversion at a time; `done` holds what earlier runs finished, by tensor.
+    """Locked by one conversion at a time. done: tensor → its recorded value, earlier runs included.
 
-    fingerprint: what must be as it was for a run to go on where another left off, each under its name.
+    fingerprint: what must be unchanged for a run to resume an earlier one, by name.
     """
 
     def __init__(self, target: Path, fingerprint: dict[str, Any]) -> None:
@@ -41,13 +41,13 @@ class Journal:
 
     @property
     def published(self) -> bool:
-        """Whether the target is there, made by a run that was killed between its rename and its end."""
+        """Whether the target is complete already: made by a run that was killed after its rename."""
         if self.out.exists() or not (self.target.is_dir() and self._path.exists()):
             return False
         return self._path.read_bytes().endswith(_line(_FINISHED))
 
     def __enter__(self) -> Self:
-        """Resume a conversion with the same fingerprint, or begin one."""
+        """Resume a conversion with the same fingerprint, or start one."""
         self.work.mkdir(parents=True, exist_ok=True)
         self._log = self._path.open("a+b", buffering=0)
         try:
@@ -71,24 +71,24 @@ class Journal:
         self._log.close()
 
     def record(self, name: str, value: float | None) -> None:
-        """Note that `name` is finished, and a number about it. Its bytes must be flushed before."""
+        """Record that tensor `name` is finished, with its error. Its bytes must have been flushed."""
         self._append({"tensor": name, "value": value})
         self.done[name] = value
 
     def publish(self) -> None:
-        """One rename: the target is there whole or not at all. Then the work directory goes."""
+        """Rename the output to the target (all or nothing), then remove the work directory."""
         if not self.published:
             self._append(_FINISHED)
             fault("rename")
             self.out.rename(self.target)
             flush_directory(self.target.parent)
             fault("renamed")
-        shutil.rmtree(self.work, ignore_errors=True)  # all is done: what cannot be removed is no failure
+        shutil.rmtree(self.work, ignore_errors=True)  # failing to clean up is no failure
 
     def _take_up(self) -> None:
         self._log.seek(0)
         *lines, rest = self._log.read().split(b"\n")
-        if rest:  # was cut off
+        if rest:  # an incomplete line
             self._log.truncate(sum(len(line) + 1 for line in lines))
         if not lines:
             self._append(self.fingerprint)
@@ -134,7 +134,7 @@ def work_directory(target: Path) -> Path:
 
 
 def flush(fd: int) -> None:
-    """To the disk itself: on macOS fsync stops at the drive's cache, F_FULLFSYNC does not."""
+    """Flush to the disk itself: on macOS, fsync stops at the drive's cache, F_FULLFSYNC does not."""
     full = getattr(fcntl, "F_FULLFSYNC", None)  # Linux has none
     if full is not None:
         with suppress(OSError):  # some file systems (network, FAT) refuse it
@@ -152,7 +152,7 @@ def flush_directory(path: Path) -> None:
 
 
 def fault(point: str) -> None:
-    """A place where a test may pull the plug."""
+    """A hook where tests simulate a crash."""
 
 
 def _line(content: dict[str, Any]) -> bytes:
@@ -160,7 +160,7 @@ def _line(content: dict[str, Any]) -> bytes:
 
 
 def _difference(was: dict[str, Any], now: dict[str, Any]) -> str:
-    """In words, what is not as it was."""
+    """The differences between two fingerprints, for an error message."""
     return ", ".join(
         f"the {name} was {was.get(name, 'not there')}, is {now.get(name, 'not there')}"
         for name in was | now

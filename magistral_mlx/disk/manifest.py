@@ -1,8 +1,8 @@
 """The manifest of a conversion: source, recipe, output, their hashes, and the quantization error.
 
 `mistral/manifest.json` holds SHA-256 and size of every file of source and output, the recipe, the versions
-that wrote it, and each matrix's quantization error. It holds no time and no path, so the same conversion
-gives the same manifest. Knows files and hashes; not weights.
+that wrote it, and each matrix's quantization error. It contains no times or paths, so the same conversion
+gives the same manifest. Knows files and hashes. Does not know weights.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ _CHUNK = 4 * 2**20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Output:
-    """A file as it was written; `sha256` is None if it was converted without verification."""
+    """A file as it was written. sha256: None if it was converted without verification."""
 
     name: str
     size: int
@@ -30,7 +30,7 @@ class _Output:
 
 
 def sha256(file: Path, *, stop: Callable[[], bool] = lambda: False) -> str:
-    """The hash of a file, read once from front to back; gives up early when `stop()`."""
+    """The hash of a file, read once from front to back; ends early, with a wrong hash, when `stop()`."""
     digest = hashlib.sha256()
     buffer = bytearray(_CHUNK)
     view = memoryview(buffer)
@@ -52,7 +52,7 @@ def read(directory: Path) -> dict[str, Any] | None:
 
 
 def wrong_sizes(directory: Path) -> list[str]:
-    """Files that are missing or not of the size that was written: a glance, for every load."""
+    """Files that are missing or have another size than was written: a quick check, for every load."""
     outputs = _outputs(directory, read(directory) or {})
     return [wrong for output in outputs if (wrong := _wrong_size(directory, output))]
 
@@ -60,7 +60,7 @@ def wrong_sizes(directory: Path) -> list[str]:
 def verify(
     directory: Path, *, progress: Callable[[int, int], None] = lambda _done, _total: None
 ) -> list[str]:
-    """Every file that is not as it was written, by reading all of them. Empty: all is well."""
+    """Every file that differs from what was written, by reading them all. Empty: all is well."""
     manifest = read(directory)
     if manifest is None:
         raise ConversionError(
@@ -108,7 +108,7 @@ def _wrong_bytes(directory: Path, output: _Output) -> str | None:
 
 
 def _outputs(directory: Path, manifest: dict[str, Any]) -> Iterator[_Output]:
-    """The output files; a name that leads out of the directory was not written by us."""
+    """The output files; names outside the directory are refused as damage."""
     outputs = manifest.get("outputs", {})
     if not isinstance(outputs, dict):
         raise _damaged(directory, outputs)

@@ -1,4 +1,4 @@
-"""Free disk space, against what is to be written where.
+"""Free disk space, compared with what is to be written.
 
 Knows disks. Does not know what is written (`hub`, `convert`).
 """
@@ -9,9 +9,9 @@ from pathlib import Path
 
 
 def shortage(needed: Mapping[Path, int]) -> str | None:
-    """What a disk has no room for, with all figures; None: there is room.
+    """What does not fit on its disk, with all figures; None: there is room.
 
-    needed: path → bytes still to be written there; what lies on one disk is summed.
+    needed: path → bytes still to be written there, summed for each disk.
     """
     disks: dict[int, list[Path]] = {}
     for path in needed:

@@ -1,8 +1,7 @@
-"""One `.safetensors` file: a header that is checked before it is believed, row blocks by `pread`, and headers
-written before the bytes they promise.
+"""One `.safetensors` file: checked headers, rows read by `preadv`, and headers for files still to be written.
 
 Rows are read one block at a time because `mx.load`, memory maps and `get_slice` all bring in the whole
-tensor, and one of Magistral's is 1.3 GB. Knows bytes and offsets; not what a tensor is for.
+tensor, and one of Magistral's is 1.3 GB. Knows bytes and offsets. Does not know what a tensor is for.
 """
 
 import json
@@ -34,7 +33,7 @@ _BITS = {
     "F4": 4,
 }
 _MAX_RANK = 8
-# numpy has no bfloat16: its bits travel as uint16 and are viewed as what they are on the other side.
+# numpy has no bfloat16: its bits are read as uint16, and viewed as bfloat16 in MLX.
 _READ: dict[str, tuple[type[np.generic], mx.Dtype]] = {
     "BF16": (np.uint16, mx.bfloat16),
     "F16": (np.float16, mx.float16),
@@ -43,13 +42,13 @@ _READ: dict[str, tuple[type[np.generic], mx.Dtype]] = {
     "U8": (np.uint8, mx.uint8),
 }
 DTYPES = {name: dtype for name, (_, dtype) in _READ.items()}
-"""The dtypes that weights come in, by their safetensors names."""
+"""The dtypes of weights, by their safetensors names."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """Where one tensor lies in its file: `nbytes` at `offset` from the file's first byte, row-major."""
+    """One tensor's place in its file: `nbytes` at `offset` from the file's first byte, row-major."""
 
     file: Path
     name: str
@@ -63,17 +62,17 @@ class Entry:
         return self.nbytes // self.shape[0]
 
     def read(self, start: int = 0, stop: int | None = None) -> mx.array:
-        """Rows `start:stop` (along the first axis) as an array of their own; nothing else is read."""
+        """Rows `start:stop` (along the first axis) as a new array; nothing else is read."""
         return self.decode(self.raw(start, self.shape[0] if stop is None else stop))
 
     def raw(self, start: int, stop: int) -> NDArray[Any]:
-        """The same rows as the file has them, bfloat16 as its bits; from any thread."""
+        """The same rows as numpy, bfloat16 as its bits (uint16). May be called from any thread."""
         block = np.empty((stop - start, *self.shape[1:]), _READ[self.dtype][0])
         self._fill(_bytes_of(block), self.offset + start * (self.nbytes // max(self.shape[0], 1)))
         return block
 
     def decode(self, raw: NDArray[Any]) -> mx.array:
-        """What `raw` read, as an array of this tensor's dtype."""
+        """The result of `raw` as an MLX array of this tensor's dtype."""
         array, dtype = mx.array(cast("Any", raw)), _READ[self.dtype][1]  # mlx's stubs do not know numpy
         return array.view(dtype) if array.dtype != dtype else array
 
@@ -87,7 +86,7 @@ class Entry:
                             f"{self.file} ends inside {self.name}: it was cut off; get it again"
                         )
                     buffer, offset = buffer[got:], offset + got
-        except OSError as error:  # its header was read before
+        except OSError as error:  # its header could be read before
             raise CheckpointError(
                 f"{self.file} was there, and cannot be read now: {error.strerror}; put it back where it was"
             ) from error
@@ -99,7 +98,7 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 def read_whole_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Tensors as in `read_header`, and the texts that the file carries beside them (`__metadata__`)."""
+    """Tensors as in `read_header`, and the strings of the file's `__metadata__`."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -154,7 +153,7 @@ def _described(described: Any) -> tuple[str, tuple[int, ...], int, int]:
 
 
 def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Of two tensors of one name JSON readers keep either; which one would be luck."""
+    """Refuses repeated names, of which a JSON reader may keep either one."""
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
@@ -164,7 +163,7 @@ def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_layout(path: Path, entries: Mapping[str, Entry], base: int, size: int) -> None:
-    """Tensors stand end to end and fill the file: anything else was cut off or tampered with."""
+    """Tensors must fill the file without gaps or overlaps: otherwise it was cut off or tampered with."""
     place = base
     for entry in sorted(entries.values(), key=lambda e: (e.offset, e.nbytes)):
         if entry.offset != place:
@@ -182,7 +181,7 @@ def plan_file(
     tensors: Mapping[str, tuple[str, tuple[int, ...]]],
     metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> tuple[bytes, dict[str, Entry]]:
-    """The header of a file still to be written, and where in it each tensor (dtype, shape) will lie."""
+    """The header of a file still to be written, and where each tensor (dtype, shape) goes in it."""
     header: dict[str, Any] = {"__metadata__": {"format": "mlx", **metadata}}
     place = 0
     for name, (dtype, shape) in tensors.items():
@@ -199,12 +198,12 @@ def plan_file(
 
 
 def to_bytes(array: mx.array) -> memoryview:
-    """An array's bytes, row-major, as they stand in a file."""
+    """An array's bytes, row-major, as in a file."""
     if array.dtype == mx.bfloat16:
         array = array.view(mx.uint16)
     return _bytes_of(np.ascontiguousarray(cast("Any", array)))
 
 
 def _bytes_of(array: "np.ndarray[Any, Any]") -> memoryview:
-    """The memory of a contiguous array, be it empty (which `memoryview.cast` refuses)."""
+    """The memory of a contiguous array, even an empty one (which `memoryview.cast` refuses)."""
     return array.reshape(-1).view(np.uint8).data

@@ -1,8 +1,8 @@
 """A model's name → a directory.
 
-    download    what the Hub has, and resumable downloads of large files
+    download    the files of a Hub repository, and resumable downloads of the large ones
     hub         a name → directories: the demo, a path, the Hub's cache; uploads
-    last_model  the name used last, kept
+    last_model  remembers the name used last
 
-Each imports only what stands above it.
+Each imports only modules above it.
 """

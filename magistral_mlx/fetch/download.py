@@ -1,10 +1,10 @@
 """The files of a Hub repository, how much of them is cached, and resumable downloads of the large ones.
 
-huggingface_hub forgets what it has of a file when it is killed: of a checkpoint in one file, all 47 GB. So
-large files go into its cache from here, each under its hash, behind what an earlier run had of it; it then
-finds them there and does the rest.
+When huggingface_hub is killed, it loses the partial download of a file: of a checkpoint in one file, all
+47 GB. So large files are downloaded into its cache from here, each under its hash, appended to the part that
+an earlier run had; huggingface_hub then finds them there and does the rest.
 
-Knows the Hub's interface and the cache's places. Does not know layouts or names of models (`hub`).
+Knows the Hub's API and the paths of its cache. Does not know layouts or names of models (`hub`).
 """
 
 import fcntl
@@ -23,7 +23,7 @@ LARGE_BYTES = 32 * 10**6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RemoteFile:
-    """blob: its place in the cache, named after its hash. sha256: None of what is no LFS object."""
+    """blob: its path in the cache, named after its hash. sha256: None if it is not an LFS object."""
 
     name: str
     size: int
@@ -36,7 +36,7 @@ class RemoteFile:
 
     @property
     def missing(self) -> int:
-        """Bytes that are not here yet."""
+        """Bytes still to be downloaded."""
         if self.blob.exists():
             return 0
         return self.size - (self.partial.stat().st_size if self.partial.exists() else 0)
@@ -44,7 +44,7 @@ class RemoteFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Repository:
-    """A model of the Hub at one commit, or some of its files."""
+    """A Hub repository at one commit, with all or some of its files."""
 
     repo: str
     commit: str
@@ -52,7 +52,7 @@ class Repository:
 
     @classmethod
     def ask(cls, name: str) -> Self:
-        """The Hub's answer for "owner/repo" or "owner/repo@revision"; its errors are the caller's."""
+        """Query the Hub for "owner/repo" or "owner/repo@revision"; its errors are passed on."""
         from huggingface_hub import HfApi
 
         repo, _, revision = name.partition("@")
@@ -79,10 +79,10 @@ class Repository:
         return sum(file.missing for file in self.files)
 
     def fetch_large(self) -> None:
-        """Download the large files into the cache; one that breaks off is resumed by the next run."""
+        """Download the large files into the cache; an interrupted one is resumed by the next run."""
         from huggingface_hub import constants
 
-        for file in self.files:  # those that the Hub gives by Xet alone are not for us
+        for file in self.files:  # larger ones need Xet: left to huggingface_hub
             if LARGE_BYTES <= file.size <= constants.MAX_HTTP_DOWNLOAD_SIZE and not file.blob.exists():
                 self._fetch(file)
 
@@ -110,7 +110,7 @@ class Repository:
             if kept and file.sha256 and manifest.sha256(file.partial) != file.sha256:
                 file.partial.unlink()  # a crash may leave zeros where its last bytes should be
                 raise HubError(f"{file.name} of {self.repo} came damaged; run it again: it begins anew")
-            file.partial.rename(file.blob)  # while it is locked: nobody takes it up in between
+            file.partial.rename(file.blob)  # while locked, so that no other process resumes it
 
 
 def cache() -> Path:

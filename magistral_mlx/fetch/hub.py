@@ -1,14 +1,14 @@
-"""A model's name → directories on this machine, by way of the Hub's cache where the name is one of the Hub's.
+"""A model's name → directories on this machine: for a Hub name, in the Hub's cache.
 
     "demo"                        the model embedded in this package ("./demo" is a directory of yours)
     a directory                   itself
-    "owner/repo", "…@revision"    its snapshot in the Hub's cache, downloaded only when asked to
+    "owner/repo", "…@revision"    its snapshot in the Hub's cache, downloaded only on request
 
-Weights and words may come from two places: conversions often lack tekken.json, which is then the original
-repository's. A repository with both layouts is downloaded in one, Mistral's own: 47 GB and not 94.
+Weights and tokenizer may come from two repositories: conversions often lack tekken.json, which is then taken
+from the original one. Of a repository with both layouts only one is downloaded, Mistral's own: 47 GB, not 94.
 
-Knows names, layouts and huggingface_hub, whose settings (HF_HOME, HF_HUB_OFFLINE, HF_TOKEN …) hold; it is
-imported late. Does not know what is in a file, nor how it gets here (`download`).
+Knows names, layouts and huggingface_hub, whose settings (HF_HOME, HF_HUB_OFFLINE, HF_TOKEN …) apply; it is
+imported late. Does not know what is in a file, or how it is downloaded (`download`).
 """
 
 import re
@@ -25,7 +25,7 @@ from .download import Repository, cache
 
 RECOMMENDED = "mlx-community/Magistral-Small-2506-4bit"
 RECOMMENDED_GB = 13
-"""What to offer a user who names no model, and what downloading it takes."""
+"""The model to offer a user who names none, and the size of its download in GB."""
 
 DEMO = Path(__file__).parents[1] / "demo"
 
@@ -41,14 +41,13 @@ _BASE = re.compile(r"---\n(?:(?!---\n).*\n)*?base_model: *([\w.-]+/[\w.-]+) *\n"
 _CONFIGS: dict[tuple[str, ...], str] = {_NATIVE: "params.json", _HF: "config.json"}
 
 Needs: TypeAlias = Callable[[Path], Mapping[Path, int]]
-"""A directory with a model's config → what else will be written, and where: path → bytes."""
+"""A directory with a model's config → what else will be written: path → bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Local:
-    """Where a model is: its weights with their config, and its tekken.json with the system prompt.
-
-    Either file of words is in the directory's root or in its `mistral/`.
+    """Where a model is. weights: the directory of the weights and their config. words: the directory of
+    tekken.json and the system prompt, which are in its root or in its `mistral/`.
     """
 
     weights: Path
@@ -56,10 +55,10 @@ class Local:
 
 
 def resolve(name: str, *, download: bool = False, then: Needs | None = None) -> Local:
-    """Find the model called `name`; without `download`, only what is on this machine is looked at.
+    """Find the model called `name`; without `download`, only on this machine.
 
-    With it, a Hub model is fetched or brought up to date, if there is room for it and for what is to be done
-    `then`. Where the Hub cannot be reached, what was fetched before will do.
+    With it, a Hub model is downloaded or updated, if the disk has room for it and for what will be written
+    `then`. If the Hub cannot be reached, an earlier download is used.
 
     Raises:
         CheckpointError: neither a directory nor a name that the Hub could have.
@@ -73,10 +72,10 @@ def resolve(name: str, *, download: bool = False, then: Needs | None = None) -> 
 
 
 def look(name: str) -> tuple[Path, int | None]:
-    """The directory of the model called `name`, and None; or one with its config, and what is not here.
+    """The directory of the model called `name`, and None; or one with its config alone, and a number.
 
-    Of a Hub model that is not on this machine nothing but its config is fetched, a few hundred bytes; the
-    number is what a download would take.
+    Of a Hub model that is not on this machine only the config is downloaded, a few hundred bytes; the number
+    is the bytes that a download of the rest would take.
     """
     if local := _here(name):
         return local.weights, None
@@ -90,7 +89,7 @@ def look(name: str) -> tuple[Path, int | None]:
 
 
 def _here(name: str) -> Local | None:
-    """The model called `name`, where that is the demo or a directory; a name of no kind is refused."""
+    """The model called `name`, if that is the demo or a directory; an invalid name is refused."""
     if name == "demo":
         return Local(weights=DEMO, words=DEMO)
     if found := directory(name):
@@ -104,7 +103,7 @@ def _here(name: str) -> Local | None:
 
 
 def check_upload(repo: str) -> None:
-    """Refuse a publication that could not be made, before the work that it is to publish."""
+    """Raise if `repo` is no Hub name or nobody is logged in: before the work that is to be published."""
     from huggingface_hub import HfApi
 
     if not HUB_NAME.fullmatch(repo) or "@" in repo:
@@ -118,7 +117,7 @@ def check_upload(repo: str) -> None:
 
 
 def source(name: str) -> str | None:
-    """The Hub's name of what the model called `name` was made from, or is; None where nothing tells."""
+    """The Hub name of the original that the model called `name` is or was made from; None: unknown."""
     place = directory(name)
     if name == "demo" or place:
         card = (place or DEMO) / "README.md"
@@ -130,20 +129,22 @@ def source(name: str) -> str | None:
 
 
 def known_as(name: str) -> list[str]:
-    """The names a model answers to, its source's first: clients ask the Hub for its prompt by that."""
+    """The names under which a server offers a model. First its source's: clients may fetch the system
+    prompt from the Hub by that name.
+    """
     place = directory(name)
     own = place.resolve().name if place and name != "demo" else name
     return list(dict.fromkeys(filter(None, (source(name), own))))
 
 
 def upload(directory: Path, repo: str) -> str:
-    """Publish a directory as the Hub model `repo`, made if it is not there; returns its address."""
+    """Publish a directory as the Hub model `repo`, which is created if needed; returns its URL."""
     from huggingface_hub import HfApi
 
     try:
         address = HfApi().create_repo(repo, exist_ok=True)
         HfApi().upload_folder(repo_id=repo, folder_path=directory)
-    except (*_failures(), RuntimeError) as error:  # RuntimeError: of one file among several
+    except (*_failures(), RuntimeError) as error:  # RuntimeError: one file failed among several
         raise HubError(
             f"{directory} is there, but cannot be published as {repo!r}: {_reason(error)} "
             f"Then: hf upload {repo} {directory}"
@@ -152,7 +153,7 @@ def upload(directory: Path, repo: str) -> str:
 
 
 def directory(name: str) -> Path | None:
-    """`name` as a directory that is there."""
+    """`name` as a path, if it is an existing directory."""
     with suppress(OSError, ValueError, RuntimeError):  # too long, a null byte, an unknown ~user
         found = Path(name).expanduser()
         return found if name and found.is_dir() else None  # Path("") is the working directory
@@ -166,11 +167,11 @@ def _is_file(name: str) -> bool:
 
 
 def _cached(name: str, patterns: tuple[str, ...] | None) -> Path:
-    """A model's snapshot in the cache, if it is whole in one layout (or in `patterns`)."""
+    """A model's snapshot in the cache, if it is complete in one layout (or in `patterns`)."""
     for layout in (patterns,) if patterns else (_NATIVE, _HF):
         with suppress(OSError, ValueError):  # not there, or a name that cannot be
             found = _snapshot(name, layout, local_files_only=True)
-            if any(found.glob(layout[0])):  # a repository without such files is whole without them
+            if any(found.glob(layout[0])):  # a repository without such files counts as complete
                 return found
     raise HubError(
         f"{name!r} is neither a directory here nor a model on this machine. If it is a Hub name, "
@@ -179,7 +180,7 @@ def _cached(name: str, patterns: tuple[str, ...] | None) -> Path:
 
 
 def _fetch(name: str, patterns: tuple[str, ...] | None, then: Needs | None = None) -> Path:
-    """A model's snapshot in one layout (or in `patterns`), with what is not here yet downloaded."""
+    """A model's snapshot in one layout (or in `patterns`); downloads what is missing."""
     try:
         wanted, layout = (Repository.ask(name).only(patterns), patterns) if patterns else _ask(name)
         _check_room(name, wanted, layout, then)
@@ -192,7 +193,7 @@ def _fetch(name: str, patterns: tuple[str, ...] | None, then: Needs | None = Non
 
 
 def _check_room(name: str, wanted: Repository, layout: tuple[str, ...], then: Needs | None) -> None:
-    """Refuse a download, and what is to come of it, before it starts."""
+    """Refuse a download before it starts, if the disk has no room for it and what is to be made of it."""
     if not wanted.missing:
         return
     needed = {cache(): wanted.missing}
@@ -203,7 +204,7 @@ def _check_room(name: str, wanted: Repository, layout: tuple[str, ...], then: Ne
 
 
 def _failures() -> tuple[type[Exception], ...]:
-    """What asking the Hub may end in."""
+    """The exceptions that a request to the Hub may raise."""
     from huggingface_hub import errors
 
     return vars(errors)["HTTPError"], OSError, ValueError  # of httpx or its successor, whichever is used
@@ -221,7 +222,7 @@ def _snapshot(name: str, patterns: tuple[str, ...], *, local_files_only: bool) -
 
 
 def _ask(name: str) -> tuple[Repository, tuple[str, ...]]:
-    """A repository's files in the layout to take: Mistral's own where it has it."""
+    """A repository's files in the preferred layout: Mistral's own, if it has that."""
     repository = Repository.ask(name)  # fails at once, not in 23 s
     for layout in (_NATIVE, _HF):
         if repository.only(layout[:1]).files:
@@ -230,7 +231,7 @@ def _ask(name: str) -> tuple[Repository, tuple[str, ...]]:
 
 
 def _words(name: str, weights: Path, *, download: bool) -> Path:
-    """Where the tekken.json is: with the weights, or in the repository that they were converted from."""
+    """The directory of tekken.json: with the weights, or in the repository that they were converted from."""
     if any((place / "tekken.json").is_file() for place in (weights, weights / "mistral")):
         return weights
     family = _FAMILY.search(name)
@@ -239,13 +240,13 @@ def _words(name: str, weights: Path, *, download: bool) -> Path:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong, in words that say what to do."""
+    """The cause of an error, and what to do."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__:
-        error = error.__cause__  # "not here either", said of what went wrong before
+        error = error.__cause__  # it says "not in the cache either"; the cause is what failed first
     what = (str(error) or type(error).__name__).splitlines()[0]
-    known = (  # the narrower kind before the wider one
+    known = (  # subclasses before their base classes
         (errors.LocalTokenNotFoundError, "nobody is logged in here. `hf auth login`, or set HF_TOKEN."),
         (errors.GatedRepoError, "it is gated. Accept the conditions on its page, then `hf auth login`."),
         (errors.RepositoryNotFoundError, "the Hub has none, or a private one. Check it, or `hf auth login`."),

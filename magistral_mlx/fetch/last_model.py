@@ -1,6 +1,6 @@
-"""Which model was used last, so that `ask` need not be told again.
+"""Remembers the model used last: the default of `--model`.
 
-Knows one small file in the cache. Does not know what a name leads to (`hub`).
+Knows one small file in the cache. Does not know how a name is resolved (`hub`).
 """
 
 import os
@@ -12,17 +12,17 @@ from .hub import HUB_NAME, directory
 
 
 def last_used() -> str | None:
-    """The name last remembered, if it can be read and, where it is a directory's, is still there."""
+    """The remembered name, if it can be read; a directory must still exist."""
     try:
         name = _file().read_text(encoding="utf-8").strip()
-    except (OSError, ValueError, RuntimeError):  # RuntimeError: nobody's home
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: no home directory
         return None
     known = name == "demo" or HUB_NAME.fullmatch(name) or (name.startswith("/") and directory(name))
     return name if known else None
 
 
 def remember(name: str) -> None:
-    """Keep `name` as the model last used. A convenience: where it cannot be written, nothing happens."""
+    """Remember `name` as the model used last. If that cannot be written, nothing happens."""
     place = None if name == "demo" else directory(name)
     with suppress(OSError, ValueError, RuntimeError):
         file = _file()
@@ -33,7 +33,7 @@ def remember(name: str) -> None:
 
 
 def _file() -> Path:
-    """The file that keeps the last name: in MAGISTRAL_MLX_CACHE, or where the platform keeps caches."""
+    """The file with the last name: in MAGISTRAL_MLX_CACHE, or in the platform's cache directory."""
     home = Path("~/Library/Caches" if sys.platform == "darwin" else "~/.cache").expanduser()
     base = Path(os.environ.get("XDG_CACHE_HOME") or home) / "magistral_mlx"
     return Path(os.environ.get("MAGISTRAL_MLX_CACHE") or base) / "last_model"
