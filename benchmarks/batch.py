@@ -1,13 +1,13 @@
-"""What does a batch bring? Tokens per second of 1, 2, 4 and 8 replies decoded at once.
+"""What does a batch gain? Tokens per second of 1, 2, 4 and 8 replies decoded at once.
 
     python benchmarks/batch.py [--trials 8] [--narrow | --clients]
 
-The demo model at 4 bits, or with `--narrow` the 40 layers and 131072 ids of Magistral with little width.
-Every row draws with its own seed behind the same prompt. On a GPU a step of eight reads the weights once, as
-a step of one does; a CPU is bound by arithmetic, and shows what host and kernels cost per step.
+The demo model at 4 bits, or with `--narrow` Magistral's 40 layers and 131072 ids at a small width. Every row
+samples with its own seed after the same prompt. On a GPU a step of eight reads the weights once, as a step of
+one does; a CPU is bound by arithmetic, and shows what host and kernels cost per step.
 
-With `--clients`, whole replies of the demo model to so many readers on one event loop, as in the server: in
-continuous batching against turns, step by step, as streams take them that are open together.
+With `--clients`, whole replies of the demo model to so many readers on one event loop, as in the server:
+continuous batching against streams that are open together and take turns, step by step.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def measured(directory: Path, trials: int) -> list[Json]:
 
 
 def clients(trials: int) -> list[Json]:
-    """Continuous batching over turns, for each number of readers."""
+    """Continuous batching compared with turns, for each number of readers."""
     rows: list[Json] = []
     with Magistral.load("demo") as model:
         batch = model.new_continuous_batch()
@@ -107,7 +107,7 @@ def read(model: Magistral, n: int, batch: ContinuousBatch | None) -> float:
 
 
 def rate(model: Transformer, n: int) -> float:
-    """Tokens per second of all lines together; the first step is not counted."""
+    """Tokens per second of all rows together; the first step is not counted."""
     caches = model.new_caches()
     logits = returned(prefill(model, PROMPT, caches))
     rows = [

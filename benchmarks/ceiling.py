@@ -2,11 +2,11 @@
 
     python benchmarks/ceiling.py [MODEL] [--dtype bfloat16] [--trials 8]
 
-A step's products, each fed by the one before it, with queries, keys and values in one and gate and up in
-another, as the package computes them; no norms, rotation, attention, cache, sampling or Python beside them. A
-loop of the same arithmetic cannot be quicker than that. Beside it whole steps of both loops, in turn, at
-temperature 0.7 and top_p 0.95 behind a prompt of 64 ids. MODEL ("demo") is converted to 4 bit first if it is
-the demo model. Writes `results/ceiling-<model>-<dtype>.json`.
+A step's matrix products, each using the result of the one before, with queries, keys and values fused, and
+gate and up fused, as the package computes them; without norms, RoPE, attention, cache, sampling or Python. A
+loop of the same arithmetic cannot be faster. For comparison, whole steps of both loops, in turn, at
+temperature 0.7 and top_p 0.95 after a prompt of 64 ids. The demo model (the default) is converted to 4 bit
+first. Writes `results/ceiling-<model>-<dtype>.json`.
 """
 
 import argparse
@@ -38,7 +38,7 @@ PROMPT = list(range(1000, 1064))
 
 
 def products(model: Transformer) -> float:
-    """Milliseconds of a step's products."""
+    """Milliseconds of a step's matrix products."""
     x = mx.zeros((1, 1, model.config.dim), model.dtype)
     heads = model.config.n_heads * model.config.head_dim
     start = time.perf_counter()
@@ -53,7 +53,7 @@ def products(model: Transformer) -> float:
 
 
 def per_step(ids: Iterator[Any]) -> float:
-    """Milliseconds a step, the first apart."""
+    """Milliseconds per step, without the first."""
     next(ids)
     start = time.perf_counter()
     for _ in islice(ids, STEPS):

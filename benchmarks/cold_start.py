@@ -1,11 +1,11 @@
-"""How long until the first token? A new process: imports, load, first token, ours and mlx-lm's in turn.
+"""How long until the first token? In a new process: imports, load, first token; ours and mlx-lm's in turn.
 
     python benchmarks/cold_start.py [--trials 8]
 
-The demo model at 4 bits, the same question and sampling, either library's Python API: `Magistral.load` and
-`stream`, `mlx_lm.load` and `stream_generate`. Then ours taken apart: Python itself, imports, tokenizer,
-weights and first token one after another (the tokenizer really loads while the weights do). The first trial,
-which brings the files into the system's cache, is not counted.
+The demo model at 4 bits, the same question and sampling, each library's Python API: `Magistral.load` and
+`stream`, `mlx_lm.load` and `stream_generate`. Then the parts of ours: Python itself, imports, tokenizer,
+weights and first token, one after another (normally the tokenizer loads while the weights do). The first
+trial, which warms the page cache, is not counted.
 """
 
 import argparse
@@ -94,7 +94,7 @@ def main() -> None:
 
 
 def phases(code: str, place: str) -> dict[str, float]:
-    """Seconds of each thing that a new process tells of, from what it told before, or from its start."""
+    """Seconds of each phase that a new process reports, from the report before it, or from its start."""
     start = time.time()
     done = subprocess.run(
         [sys.executable, "-c", HEAD + code, place, QUESTION], capture_output=True, text=True, check=True

@@ -1,12 +1,12 @@
-"""What does context cost? Time and bytes per token up to 16384 positions, KV cache in 16 and in 8 bits.
+"""What does context cost? Time and bytes per token up to 16384 positions, with a KV cache of 16 and 8 bits.
 
     python benchmarks/contexts.py [--trials 8]
 
-Heads as Magistral's (32 of queries, 8 of keys, 128 wide), two layers, little width: what is measured is
-attention and its cache. The cache is filled with random keys and values, not read from a prompt; then ids are
-decoded one by one, all contexts in turn, and a straight line is fitted to the medians. Times are of one
-layer. Bytes are those that Magistral's 40 layers hold with 2-byte numbers, beside those held here (a CPU
-computes in float32). On a GPU 8 bits are half the bytes to read; on a CPU they are more arithmetic.
+Magistral's heads (32 query heads, 8 KV heads, 128 wide), two layers, small width: what is measured is
+attention and its cache. The cache is filled with random keys and values, without a prefill; then ids are
+decoded one by one, all contexts in turn, and a straight line is fitted to the medians. Times are per layer.
+Bytes are those of Magistral's 40 layers with 2-byte numbers, and those held here (a CPU computes in float32).
+On a GPU 8 bits halve the bytes to read; on a CPU they add arithmetic.
 """
 
 import argparse
@@ -39,7 +39,7 @@ Place: TypeAlias = tuple[int, int | None]
 
 
 class Random:
-    """Where the model takes its weights from."""
+    """Gives the model random weights."""
 
     def matrix(self, path: str) -> Matrix:
         shape = dict(SHAPE.matrices())[path]
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def measured(model: Transformer, contexts: Sequence[int], trials: int) -> list[Json]:
-    """Milliseconds per token and layer with either cache at each context, and what the caches hold."""
+    """Milliseconds per token and layer with each cache at each context, and the caches' bytes."""
     caches = {
         (context, bits): filled(model, context, bits) for context in contexts for bits in (None, KV_BITS)
     }
@@ -81,7 +81,7 @@ def measured(model: Transformer, contexts: Sequence[int], trials: int) -> list[J
 def row(context: int, found: Mapping[Place, list[float]], caches: Mapping[Place, list[KVCache]]) -> Json:
     both = {"16": (context, None), "8": (context, KV_BITS)}
     milliseconds = {bits: spread(found[place]) for bits, place in both.items()}
-    # Of 40 layers in 16-bit numbers: codes are as they are, floats (here maybe of 4 bytes) are 2.
+    # For 40 layers in 16-bit numbers: codes keep their size, floats (here maybe 4 bytes) take 2.
     whole = {
         bits: memory.kv_bytes(MAGISTRAL, context, itemsize=2, kv_bits=place[1])
         for bits, place in both.items()
@@ -100,7 +100,7 @@ def row(context: int, found: Mapping[Place, list[float]], caches: Mapping[Place,
 
 
 def filled(model: Transformer, context: int, kv_bits: int | None) -> list[KVCache]:
-    """Caches that hold so many random positions, with room for those that are decoded."""
+    """Caches that hold `context` random positions, with room for those that are decoded."""
     shape = (1, SHAPE.n_kv_heads, context - TOKENS, SHAPE.head_dim)
     caches = model.new_caches(kv_bits)
     for cache in caches:
@@ -110,7 +110,7 @@ def filled(model: Transformer, context: int, kv_bits: int | None) -> list[KVCach
 
 
 def decoded(model: Transformer, caches: list[KVCache]) -> float:
-    """Seconds per token; the caches are then as before."""
+    """Seconds per token; the caches are trimmed back afterwards."""
 
     def run() -> None:
         for token in range(TOKENS):

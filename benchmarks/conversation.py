@@ -1,10 +1,10 @@
-"""How soon does the tenth answer of a conversation begin, with what was read before and without?
+"""How soon does the tenth answer of a conversation begin, with and without prefix reuse?
 
     python benchmarks/conversation.py [--turns 10] [--repeats 3] [--context 3000]
 
 Two models: the demo, whose context is 4096 tokens, and a random one of four layers with a long text in its
-first message. The same ten turns; then the last prompt again with nothing read before it. Both are timed in
-the model's own seconds until the first id. Writes `benchmarks/results/conversation.json`.
+first message. The same ten turns; then the last prompt again from an empty cache. Both times are the reply's
+own `first_token_seconds`. Writes `benchmarks/results/conversation.json`.
 """
 
 import argparse
@@ -31,7 +31,7 @@ GREEDY = Sampling(temperature=0)
 
 
 def random_model(directory: Path, context: int) -> Magistral:
-    """The demo's words on random weights, with a longer context than it has."""
+    """The demo's tokenizer with random weights, and a longer context than the demo's."""
     tokenizer = Tokenizer.from_directory(DEMO)
     config = ModelConfig(
         dim=256,
@@ -59,7 +59,7 @@ def random_model(directory: Path, context: int) -> Magistral:
 
 
 def measure(model: Magistral, label: str, first: str, turns: int, repeats: int) -> dict:
-    """Median seconds to the first id of the last turn, reused and fresh."""
+    """Median seconds to the first id of the last turn, with prefix reuse and without."""
     reused, fresh = list[float](), list[float]()
     for _ in range(repeats):
         talk = model.conversation(sampling=GREEDY, max_tokens=40, think_budget=10)

@@ -1,13 +1,13 @@
-"""Converting: our memory and time against `mlx_lm.convert`, and our memory over the model's size.
+"""Conversion: our memory and time against `mlx_lm.convert`, and our memory over the model's size.
 
     python benchmarks/convert.py [--trials 5] [--sizes 1 4 16 47] [--work DIR]
 
 Both convert the same checkpoint (4.9 GB of random bf16 weights: two layers of Magistral's shape, with its
-whole vocabulary) to 4 bit, in processes of their own, in turn; --trials 0 leaves that out. The sizes are
-sparse files of the true shape, beside them a tekken.json as long as published ones; every real tensor in them
-is compared, bit for bit, with what MLX's quantizer makes of it whole.
-Prints tables and writes `benchmarks/results/convert.json` and `convert.svg`. Peak memory is the process's,
-or that of a process it started if that is more, less that of one that has imported mlx.
+whole vocabulary) to 4 bit, in separate processes, in turn; --trials 0 skips that. The sizes are sparse files
+of the true shape, with a tekken.json as large as published ones; every real tensor in them is compared, bit
+for bit, with the result of MLX's quantizer for the whole tensor. Prints tables and writes
+`benchmarks/results/convert.json` and `convert.svg`. Peak memory is that of the process (or of a child
+process, if larger) minus that of a process that has only imported mlx.
 """
 
 import argparse
@@ -47,7 +47,7 @@ kilobyte = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes
 with os.fdopen(3, "w") as out:
     json.dump([status, time.perf_counter() - start, usage.ru_maxrss * kilobyte / 2**20], out)
 """
-"""Small itself: on Linux a process begins with the peak of the one that started it."""
+"""A small process: on Linux a process starts with the peak of its parent."""
 
 
 def run(*words: object) -> tuple[float, float]:
@@ -67,13 +67,13 @@ def run(*words: object) -> tuple[float, float]:
 
 
 def compare(work: Path, words: Path, trials: int) -> dict[str, list[tuple[float, float]]]:
-    """Ours with and without verification and mlx-lm's, in turn on one checkpoint."""
+    """Ours with and without verification, and mlx-lm's, in turn on one checkpoint."""
     source = work / "source"
     make(source, layout="hf", layers=2, full=True, words=words)
     for name, data in files(words, name="random", recipe="none", context=4096).items():
         if "/" not in name and name.startswith(("tokenizer", "chat", "generation")):
             (source / name).write_bytes(data)  # mlx-lm loads a tokenizer
-    (source / "tekken.json").rename(work / "tekken.json")  # beside a tokenizer.json it would mislead it
+    (source / "tekken.json").rename(work / "tekken.json")  # next to a tokenizer.json it would mislead mlx-lm
     (source / "mistral").mkdir()
     shutil.move(work / "tekken.json", source / "mistral")
     out = work / "out"
@@ -107,7 +107,7 @@ def compare(work: Path, words: Path, trials: int) -> dict[str, list[tuple[float,
 
 
 def sizes(work: Path, words: Path, wanted: list[int]) -> dict[int, tuple[float, float, str]]:
-    """Our seconds and peak over the source's size, and how many of its real tensors came out right."""
+    """Our seconds and peak for each source size, and how many of its real tensors are correct."""
     found = {}
     for size in wanted:
         layers, vocabulary = SHAPES[size]
@@ -120,7 +120,7 @@ def sizes(work: Path, words: Path, wanted: list[int]) -> dict[int, tuple[float, 
 
 
 def right(out: Path, config: ModelConfig) -> str:
-    """How many of the real tensors are, bit for bit, the quantizer's of the whole."""
+    """How many of the real tensors equal, bit for bit, the whole tensor quantized at once."""
     import mlx.core as mx
 
     found = {name: array for file in out.glob("*.safetensors") for name, array in mx.load(str(file)).items()}
@@ -151,7 +151,9 @@ def main() -> None:
     )
     parser.add_argument("--trials", type=int, default=5)
     parser.add_argument("--sizes", type=int, nargs="*", default=[1, 4, 16, 47], choices=SHAPES)
-    parser.add_argument("--work", type=Path, help="where 20 GB of files may go; default: the system's place")
+    parser.add_argument(
+        "--work", type=Path, help="directory for 20 GB of files; default: a temporary directory"
+    )
     parser.add_argument("--out", type=Path, help="the JSON to write, with a chart beside it")
     args = parser.parse_args()
     idle = statistics.median(run("-c", "import mlx.core as mx; mx.eval(mx.zeros(1))")[1] for _ in range(3))

@@ -1,12 +1,12 @@
-"""Where does a decode step's time go? Graph, forward pass, sampling, ours and mlx-lm's, in turn.
+"""Where does a decode step's time go? Graph, forward pass and sampling, ours and mlx-lm's, in turn.
 
     python benchmarks/decode_step.py [--trials 8] [--dtype bfloat16]
 
-Magistral's 40 layers and 131072 ids at 4 bits, 64 wide, so that arithmetic does not drown host and sampler.
-`graph` is Python and C++ building one step, nothing evaluated; `forward` evaluates the scores; `sampling`
-draws one id from scores that are there. In a real loop the graph is built while the device computes, so parts
-do not add up to a step. What text costs per token is `text.py`. Prints rows of Markdown, and writes
-`results/decode_step-<dtype>.json`.
+Magistral's 40 layers and 131072 ids at 4 bits, 64 wide, so that arithmetic does not hide host and sampler.
+`graph`: Python and C++ build one step, nothing is evaluated; `forward` evaluates the logits; `sampling`
+samples one id from evaluated logits. In a real loop the graph is built while the device computes, so the
+parts do not add up to a step. The cost of text per token is measured by `text.py`. Prints rows of Markdown,
+and writes `results/decode_step-<dtype>.json`.
 """
 
 import argparse
@@ -48,7 +48,7 @@ class Ours:
 
 
 class Peers:
-    """As its `generate_step` does it, log-softmax included."""
+    """The parts as in mlx-lm's `generate_step`, log-softmax included."""
 
     def __init__(self, directory: Path, dtype: mx.Dtype) -> None:
         self.model: Any = load_model(directory)[0]

@@ -1,4 +1,4 @@
-"""How often is the demo model right? Its own weights, its 4-bit conversion, greedy and as recommended.
+"""How often is the demo model right? In bf16 and 4 bit, greedy and with the recommended sampling.
 
     python benchmarks/demo_accuracy.py [--problems 500] [--seed 1] [--only greedy]
 

@@ -1,13 +1,13 @@
-"""How much does a decode step ask of the device? Graph nodes that are evaluated, ours and mlx-lm's.
+"""How much work does a decode step schedule? Evaluated graph nodes, ours and mlx-lm's.
 
     python benchmarks/graph_nodes.py
 
 A node is one primitive that MLX schedules: a kernel or a view, and the host's work for it. Counted on the
-whole loop of either engine as it stands: where it hands a step to `mx.async_eval`, the graph behind is
-written down (`mx.export_to_dot`) and its primitives are counted. The model has Magistral's 40 layers, its
-vocabulary and 4 bits; its width changes no node. Counted twice: `cpu`, float32, where MLX spells out norms,
-rotations and attention; and `gpu`, bfloat16, where each of them is one node and what is compiled for a GPU is
-compiled. Nothing is timed: the figures do not depend on the machine. Prints a table and writes
+unchanged loop of each engine: when it passes a step to `mx.async_eval`, the graph is exported
+(`mx.export_to_dot`) and its primitives are counted. The model has Magistral's 40 layers, its vocabulary and 4
+bits; the width does not change the number of nodes. Counted twice: `cpu`, float32, where norms, RoPE and
+attention are many nodes; and `gpu`, bfloat16, where each of them is one node, and what is compiled for a GPU
+is compiled. Nothing is timed: the figures do not depend on the machine. Prints a table and writes
 `benchmarks/results/graph_nodes.json`.
 """
 
@@ -45,7 +45,7 @@ OUT = HERE / "results" / "graph_nodes.json"
 PROMPT = [1, 7, 9, 4]
 SAMPLINGS = {"recommended": Sampling(), "greedy": Sampling(temperature=0)}
 STEPS = 4
-"""Ids that are read before a step is counted: by then nothing of the prompt is left to do."""
+"""Ids that are decoded before a step is counted: by then the prompt's work is done."""
 
 
 def ours(directory: Path, sampling: Sampling) -> Iterator[int]:
@@ -66,11 +66,11 @@ ENGINES = {"magistral_mlx": ours, "mlx-lm": peers}
 
 
 def nodes(ids: Iterator[int]) -> Counter[str]:
-    """The primitives of the step that an engine had asked for when it handed out its id number `STEPS`."""
+    """The primitives of the step that an engine had scheduled when it yielded its id number `STEPS`."""
     asked, found, times = mx.async_eval, Counter[str](), count()
 
     def spy(*arrays: Any) -> None:
-        if next(times) == STEPS:  # the first is asked for before any is handed out
+        if next(times) == STEPS:  # the first is scheduled before any id is yielded
             found.update(primitives(arrays))
         asked(*arrays)
 
@@ -80,18 +80,18 @@ def nodes(ids: Iterator[int]) -> Counter[str]:
 
 
 def primitives(arrays: Any) -> Counter[str]:
-    """How often each primitive stands in a graph that is not evaluated yet."""
+    """How often each primitive occurs in a graph that is not evaluated yet."""
     text = StringIO()
     mx.export_to_dot(text, [array for _, array in tree_flatten(arrays) if array is not None])
-    # By the line and not by the id: what was compiled once is one primitive wherever it stands.
+    # By the line, not by the id: a compiled function has one id for all its uses.
     return Counter(re.findall(r'\[label ="(.*?)", shape=rectangle\]', text.getvalue()))
 
 
 @contextmanager
 def as_on_gpu() -> Iterator[None]:
-    """Norm, rotation and attention as one node each, and everybody told that a GPU computes.
+    """Replace norm, RoPE and attention by one node each, and pretend that the device is a GPU.
 
-    Only the graph is right then, not its numbers: what stands in is any one node with the same inputs.
+    Only the graph is right then, not its numbers: each replacement is some one node with the same inputs.
     """
 
     def attention(queries: mx.array, keys: mx.array, values: mx.array, **_: Any) -> mx.array:
@@ -112,7 +112,7 @@ def as_on_gpu() -> Iterator[None]:
 
 
 def counted(device: str, vocabulary: int = MAGISTRAL.vocab_size) -> list[dict[str, Any]]:
-    """One row for each sampling: nodes of either engine, their ratio, and which they are."""
+    """One row for each sampling: the nodes of each engine, their ratio, and which they are."""
     config = replace(narrowed(MAGISTRAL, 1), vocab_size=vocabulary)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as place, as_on_gpu() if device == "gpu" else nullcontext():

@@ -2,9 +2,9 @@
 
     python benchmarks/loop_guard.py [--texts 8] [--loops 4000] [--seed 1] [--files FILE …]
 
-Honest texts: seeded generators of what looks most like a loop and is none (`GENERATORS`), this Python's own
+Honest texts (no loops): seeded generators of texts that look most like a loop (`GENERATORS`), this Python's own
 library sources and documentation, and any text files given. All are tokenized with the real vocabulary and are
-at least 4096 tokens long. Planted loops: a piece of an honest text repeated behind honest text, every copy
+at least 4096 tokens long. Planted loops: a piece of an honest text repeated after honest text, every copy
 with its own edits. Prints tables and writes `benchmarks/results/loop_guard.json`.
 """
 
@@ -773,7 +773,7 @@ def generated(tokenizer: Tokenizer, kinds: Iterable[str], each: int, seed: int) 
 
 
 def from_files(tokenizer: Tokenizer, kind: str, files: Iterable[Path]) -> Iterator[Text]:
-    """Files of enough tokens, cut into texts of at most `MOST`."""
+    """Files with enough tokens, cut into texts of at most `MOST`."""
     for file in files:
         data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
         ids = tokenizer.encode(data.decode(errors="replace"))
@@ -811,10 +811,10 @@ class Planted:
 
 
 def plant(rng: random.Random, texts: Sequence[Text], period: int, copies: int = 12) -> Planted:
-    """Honest text, then a piece of honest text `copies` times, every copy edited by itself.
+    """Honest text, then copies of a piece of honest text, every copy edited separately.
 
-    Edits are as often another id as an id more or an id less; half of the loops have none. `copies` and a
-    further 3000 ids are enough for any rule that ever fires.
+    Edits are substitutions, insertions and deletions of ids, equally often; half of the loops have none.
+    At least `copies` copies and 3000 ids, which is enough for any rule that fires at all.
     """
     before, source = rng.choice(texts).ids, rng.choice(texts).ids
     start = rng.randint(0, min(len(before), 3000))
@@ -840,7 +840,7 @@ def edited(rng: random.Random, body: list[int], rate: float, source: list[int]) 
 
 
 def first_alarm(ids: Iterable[int]) -> int | None:
-    """How many ids were fed when the guard first said stop."""
+    """The number of ids that were fed when the guard first fired."""
     guard = LoopGuard()
     return next((fed for fed, token_id in enumerate(ids, 1) if guard.feed(token_id)), None)
 
@@ -869,7 +869,7 @@ PERIODS = (12, 40, 80, 160, 400)
 
 
 def measure_loops(texts: Sequence[Text], loops: int, seed: int) -> list[dict]:
-    """Periods drawn evenly from 1 to 400; then as many small as large ones, to see the small ones too."""
+    """Periods drawn uniformly from 1 to 400; then as many small as large ones, to cover the small ones too."""
     rng = random.Random(seed)
     rows: dict[str, list[tuple[int, int | None]]] = defaultdict(list)
     for number in range(loops):
@@ -878,7 +878,7 @@ def measure_loops(texts: Sequence[Text], loops: int, seed: int) -> list[dict]:
         at = first_alarm(planted.ids)
         after = None if at is None else at - planted.start
         if after is not None and after <= 0:
-            continue  # a false alarm before the loop, which the honest texts count
+            continue  # a false alarm before the loop: counted with the honest texts
         edits = "edits" if planted.edits else "exact"
         bound = next(bound for bound in PERIODS if planted.period <= bound)
         for key in (

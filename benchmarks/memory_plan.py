@@ -1,14 +1,14 @@
-"""Does the memory plan say what happens? Its peak against MLX's own counter, on real runs.
+"""Is the memory plan right? Its peak against MLX's own counter, on real runs.
 
     python benchmarks/memory_plan.py [--large]
 
-Three sizes of model with random weights, three contexts each, with the KV cache as it is and in 8 bits; a
-prompt is read and 20 ids are said, each in a process of its own. Prints a table and writes
+Three sizes of model with random weights, three contexts each, with an unquantized KV cache and one of 8 bits;
+a prompt is prefilled and 20 ids are decoded, each case in a separate process. Prints a table and writes
 `benchmarks/results/memory_plan.json`, or with --large `memory_plan_large.json`: an eighth, a quarter and a
-half of Magistral's width with its proportions and vocabulary, up to 16,384 tokens, pieces of prompt as long
-as the library's. They need 10 GB of memory, and too long with the BLAS that MLX brings on Linux: put OpenBLAS
-in front (LD_PRELOAD), which changes no array's size. A run that was stopped goes on where it was; remove the
-file to begin anew. On a CPU attention's scores are the greatest part, on Metal they are not there at all.
+half of Magistral's width with its proportions and vocabulary, up to 16,384 tokens, with the library's prefill
+chunks. They need 10 GB of memory, and take too long with the BLAS that MLX brings on Linux: preload OpenBLAS
+(LD_PRELOAD), which changes no array's size. A run that was stopped resumes; remove the file to start over. On
+a CPU the attention scores are the largest part; on Metal they are never materialized.
 """
 
 import argparse
@@ -56,7 +56,7 @@ CASES = SMALL | LARGE
 
 
 def chunk_of(size: str) -> int:
-    """The library's, or 512: a prompt of some hundreds is then read in several pieces, too."""
+    """The library's prefill chunk, or 512 for the small sizes, so that their prompts need several chunks."""
     from magistral_mlx.decoder.engine import PREFILL_CHUNK
 
     return PREFILL_CHUNK if size in LARGE else 512
@@ -152,7 +152,7 @@ def main() -> None:
 
 
 def write(out: Path, rows: list[dict]) -> None:
-    """After each run: with --large a run that was stopped goes on with those that are missing."""
+    """Called after each case: with --large, a stopped run resumes with the missing ones."""
     out.parent.mkdir(exist_ok=True)
     worst = max(abs(row["ratio"] - 1) for row in rows)
     out.write_text(json.dumps({"worst": worst, "rows": rows}, indent=1) + "\n")

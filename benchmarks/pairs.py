@@ -1,4 +1,4 @@
-"""What the benchmarks share: two engines timed in turn, their ratio pair by pair, and a report as JSON.
+"""What the benchmarks share: engines timed in turn, their ratio pair by pair, and a report as JSON.
 
 Each benchmark is one question and writes `results/<question>.json`: what it ran on, and its rows.
 """
@@ -29,7 +29,7 @@ def seconds(run: Callable[[], Any]) -> float:
 
 
 def in_turn(engines: Mapping[K, Callable[[], T]], trials: int) -> dict[K, list[T]]:
-    """A figure of each engine, then of each again: neighbours see the same machine. The first warms up."""
+    """One figure of each engine per round, so that pairs see the same machine state. The first warms up."""
     found: dict[K, list[T]] = {name: [] for name in engines}
     for trial in range(trials + 1):
         for name, measure in engines.items():
@@ -46,7 +46,7 @@ def ratio(above: list[float], below: list[float]) -> Json:
 
 
 def told(found: Json) -> str:
-    """A ratio in words."""
+    """A ratio as text."""
     bound = "" if found["lower_95"] is None else f", with 95 % confidence at least {found['lower_95']:.2f}"
     return f"{found['median']:.2f} ({found['min']:.2f} to {found['max']:.2f}{bound})"
 

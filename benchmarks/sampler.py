@@ -1,10 +1,10 @@
-"""How long does it take to draw one id from 131072 logits? Ours and mlx-lm's, on the same logits, in turn.
+"""How long does it take to sample one id from 131072 logits? Ours and mlx-lm's, on the same logits, in turn.
 
     python benchmarks/sampler.py [--trials 8]
 
 Temperature 0.7 and top_p 0.95 on both sides: mlx-lm's `make_sampler`, ours as `decode` calls it. Both get
-logits; the log-softmax that mlx-lm takes of them before, every step, is not counted. Peaked and flat logits
-cost the same. That what is drawn is the nucleus of float64 is not for here: `tests/decoder/test_sampling.py`.
+logits; the log-softmax that mlx-lm computes first, in every step, is not counted. Peaked and flat logits cost
+the same. Correctness (the nucleus as in float64) is tested in `tests/decoder/test_sampling.py`.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def engines(logits: mx.array) -> dict[str, Callable[[], float]]:
-    """Seconds per draw; each draw is waited for, as a decode step's is."""
+    """Seconds per sample; each is waited for, as in a decode step."""
     sampler, positions = Sampler(Sampling(temperature=0.7, top_p=0.95), seed=0), count()
     theirs, batch = make_sampler(temp=0.7, top_p=0.95), logits[None]
 

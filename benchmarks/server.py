@@ -1,13 +1,13 @@
-"""What does the server cost on top of the library, and what does a prompt cost that was read before?
+"""What does the server cost on top of the library, and what does prefix reuse gain?
 
     python benchmarks/server.py [--tokens 1000] [--trials 7] [--prefix 2000] [--prompts 5]
 
-**Per token**: a model of one layer that says "a" for ever, so that next to nothing is computed and what is
-measured is the way from there to the reader. In turn: the library in a `for` loop, in an `async for` loop,
-and a server in a process of its own, read by a plain socket here. From the first piece to the last.
+**Per token**: a model of one layer that generates "a" for ever, so that next to nothing is computed and only
+the way from the model to the reader is measured. In turn: the library in a `for` loop, in an `async for`
+loop, and a server in a separate process, read through a plain socket. From the first piece to the last.
 
-**First token**: the demo model behind a server; prompts of so many ids that nobody has seen, and each again
-with another question behind the same beginning. From the request to its first piece of text.
+**First token**: the demo model behind a server; new prompts of `--prefix` ids, and each again with another
+question after the same prefix. From the request to its first piece of text.
 
 Writes `benchmarks/results/server.json`.
 """
@@ -43,7 +43,7 @@ GREEDY = Sampling(temperature=0)
 
 
 def write_parrot(directory: Path) -> Path:
-    """A checkpoint whose every next id is that of "a", with the demo's words beside it."""
+    """A checkpoint that always predicts "a", with the demo's tokenizer."""
     tokenizer = Tokenizer.from_directory(DEMO)
     [a] = tokenizer.encode("a")
     config = ModelConfig(
@@ -71,7 +71,7 @@ def write_parrot(directory: Path) -> Path:
 
 @contextmanager
 def server(model: str, *options: str) -> Iterator[int]:
-    """`magistral-mlx serve` in a process of its own; its port."""
+    """Run `magistral-mlx serve` in a separate process; yields its port."""
     command = [sys.executable, "-m", "magistral_mlx", "serve", "--model", model, "--port", "0", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -83,7 +83,7 @@ def server(model: str, *options: str) -> Iterator[int]:
 
 
 def pieces(port: int, body: dict) -> Iterator[float]:
-    """When each piece of text came."""
+    """The time at which each piece of text arrived."""
     data = json.dumps(body | {"stream": True, "temperature": 0}).encode()
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     with socket.create_connection(("127.0.0.1", port)) as line, line.makefile("rb") as answer:
@@ -101,7 +101,7 @@ def per_token(times: list[float]) -> float:
 
 
 def measure_tokens(tokens: int, trials: int) -> dict:
-    """Median microseconds per token of each way, and what the server adds."""
+    """Median microseconds per token of each of the three, and what the server adds."""
     with tempfile.TemporaryDirectory() as directory:
         name = str(write_parrot(Path(directory)))
         with Magistral.load(name) as model, server(name) as port:
@@ -142,7 +142,7 @@ def measure_tokens(tokens: int, trials: int) -> dict:
 
 
 def measure_first(prefix: int, prompts: int) -> dict:
-    """Median seconds to the first piece, of a prompt that is new and of one that begins like it."""
+    """Median seconds to the first piece, of a new prompt and of one with the same prefix."""
     tokenizer = Tokenizer.from_directory(DEMO)
     new, again = list[float](), list[float]()
     with server("demo", "--prefix-cache", "1GB") as port:

@@ -1,21 +1,21 @@
-"""Does guessing ahead pay here, and does it know when not to?
+"""Does speculative decoding pay here, and does it pause when it does not?
 
     python benchmarks/speculation.py [--model demo] [--draft-model NAME] [--prompts 24] [--trials 7]
 
 Two sets of prompts, of problems that the demo model was not trained on:
 
 - plain: a question. The reply repeats little of it.
-- quoting: the question was asked and answered before, and the reasoning kept. The model repeats most of it,
-  of its own accord, with other figures where it slips.
+- quoting: the question was asked and answered before, and the reasoning kept. The model repeats most of it by
+  itself, with other figures where it makes mistakes.
 
-Each prompt is answered in turn without speculation, at its own pace, and (only for tokens per forward pass)
-drafting wherever there is a guess. The ids must be the same. The order turns round from trial to trial; a
-trial's ratio is of the seconds of decoding a whole set, above 1 where speculation is quicker, and "at least"
-is the 95 % lower bound of the median by the sign test.
+Each prompt is answered in turn without speculation, with adaptive speculation, and (only for tokens per
+forward pass) with drafts wherever there is a guess. The ids must be the same. The order alternates from trial
+to trial; a trial's ratio is that of the seconds of decoding a whole set, above 1 if speculation is faster,
+and "at least" is the 95 % lower bound of the median by the sign test.
 
-Beside it, without any model: texts of this package, edited (a name replaced, or the comments taken out),
-replayed in the ids of the real vocabulary, as if a reply were the edited text and the prompt held the
-original. That shows what a look-up finds where much is quoted; not what a model would say.
+Also, without a model: source texts of this package, edited (a name replaced, or the comments removed),
+replayed as ids of the real vocabulary, as if the reply were the edited text and the prompt contained the
+original. That shows what prompt lookup finds where much is quoted; not what a model would generate.
 
 Writes `benchmarks/results/speculation.json`.
 """
@@ -72,7 +72,7 @@ def prompts(model: Magistral, count: int) -> dict[str, list[list[int]]]:
 
 
 def answers(model: Magistral, ids: Sequence[Sequence[int]], *, speculate: bool) -> list[Reply]:
-    """Every prompt at every temperature."""
+    """The replies to every prompt at every temperature."""
     return [
         model.stream_ids(
             prompt, seed=seed, sampling=Sampling(temperature=t), max_tokens=600, speculate=speculate
@@ -107,7 +107,7 @@ def same(a: Sequence[Reply], b: Sequence[Reply]) -> int:
 
 
 def measure(model: Magistral, label: str, ids: Sequence[Sequence[int]], trials: int) -> dict[str, Any]:
-    """One set: neighbours in time, each reply without and with, the order turned round each time."""
+    """One set of prompts: all replies without and with speculation, in alternating order."""
     plain, drafted = [], []
     ratios = list[float]()
     for trial in track(range(trials + 1), f"{label}: trials", console=Console(stderr=True)):
@@ -139,7 +139,7 @@ def measure(model: Magistral, label: str, ids: Sequence[Sequence[int]], trials: 
 
 
 def edits() -> list[tuple[str, str]]:
-    """A text of this package and an edited one, over and over."""
+    """Pairs of a source text of this package and an edited version of it."""
     texts = [path.read_text() for path in sorted(Path(magistral_mlx.__file__).parent.rglob("*.py"))]
     texts = [text[:4000] for text in texts if len(text) > 1500][:24]
     ways = itertools.cycle((renamed, uncommented))
@@ -147,7 +147,7 @@ def edits() -> list[tuple[str, str]]:
 
 
 def renamed(text: str) -> str:
-    """The name that stands in it most often, replaced."""
+    """The text with its most frequent name replaced."""
     names = Counter(re.findall(r"\b[a-z_]{5,}\b", text))
     return re.sub(rf"\b{names.most_common(1)[0][0]}\b", "renamed_value", text)
 
@@ -157,7 +157,7 @@ def uncommented(text: str) -> str:
 
 
 def replay(encode: Callable[[str], list[int]], before: str, after: str) -> float:
-    """Ids a pass, if a prompt held `before` and a reply were `after`."""
+    """Ids per pass, if the prompt contained `before` and the reply were `after`."""
     said, drafter = (
         encode(after),
         PromptLookup(encode(f"Edit this file:\n\n{before}\n\nThe edited file:\n\n")),

@@ -3,8 +3,8 @@
     python benchmarks/text.py [--trials 8]
 
 The real vocabulary (131072 ids, from mistral_common's own file) and a text with reasoning, several scripts
-and an answer. `transcript` is what every id of a stream passes through: detokenizer, parser, stop strings.
-`builder` is all that the host does for an id: that, statistics, limits, and the budget of thinking.
+and an answer. `transcript`: detokenizer, parser and stop strings, for every id. `builder`: all of the host's
+work for an id, that is the transcript, statistics, limits, and the thinking budget.
 """
 
 import argparse

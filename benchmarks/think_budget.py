@@ -1,11 +1,11 @@
-"""What does a thinking budget cost in right answers? The demo model, its own weights and in 4 bit, greedy.
+"""What does a thinking budget cost in accuracy? The demo model in bf16 and 4 bit, greedy.
 
     python benchmarks/think_budget.py [--problems 200] [--seed 2]
 
-Problems that training never saw, half of them sums of lists, which take long to think about. Each is asked
-with every budget, without one, and with `think=False`. Right means that the number in bold is the result;
-`beyond` is how many ids the reasoning went on for after its budget was spent, to finish a line. Prints
-tables and writes `benchmarks/results/think_budget.json`.
+Problems that training never saw, half of them sums of lists, whose reasoning is long. Each is asked with
+every budget, without one, and with `think=False`. Right means that the number in bold is the result; `beyond`
+is the number of reasoning ids after the budget was spent, to finish a line. Prints tables and writes
+`benchmarks/results/think_budget.json`.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from demo_problems import Problem, held_out_problems  # noqa: E402 -- a script, 
 GREEDY = Sampling(temperature=0)
 BUDGETS = (0, 1, 5, 20, 100, None)
 LONGEST = 600
-"""Ids of a whole reply: no reasoning of the demo model that comes to an end is as long."""
+"""Limit of ids of a whole reply: more than any reasoning of the demo model that ends by itself."""
 
 
 def problems(how_many: int, seed: int) -> list[Problem]:
@@ -58,7 +58,7 @@ def write_4bit(out: Path) -> Path:
 
 
 def row(drawn: Sequence[Problem], replies: Sequence[Reply], budget: int | None) -> dict:
-    """What one setting came to."""
+    """The results of one setting."""
     stats = [reply.stats for reply in replies]
     own = [one.thinking_tokens - one.forced_tokens for one in stats]
     right = [is_right(reply.answer, problem) for reply, problem in zip(replies, drawn, strict=True)]

@@ -1,16 +1,16 @@
-"""How fast does it run here? `magistral-mlx bench`, and models of the real depth and vocabulary to try it on.
+"""How fast does it run here? `magistral-mlx bench`, also on random models of the real depth and vocabulary.
 
     python benchmarks/tokens_per_second.py demo --against mlx-lm
     python benchmarks/tokens_per_second.py --shape 24b --width-scale 1 --against mlx-lm --length 64
 
 `--shape 24b` makes a model of random weights with Magistral's 40 layers and 131072 ids, but narrow: 64 wide
-times the scale, feed-forward 256, 4 heads of queries and 1 of keys, each of 32. What does not shrink with the
-width shows on any machine: Python's time, the number of kernels, the sampler. It is converted to 4 bit by the
-package itself. `--scales` says in which dtype its scales are kept and both engines compute.
+times the scale, feed-forward 256, 4 query heads and 1 KV head, each 32 wide. Costs that do not shrink with
+the width show on any machine: Python's time, the number of kernels, the sampler. It is converted to 4 bit by
+the package itself. `--scales` sets the dtype of its scales, in which both engines compute.
 
-Every other option is that of `magistral-mlx bench`; a model stands before them ("demo" if none does). Writes
-`benchmarks/results/<machine>.json` and `.svg` unless `--json` says otherwise. `--expected` prints the table
-of docs/benchmarks.md.
+All other arguments are those of `magistral-mlx bench`; the model comes first (default: "demo"). Writes
+`benchmarks/results/<machine>.json` and `.svg` unless `--json` is given. `--expected` prints the table of
+docs/benchmarks.md.
 """
 
 import argparse
@@ -37,11 +37,11 @@ HERE = Path(__file__).parent
 
 SHAPES = {"24b": MAGISTRAL}
 BEST_SHARE = 0.76
-"""Of the ceiling: the best published run of a sibling (Mistral Small 24B at 4 bit on an M3 Ultra)."""
+"""Share of the ceiling: the best published run of a sibling (Mistral Small 24B at 4 bit on an M3 Ultra)."""
 
 
 def narrowed(config: ModelConfig, scale: int) -> ModelConfig:
-    """The same depth and vocabulary, and next to no width."""
+    """The same depth and vocabulary, and a very small width."""
     return replace(
         config, dim=64 * scale, hidden_dim=256 * scale, n_heads=4 * scale, n_kv_heads=scale, head_dim=32
     )
@@ -67,7 +67,7 @@ def make(directory: Path, config: ModelConfig, dtype: mx.Dtype) -> Path:
 
 
 def expected() -> list[str]:
-    """Arithmetic, not measurement: Magistral at 4 bit on every chip, as the table in docs/benchmarks.md."""
+    """Computed, not measured: Magistral at 4 bit on every chip, the table in docs/benchmarks.md."""
     read = plan(MAGISTRAL, named("4bit"), mx.bfloat16).bytes_per_token
     model = {"read_bytes_per_token": read, "kv_bytes_per_token": MAGISTRAL.kv_bytes_per_token(2)}
     lines = [

@@ -1,11 +1,11 @@
-"""Does the whole decoder work at Magistral's true size? Memory against the plan, scores against mlx-lm's.
+"""Does the whole decoder work at Magistral's true size? Memory against the plan, logits against mlx-lm's.
 
     python benchmarks/true_size.py [--keep DIR]
 
 All 40 layers, 5120 wide, 131072 ids, random weights at 4 bit: 13.3 GB, written to a temporary directory (or
-to DIR, and kept there). A prompt is read and two ids are decoded, greedily; by us, then by mlx-lm, each in a
-process of its own. On a CPU in float32, where scales take twice the room: 15 GB, and minutes an engine, which
-says nothing about a Mac. Writes `benchmarks/results/true_size.json`.
+to DIR, and kept there). A prompt is prefilled and two ids are decoded, greedily; by us, then by mlx-lm, each
+in a separate process. On a CPU it runs in float32, where scales take twice the room: 15 GB, and minutes per
+engine, which says nothing about a Mac. Writes `benchmarks/results/true_size.json`.
 """
 
 import argparse
@@ -41,7 +41,7 @@ ENGINES = ("magistral_mlx", "mlx-lm")
 
 
 def make(directory: Path) -> None:
-    """A converted model, one shard in memory at a time; activations keep their size through the layers."""
+    """Write a quantized model, one shard in memory at a time; activations keep their size through layers."""
     planned = plan(MAGISTRAL, named("4bit"), mx.bfloat16)
     for name in planned.heads:
         shard: dict[str, mx.array] = {}
@@ -55,7 +55,7 @@ def make(directory: Path) -> None:
 
 
 def _random(name: str, shape: tuple[int, ...], seed: int) -> mx.array:
-    if name.endswith(".weight") and len(shape) == 2:  # eight codes in each
+    if name.endswith(".weight") and len(shape) == 2:  # eight 4-bit codes in each
         return mx.random.randint(-(2**31), 2**31 - 1, shape, mx.int32, key=mx.random.key(seed)).view(
             mx.uint32
         )
@@ -98,7 +98,7 @@ def _told(loaded: int, start: float, scores: mx.array, ids: list[int]) -> dict[s
 
 
 def run(engine: str, directory: Path) -> dict[str, Any]:
-    """In a process of its own: no model is left behind for the next."""
+    """Run one engine in a separate process, so that no memory is left in use for the next."""
     command = [sys.executable, __file__, "--engine", engine, "--keep", str(directory)]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
 

@@ -2,14 +2,14 @@
 
     python benchmarks/wrap_up.py [--problems 100] [--seed 2]
 
-Each problem is thought about until its budget is spent, as the library does it. Then, from the same ids:
+Each problem is reasoned about until its budget is spent, as in the library. Then, from the same ids:
 
-    close           the closing tag, as the library says it
-    said            a phrase in the reasoning's language, and the closing tag
-    completed       the phrase, then what the model makes of it up to the end of the line, and the closing tag
+    close           the forced closing tag, as in the library said            a forced phrase in the
+    reasoning's language, and the closing tag completed       the phrase, then the model's own continuation up
+    to the end of the line, and the closing tag
 
 The phrase is one that any model would understand ("So the answer is"), or the word with which the demo was
-taught to end its reasoning ("so"), which is the best case there is. Writes `benchmarks/results/wrap_up.json`.
+trained to end its reasoning ("so"), which is the best case. Writes `benchmarks/results/wrap_up.json`.
 """
 
 import argparse
@@ -41,19 +41,19 @@ VARIANTS = {
 
 
 class FromIds(Magistral):
-    """Takes prompts as ids, where others take messages."""
+    """Takes prompts as ids instead of messages."""
 
     def encode(self, messages: Any, **_: Any) -> list[int]:
         return list(messages)
 
 
 def go_on(model: FromIds, prompts: Sequence[Sequence[int]], **options: Any) -> list[Reply]:
-    """What follows, as text: no reasoning is looked for, since it began in the prompt."""
+    """Continue prompts; the replies are plain text, since the reasoning began in the prompt."""
     return model.ask_many(prompts, at_once=25, sampling=GREEDY, seed=0, **options)  # type: ignore[arg-type]
 
 
 def conclude(model: FromIds, drawn: Sequence[Problem], cut: Sequence[list[int]], variant: str) -> list[str]:
-    """The answers to problems whose reasoning stands in `cut`, with the prompt before it."""
+    """The answers to problems. cut: for each, the ids of its prompt and its cut reasoning."""
     words, completed = VARIANTS[variant]
     encode, decode = model.tokenizer.encode, model.tokenizer.decode
     prompts = [list(ids) for ids in cut]

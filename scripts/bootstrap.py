@@ -1,14 +1,14 @@
-"""Make `.venv`: this package, editable, with its development group. `make` runs this; so may you.
+"""Make `.venv`: this package, editable, with its development group. Run by `make`, or by hand.
 
 Runs on any Python ≥ 3.9 with nothing installed, on macOS and Linux, and may be run again at any time: a
-usable `.venv` is kept and brought up to date, anything else in its place is made anew. In this order:
+usable `.venv` is kept and updated, anything else in its place is recreated. In this order:
 
     uv on PATH             uv does all of it
     this Python ≥ 3.11     venv and pip
     an older Python, or    uv is fetched with pip into build/uv, and finds or fetches a newer Python
     one without ensurepip
 
-Does not know what is up to date: the Makefile's stamp does. Written in the syntax of Python 3.9.
+Does not know what is up to date (the Makefile's stamp). Written in the syntax of Python 3.9.
 """
 
 import shutil
@@ -24,11 +24,11 @@ NEW_ENOUGH = sys.version_info[:2] >= OLDEST
 
 
 class SetupError(Exception):
-    """What stands in the way, and what to do about it."""
+    """Why setup failed, and what to do about it."""
 
 
 def run(*command: object) -> None:
-    """Run a step in view, its input closed so that nothing waits for an answer."""
+    """Run a step and show its output; its input is closed, so that nothing waits for an answer."""
     words = [str(word) for word in command]
     print("+", " ".join(words), flush=True)
     done = subprocess.run(words, cwd=ROOT, stdin=subprocess.DEVNULL, check=False)  # noqa: S603 (ours)
@@ -46,12 +46,12 @@ def works(python: object, code: str) -> bool:
 
 
 def kept() -> bool:
-    """Whether the present `.venv` can be kept: its Python still runs and is new enough."""
+    """Whether the existing `.venv` can be kept: its Python still runs and is new enough."""
     return works(VENV / "bin" / "python", f"import sys; assert sys.version_info >= {OLDEST}")
 
 
 def with_uv(uv: object) -> None:
-    """Environment and packages by uv; it looks for Python on PATH first and downloads one if it must."""
+    """Environment and packages by uv, which looks for Python on PATH first and downloads one if needed."""
     if not kept():
         shutil.rmtree(VENV, ignore_errors=True)
         run(uv, "venv", "--python", sys.executable if NEW_ENOUGH else ">=3.11", VENV)
@@ -59,7 +59,7 @@ def with_uv(uv: object) -> None:
 
 
 def with_pip() -> None:
-    """Environment by venv, packages by pip; an old pip knows no groups, so pip comes first."""
+    """Environment by venv, packages by pip; pip is updated first, since an old one knows no groups."""
     python = VENV / "bin" / "python"
     if not (kept() and works(python, "import pip")):
         run(sys.executable, "-m", "venv", "--clear", VENV)
@@ -68,7 +68,7 @@ def with_pip() -> None:
 
 
 def private_uv() -> Path:
-    """A uv of our own, in build/uv, by whichever half of pip this Python has."""
+    """A private uv in build/uv, installed with whichever pip this Python has."""
     shutil.rmtree(PRIVATE, ignore_errors=True)
     if works(sys.executable, "import venv, ensurepip"):
         run(sys.executable, "-m", "venv", PRIVATE)
@@ -89,7 +89,7 @@ def main() -> None:
             raise SetupError(f"expected no arguments, found {' '.join(sys.argv[1:])}; run it without")
         print(__doc__)
         return
-    if sys.version_info < (3, 9):  # noqa: UP036 (says so where a syntax error would not)
+    if sys.version_info < (3, 9):  # noqa: UP036 (a clear message instead of a syntax error)
         raise SetupError(f"this needs Python 3.9 or newer, found {sys.version.split()[0]}")
     uv = shutil.which("uv")
     if uv:

@@ -42,7 +42,7 @@ class Problem:
     trace: str
     """The reasoning between `<think>` and `</think>`, without either and without outer newlines."""
     reply: str
-    """The text after the reasoning; the result stands in bold."""
+    """The text after the reasoning; the result is in bold."""
     answer: str
 
 

@@ -1,11 +1,11 @@
-"""Record what transformers' MistralForCausalLM answers to the tests' random checkpoints.
+"""Record the logits of transformers' MistralForCausalLM for the tests' random checkpoints.
 
     python scripts/record_reference.py
 
-Needs torch and transformers, which this project does not: run it in an environment of its own that also has
-mlx and numpy, from a checkout. The checkpoints are those of `tests/models.py`, written in HF's layout and
-read by `from_pretrained`, so that the config that we write is put to the test as well. The tests compare
-with the recorded file and never run this.
+Needs torch and transformers, which this project does not: run it from a checkout in a separate environment
+that also has mlx and numpy. The checkpoints are those of `tests/models.py`, written in HF's layout and read
+by `from_pretrained`, so that the config that we write is tested as well. The tests compare with the recorded
+file and never run this.
 """
 
 import sys
@@ -26,9 +26,9 @@ from tests import models  # noqa: E402
 OUT = ROOT / "tests" / "data" / "transformers_logits.npz"
 SEED = 11
 SHORT, LONG = 24, 700
-"""Every position of a short text; of a long one, which needs more cache than is taken at once, the last."""
+"""Every position of a short text; the last one of a long text, for which the cache must grow."""
 COLUMNS = 97
-"""Of the wide vocabulary every 97th score: 1352 of them, spread over all of it."""
+"""Of a large vocabulary, every 97th logit: 1352 of them, spread over all of it."""
 
 
 def main() -> None:

@@ -1,11 +1,11 @@
-"""Make a checkpoint of Magistral's true shape in a second, and in next to no disk space.
+"""Make a checkpoint of Magistral's true shape in a second, with almost no disk space.
 
     python scripts/sparse_checkpoint.py DIR [--layout native|hf] [--layers 40] [--words DIR]
 
 The header is real and the file has its real size, 47 GB with all 40 layers, but it is sparse: weights are
 zeros that take no room, except for some real random tensors spread over the file, so that a wrong offset,
-order or permutation in whoever reads it cannot go unseen. tekken.json is the demo model's (its vocabulary is
-smaller), unless --words names a directory with another.
+order or permutation in a reader is detected. tekken.json is the demo model's (its vocabulary is smaller),
+unless --words names a directory with another.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def real_names(config: ModelConfig) -> list[str]:
 
 
 def random_bits(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Normal numbers as bfloat16 bits, always the same for a name, and others for every other name."""
+    """Normally distributed numbers as bfloat16 bits, seeded by the name."""
     rng = np.random.default_rng(list(name.encode()))
     floats = rng.standard_normal(shape, dtype=np.float32) * np.float32(0.02)
     return (floats.view(np.uint32) >> 16).astype(np.uint16)
@@ -57,7 +57,7 @@ def write_sparse(
 ) -> None:
     """One file: the header, a hole, and the tensors of `real` (name in the file → name that seeds it).
 
-    full: no hole but the same few random rows over and over, for benchmarks that should read a disk.
+    full: instead of holes, the same few random rows over and over, for benchmarks that must read the disk.
     """
     head, entries = plan_file(path, tensors)
     last: Entry = list(entries.values())[-1]
@@ -100,7 +100,7 @@ def make(
 
 
 def native_name(name: str) -> str:
-    """A model name in Mistral's native spelling."""
+    """A model's tensor name as Mistral's native name."""
     for ours, theirs in NATIVE.items():
         name = name.replace(ours, theirs)
     return name

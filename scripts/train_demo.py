@@ -41,13 +41,13 @@ Found while training: at the full rate the form is learned but digits are not, s
 """
 
 MIXTURES = ((0, KIND_WEIGHTS), (1600, (20, 36, 28, 16)), (2400, (18, 34, 22, 26)))
-"""From which step on which weights of KINDS: each step of a list is a sum, so sums are learned first."""
+"""First step → weights of KINDS from there on: each step of a list is a sum, so sums are learned first."""
 
 ROUNDED_STEP = 1800
 """From here on every other step sees the weights rounded to 4 bits, so that quantizing costs nothing."""
 
 FORM_STEPS = 1200
-"""So long all learned tokens weigh alike and the form is learned; then digits weigh five times as much."""
+"""Until this step all learned tokens have the same weight; then digits weigh five times as much."""
 
 
 # ---------------------------------------------------------------------------- the model
@@ -70,7 +70,7 @@ class Params:
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Turn interleaved pairs of x (B, L, H, D) by angles (B, L, D/2)."""
+    """Rotate interleaved pairs of x (B, L, H, D) by angles (B, L, D/2)."""
     cos, sin = angles.cos()[:, :, None], angles.sin()[:, :, None]
     even, odd = x[..., ::2], x[..., 1::2]
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
@@ -177,7 +177,7 @@ def fake_quantize(w: Tensor, bits: int = 4, group: int = 64) -> Tensor:
 
 
 class Rounded:
-    """A context in which every matrix of a model stands rounded to 4 bits; gradients pass through."""
+    """A context in which every matrix of a model is rounded to 4 bits; gradients pass through."""
 
     def __init__(self, model: nn.Module, *, active: bool = True) -> None:
         self.weights = [w for w in model.parameters() if w.ndim == 2] if active else []

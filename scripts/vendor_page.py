@@ -1,9 +1,9 @@
 """Fetch the libraries that the web page ships with, as pinned in its vendor/versions.json.
 
-    python scripts/vendor_page.py            fetch what is pinned; refuse what is not as recorded
+    python scripts/vendor_page.py            fetch what is pinned; refuse files whose hash differs
     python scripts/vendor_page.py --record   after editing a version: fetch, and record the new SHA-256s
 
-Uses npm, and nothing but the registry's package files: no package's own scripts are run.
+Uses npm to download the registry's package files only: no package's scripts are run.
 """
 
 import argparse
