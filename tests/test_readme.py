@@ -91,5 +91,5 @@ def test_the_set_up_does_nothing_where_it_is_given_words(tmp_path: Path, word: s
     done = subprocess.run([sys.executable, script, word], capture_output=True, text=True, check=False)
     assert done.returncode == code
     told = done.stderr if code else done.stdout
-    assert ("expected no arguments, found demo" if code else "`make` runs this; so may you.") in told
+    assert ("expected no arguments, found demo" if code else "Run by `make`, or by hand.") in told
     assert not (tmp_path / ".venv").exists()

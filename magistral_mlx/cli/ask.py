@@ -23,9 +23,13 @@ _QUOTED = 'put it in quotes: magistral-mlx ask "What is 48 + 37?"'
 
 @click.command()
 @click.argument("question", nargs=-1, metavar="[QUESTION]")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object: ids, thinking, answer, statistics.")
 @click.option(
-    "--schema", type=click.File(encoding="utf-8"), help="The JSON schema that the answer is held to."
+    "--json", "as_json", is_flag=True, help="Print one JSON object: ids, thinking, answer, statistics."
+)
+@click.option(
+    "--schema",
+    type=click.File(encoding="utf-8"),
+    help="A file with a JSON schema that the answer must follow.",
 )
 @reply_options
 def ask(
@@ -33,9 +37,9 @@ def ask(
 ) -> None:
     """Ask one question and print the answer.
 
-    QUESTION may come from standard input: "-", or nothing.
+    QUESTION is read from standard input if it is "-" or missing.
 
-    Ctrl-C while it thinks ends the thinking and asks for the answer; once more stops it.
+    Ctrl-C during the thinking ends it and asks for the answer; a second Ctrl-C stops the reply.
     """
     from magistral_mlx.talk.display import Terminal, complain, shortcoming
 
@@ -87,7 +91,7 @@ def _show(stream: "Stream", terminal: "Terminal") -> None:
 @click.command()
 @reply_options
 def chat(**options: Unpack[ReplyOptions]) -> None:
-    """Hold a conversation in the terminal; /help lists its commands."""
+    """Chat in the terminal; /help lists its commands."""
     from .repl import Repl
 
     settings = settings_of(options)

@@ -26,25 +26,31 @@ _QUICK: "Json" = {"lengths": (512,), "tokens": 32, "trials": 2, "reply_tokens": 
     "lengths",
     type=click.IntRange(min=1),
     multiple=True,
-    help="Tokens of prompt, up to the context's end. May be repeated. Default: 512, 4096, 16384, 40960.",
+    help="Prompt length in tokens. May be repeated. Default: 512, 4096, 16384, 40960.",
 )
-@click.option("--tokens", type=click.IntRange(min=1), help="Decoded behind each prompt. Default: 128.")
-@click.option("--trials", type=click.IntRange(min=1), help="Each in a process of its own. Default: 5.")
+@click.option(
+    "--tokens", type=click.IntRange(min=1), help="Tokens to decode after each prompt. Default: 128."
+)
+@click.option(
+    "--trials", type=click.IntRange(min=1), help="Number of trials, each in its own process. Default: 5."
+)
 @click.option(
     "--reply-tokens",
     type=click.IntRange(min=0),
-    help="At most, of the one whole reply. 0: none. Default: 2048.",
+    help="Token limit of the one complete reply. 0: no such reply. Default: 2048.",
 )
 @click.option("--quick", is_flag=True, help="One length, few tokens, two trials: a first impression.")
-@click.option("--greedy", is_flag=True, help="Decode the likeliest ids, not at temperature 0.7.")
-@click.option("--speculate", is_flag=True, help="Ask for the whole reply with speculation, too.")
-@click.option("--against", type=click.Choice(["mlx-lm"]), help="Measure this too, in turn, and compare.")
+@click.option("--greedy", is_flag=True, help="Decode greedily, not at temperature 0.7.")
+@click.option("--speculate", is_flag=True, help="Measure the complete reply with speculative decoding, too.")
+@click.option(
+    "--against", type=click.Choice(["mlx-lm"]), help="Measure this too, in alternating trials, and compare."
+)
 @dtype_option
 @click.option(
     "--json",
     "file",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Where the figures go, and the chart beside. Default: named after the machine, here.",
+    help="File for the figures; the chart goes beside it. Default: named after the machine, here.",
 )
 @click.option("--no-chart", is_flag=True, help="Draw no chart.")
 @download_option
@@ -66,8 +72,8 @@ def bench(
 ) -> None:
     """Measure a model on this machine: tokens per second, memory, time.
 
-    MODEL is a directory, a Hub name, or 'demo'. Takes minutes, with a long prompt on a small Mac an hour:
-    --quick and --length make it shorter. Close what else works this machine hard.
+    MODEL is a directory, a Hub name, or 'demo'. Takes minutes; with long prompts on a small Mac, an hour:
+    --quick and --length make it shorter. Close other programs that keep this machine busy.
     """
     from rich.console import Console
 
@@ -164,7 +170,7 @@ def _notes(report: "Json") -> list[str]:
             f"{found['decode_tokens_per_second']:.1f} tokens/s instead of "
             f"{report['reply']['decode_tokens_per_second']:.1f}"
         )
-    return notes + [f"left out, a prompt of {length}: {why}" for length, why in report["skipped"].items()]
+    return notes + [f"skipped a prompt of {length}: {why}" for length, why in report["skipped"].items()]
 
 
 def markdown(report: "Json") -> str:

@@ -21,19 +21,19 @@ model_option = click.option(
 )
 download_option = click.option("--download", is_flag=True, help="Download the model if it is not here yet.")
 dtype_option = click.option(
-    "--dtype", type=DTYPES, help="What to compute in. Default: bfloat16 on a GPU, float32 on a CPU."
+    "--dtype", type=DTYPES, help="Data type of the computation. Default: bfloat16 on a GPU, float32 on a CPU."
 )
 kv_bits_option = click.option(
-    "--kv-bits", type=click.Choice(["16", "8"]), default="16", help="8: a KV cache of half the size."
+    "--kv-bits", type=click.Choice(["16", "8"]), default="16", help="Bits of the KV cache; 8 halves its size."
 )
 quantize_after_option = click.option(
     "--quantize-after",
     type=click.IntRange(0),
     default=0,
-    help="With --kv-bits 8: tokens up to which the KV cache stays in 16 bit.",
+    help="With --kv-bits 8: keep the KV cache in 16 bit up to this many tokens.",
 )
 
-NO_MODEL = "no model was named, and none used before is there"
+NO_MODEL = "no model was given, and there is no last used one"
 
 
 def chosen(name: str | None) -> str:

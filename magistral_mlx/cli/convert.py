@@ -24,22 +24,25 @@ _MACS = (16, 24, 32, 48, 64)
 
 @click.command()
 @click.argument("source")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The directory to make.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The directory to create.")
 @click.option(
     "--recipe", "name", help="4bit (default), 4bit-g32, mixed-4-6, 6bit, 8bit, mxfp4, nvfp4 or bf16."
 )
-@click.option("--bits", type=int, help="Per weight: 2, 3, 4, 5, 6 or 8.")
+@click.option("--bits", type=int, help="Bits per weight: 2, 3, 4, 5, 6 or 8.")
 @click.option("--group-size", type=int, help="Weights that share a scale: 32, 64 or 128.")
 @click.option("--mode", help="affine, mxfp4, nvfp4 or mxfp8.")
 @click.option(
-    "--override", "overrides", multiple=True, help="PATTERN=RECIPE for some matrices. May be repeated."
+    "--override",
+    "overrides",
+    multiple=True,
+    help="PATTERN=RECIPE: another recipe for some matrices. May be repeated.",
 )
-@click.option("--dtype", type=DTYPES, help="Of what is not quantized. Default: as in SOURCE.")
+@click.option("--dtype", type=DTYPES, help="Data type of what is not quantized. Default: as in SOURCE.")
 @click.option("--download", is_flag=True, help="Download SOURCE if it is not here yet.")
 @click.option("--dry-run", is_flag=True, help="Show sizes and what fits; write nothing, read no weights.")
-@click.option("--dequantize", is_flag=True, help="Take a SOURCE that is quantized already.")
-@click.option("--allow-nonfinite", is_flag=True, help="Take weights that are NaN or Inf.")
-@click.option("--no-verify", is_flag=True, help="Leave out hashes and quantization errors; a little faster.")
+@click.option("--dequantize", is_flag=True, help="Accept a SOURCE that is quantized already.")
+@click.option("--allow-nonfinite", is_flag=True, help="Accept weights that are NaN or Inf.")
+@click.option("--no-verify", is_flag=True, help="Skip hashes and quantization errors; a little faster.")
 @click.option("--upload", metavar="REPO", help="Publish the result on the Hub as REPO.")
 def convert(
     *,
@@ -60,8 +63,8 @@ def convert(
 ) -> None:
     """Convert a checkpoint to a quantized MLX directory.
 
-    SOURCE is a directory, a Hub name, or 'demo'. It needs little memory, whatever the model's size.
-    Interrupted or killed, the same command goes on from where it was.
+    SOURCE is a directory, a Hub name, or 'demo'. Needs little memory, whatever the model's size. If it was
+    interrupted or killed, the same command resumes it.
     """
     import mlx.core as mx
 
@@ -94,7 +97,7 @@ def convert(
             if missing is not None
             else job_of(checkpoint=open_checkpoint(directory)).plan()
         )
-        return _tell(plan, recipe, missing)
+        return _show_plan(plan, recipe, missing)
     if not work_directory(out).exists():  # an unfinished run may have renamed it already
         conversion.refuse_existing(out)  # before hours of download
     if upload:
@@ -139,7 +142,7 @@ def verify(directory: Path) -> None:
 @click.command()
 @click.argument("model")
 def info(model: str) -> None:
-    """What a model holds, and the memory it takes.
+    """Show what a model contains, and the memory it takes.
 
     MODEL is a directory, a Hub name, or 'demo'.
     """
@@ -182,7 +185,9 @@ def _recipe(
 
     numbers = bits is not None or group_size is not None or mode is not None
     if name and numbers:
-        raise click.UsageError("--recipe already says bits, group size and mode; give one or the others")
+        raise click.UsageError(
+            "--recipe sets bits, group size and mode; give either it, or --bits, --group-size and --mode"
+        )
     pairs = [tuple(override.split("=", 1)) for override in overrides]
     if any(len(pair) != 2 for pair in pairs):
         raise click.UsageError("--override is PATTERN=RECIPE, such as 'model.layers.*.mlp.down_proj=6bit'")
@@ -220,7 +225,7 @@ def _planned(
     return plan(config, recipe, getattr(mx, dtype or stored))
 
 
-def _tell(plan: "Plan", recipe: "Recipe", missing: int | None) -> None:
+def _show_plan(plan: "Plan", recipe: "Recipe", missing: int | None) -> None:
     """The output of a dry run: sizes, and which Macs it fits."""
     click.echo(f"recipe            {recipe}")
     if missing:

@@ -21,25 +21,25 @@ if TYPE_CHECKING:
     type=click.Path(dir_okay=False, path_type=Path),
     default=Path("doctor.json"),
     show_default=True,
-    help="Where the report goes.",
+    help="File for the report.",
 )
 def doctor(file: Path) -> None:
-    """Check that this machine computes what it should.
+    """Check that this machine computes correctly.
 
-    Half a minute, nothing to download. Writes one JSON file, to be attached to an issue: chip, memory,
-    versions and what was found; no names, no paths. Exit code 1 if a check fails.
+    Takes half a minute, downloads nothing. Writes one JSON file, to be attached to an issue: chip, memory,
+    versions and results; no names, no paths. Exit code 1 if a check fails.
     """
     from magistral_mlx.measure.doctor import examine
 
     writable(file)
-    report = examine(_tell)
+    report = examine(_show)
     file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     click.echo(f"\n{_machine(report)}\n{file}: this report. Open an issue with it, whatever it says.")
     if not report["right"]:
         sys.exit(1)
 
 
-def _tell(check: "Check") -> None:
+def _show(check: "Check") -> None:
     click.echo(f"{click.style('✓', fg='green') if check.right else click.style('✗', fg='red')} {check.name}")
     click.echo(click.style(f"  {check.found}", dim=True))
 

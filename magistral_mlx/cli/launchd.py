@@ -17,7 +17,7 @@ from magistral_mlx.errors import ServerError
 
 LABEL = "local.magistral-mlx"
 
-_KEPT = ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "MAGISTRAL_MLX_CACHE")
+_PASSED_ON = ("HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "MAGISTRAL_MLX_CACHE")
 """Environment variables that locate models: launchd starts an agent without the shell's environment."""
 
 _BUSY = (5, 37)
@@ -45,13 +45,13 @@ def bootout() -> list[str]:
     return ["launchctl", "bootout", f"{_domain()}/{LABEL}"]
 
 
-def agent(words: Sequence[str], *, home: Path, environment: Mapping[str, str]) -> bytes:
-    """The agent's plist: `words` are those behind `magistral-mlx`."""
+def agent(arguments: Sequence[str], *, home: Path, environment: Mapping[str, str]) -> bytes:
+    """The agent's plist. arguments: those of `magistral-mlx`."""
     return plistlib.dumps(
         {
             "Label": LABEL,
-            "ProgramArguments": [sys.executable, "-m", "magistral_mlx", *words],
-            "EnvironmentVariables": {name: environment[name] for name in _KEPT if name in environment},
+            "ProgramArguments": [sys.executable, "-m", "magistral_mlx", *arguments],
+            "EnvironmentVariables": {name: environment[name] for name in _PASSED_ON if name in environment},
             "WorkingDirectory": str(home),
             "StandardOutPath": str(log(home)),
             "StandardErrorPath": str(log(home)),
@@ -81,7 +81,7 @@ def install(content: bytes, *, home: Path, force: bool = False) -> None:
         done = _run(bootstrap(home))
     if done.returncode:
         raise ServerError(
-            f"launchd did not start the agent ({_said(done)}). {file(home)} is written; try "
+            f"launchd did not start the agent ({_message(done)}). {file(home)} is written; try "
             f"`{' '.join(bootstrap(home))}` while you are logged in at the Mac itself"
         )
 
@@ -143,6 +143,6 @@ def _run(command: Sequence[str]) -> "subprocess.CompletedProcess[str]":
         raise ServerError(f"launchctl cannot be run: {error.strerror}") from error
 
 
-def _said(done: "subprocess.CompletedProcess[str]") -> str:
+def _message(done: "subprocess.CompletedProcess[str]") -> str:
     lines = (done.stderr or done.stdout).strip().splitlines()
     return lines[0] if lines else f"error {done.returncode}"

@@ -34,9 +34,13 @@ def _gib(_ctx: click.Context, _param: click.Parameter, value: str | None) -> int
 
 @click.command()
 @click.argument("model")
-@click.option("--context", type=click.IntRange(min=1), help="Prompt and reply, in tokens. Default: 40960.")
-@click.option("--memory", "memory_gib", callback=_gib, help="Of another Mac, such as 32GB: an estimate.")
-@click.option("--kv-bits", type=click.Choice(["16", "8"]), default="16", help="Of the KV cache.")
+@click.option(
+    "--context", type=click.IntRange(min=1), help="Tokens of prompt and reply together. Default: 40960."
+)
+@click.option(
+    "--memory", "memory_gib", callback=_gib, help="Estimate for another Mac, with this memory, such as 32GB."
+)
+@click.option("--kv-bits", type=click.Choice(["16", "8"]), default="16", help="Bits of the KV cache.")
 @click.option("--quantize-after", type=click.IntRange(0), default=0, help="With --kv-bits 8: see ask --help.")
 @click.option("--all-macs", is_flag=True, help="Every size of Mac in one table (Markdown).")
 def plan(
@@ -48,10 +52,10 @@ def plan(
     quantize_after: int,
     all_macs: bool,
 ) -> None:
-    """How much memory a model takes, and whether it fits.
+    """Show how much memory a model takes, and whether it fits.
 
-    MODEL is a directory, a Hub name, or 'demo'. Reads no weights; of a Hub model that is not here, only its
-    config.
+    MODEL is a directory, a Hub name, or 'demo'. Reads no weights; of a Hub model that is not on this machine
+    only the config is downloaded.
     """
     if quantize_after and kv_bits != "8":
         raise click.UsageError("--quantize-after says when an 8-bit KV cache begins; give --kv-bits 8 too")
@@ -77,7 +81,7 @@ def plan(
         kv_bits=8 if kv_bits == "8" else None,
         quantize_after=quantize_after,
     )
-    _tell(made, f"a Mac with {memory_gib} GB" if memory_gib else "this machine")
+    _show(made, f"a Mac with {memory_gib} GB" if memory_gib else "this machine")
     if made.fits:
         return
     if config.quantization is None:
@@ -122,12 +126,12 @@ def table(config: "ModelConfig", weights: int) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def _tell(plan: "MemoryPlan", machine: str) -> None:
+def _show(plan: "MemoryPlan", machine: str) -> None:
     estimate = ", an estimate" if plan.machine.estimated else ""
     for name, nbytes, what in (
         ("weights", plan.weights, ""),
         ("KV cache", plan.kv, f"{plan.context:,} tokens in {plan.cache_bits} bit"),
-        ("computing", plan.transient, "at its peak, while the end of a prompt of that length is read"),
+        ("computing", plan.transient, "at its peak, at the end of the prefill of a prompt that long"),
         ("together", plan.total, f"{plan.total / plan.machine.budget:.0%} of what {machine} can give"),
         ("can be given", plan.machine.budget, f"by {machine}{estimate}"),
     ):

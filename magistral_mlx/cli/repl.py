@@ -22,18 +22,18 @@ if TYPE_CHECKING:  # the model is passed in
 
 _HELP = """\
 /think [on|off]   reason before answering, or answer at once
-/budget [N]       think for N tokens at most (nothing: no limit)
+/budget [N]       think for at most N tokens (without N: no limit)
 /show [on|off]    show the reasoning, or only the answer
-/system TEXT      put TEXT before the model's own system prompt (nothing: none)
+/system [TEXT]    put TEXT before the model's own system prompt (without TEXT: nothing)
 /retry            ask the last question again, with another seed
 /undo             forget the last question and its answer
-/reset            forget everything that was said
-/save FILE        keep the conversation in FILE, with what the model has read
-/load FILE        go on with a saved conversation, and with its settings
-/export FILE      write what was said to FILE, as JSON
+/reset            forget the whole conversation
+/save FILE        save the conversation to FILE, with its KV cache
+/load FILE        continue a saved conversation, with its settings
+/export FILE      write the messages to FILE, as JSON
 /quit             leave (or Ctrl-D)
 
-Ctrl-C ends the thinking and asks for the answer; once more stops the reply."""
+Ctrl-C ends the thinking and asks for the answer; a second Ctrl-C stops the reply."""
 
 
 class Repl:
@@ -50,8 +50,8 @@ class Repl:
             "/show": self._show,
             "/system": self._system,
             "/retry": self._retry,
-            "/undo": lambda _: self._say("forgotten" if self._talk.undo() else "nothing was said yet"),
-            "/reset": lambda _: (self._talk.reset(), self._say("forgotten"))[1],
+            "/undo": lambda _: self._note("forgotten" if self._talk.undo() else "the conversation is empty"),
+            "/reset": lambda _: (self._talk.reset(), self._note("forgotten"))[1],
             "/save": self._save,
             "/load": self._load,
             "/export": self._export,
@@ -59,7 +59,7 @@ class Repl:
 
     def run(self) -> None:
         """Run until /quit or the end of input."""
-        self._say("/help lists the commands; Ctrl-D leaves.")
+        self._note("/help lists the commands; Ctrl-D leaves.")
         for line in _lines():
             text = line.strip()
             command, _, rest = text.partition(" ")
@@ -80,20 +80,20 @@ class Repl:
                     finished = self._terminal.show(stream)
             except KeyboardInterrupt:
                 finished = None
-        self._say(summary(finished) if finished else "stopped; what was said so far is kept")
+        self._note(summary(finished) if finished else "stopped; the reply so far is kept")
         if lacking := shortcoming(stream.reply):
             complain(lacking)
 
     def _retry(self, _: str) -> None:
         message = self._talk.undo()
         if message is None:
-            return self._say("nothing was said yet")
+            return self._note("the conversation is empty")
         self._talk.options["seed"] = None
         return self._reply(message)
 
     def _think(self, value: str) -> None:
         self._talk.options["think"] = _switch(value, self._talk.options.get("think", True))
-        self._say(
+        self._note(
             "thinking is on" if self._talk.options["think"] else "thinking is off: answers come at once"
         )
 
@@ -101,27 +101,27 @@ class Repl:
         if value and not (value.isdecimal() and len(value) < 10):
             return complain("expected a number of tokens: /budget 2000")
         self._talk.options["think_budget"] = int(value) if value else None
-        return self._say(f"thinking ends after {value} tokens" if value else "thinking has no limit")
+        return self._note(f"thinking ends after {value} tokens" if value else "thinking has no limit")
 
     def _show(self, value: str) -> None:
         self._terminal.show_thinking = _switch(value, self._terminal.show_thinking)
-        self._say("the reasoning is shown" if self._terminal.show_thinking else "the reasoning is hidden")
+        self._note("the reasoning is shown" if self._terminal.show_thinking else "the reasoning is hidden")
 
     def _system(self, text: str) -> None:
         self._talk.options["system"] = text or None
-        self._say("set" if text else "taken away")
+        self._note("system text set" if text else "system text removed")
 
     def _save(self, name: str) -> None:
         if not name:
             return complain("expected a file name: /save sums.talk")
         self._talk.save(_path(name))
-        return self._say(f"saved {len(self._talk.messages)} messages to {name}")
+        return self._note(f"saved {len(self._talk.messages)} messages to {name}")
 
     def _load(self, name: str) -> None:
         if not name:
             return complain("expected a file name: /load sums.talk")
         self._talk = self._model.load_conversation(_path(name))
-        return self._say(f"loaded {len(self._talk.messages)} messages from {name}")
+        return self._note(f"loaded {len(self._talk.messages)} messages from {name}")
 
     def _export(self, name: str) -> None:
         if not name:
@@ -136,12 +136,12 @@ class Repl:
             with suppress(OSError):
                 path.unlink()  # a partly written file
             return complain(f"error: {path} cannot be written: {error.strerror}")
-        return self._say(f"wrote {len(self._talk.messages)} messages to {path}")
+        return self._note(f"wrote {len(self._talk.messages)} messages to {path}")
 
     def _unknown(self, _: str) -> None:
         complain("no such command; /help lists them")
 
-    def _say(self, text: str) -> None:
+    def _note(self, text: str) -> None:
         self._terminal.note(text)
 
 

@@ -53,25 +53,31 @@ class ReplyOptions(TypedDict):
 
 _OPTIONS = (
     *(model_option, download_option, dtype_option, kv_bits_option, quantize_after_option),
-    click.option("--draft-model", help="A smaller model with the same vocabulary, which guesses ahead."),
+    click.option("--draft-model", help="A smaller model with the same vocabulary, for speculative decoding."),
     click.option(
         "--speculate/--no-speculate",
         default=None,
-        help="Guess ahead and check: the same reply, sooner where it quotes. Default: with a draft model.",
+        help="Speculative decoding: the same reply, faster where it quotes. Default: with a draft model.",
     ),
-    click.option("--system", help="Placed before the model's own system prompt."),
+    click.option("--system", help="Text to place before the model's own system prompt."),
     click.option(
         "--system-file",
         type=click.Path(exists=True, dir_okay=False, path_type=Path),
-        help="The same, in a file.",
+        help="A file with that text.",
     ),
-    click.option("--think-budget", type=int, help="Tokens of reasoning, then the answer. Default: no limit."),
+    click.option(
+        "--think-budget",
+        type=int,
+        help="Limit of reasoning tokens; then the answer follows. Default: no limit.",
+    ),
     click.option(
         "--loop-guard", is_flag=True, help="End reasoning or an answer that repeats itself. Experimental."
     ),
     click.option("--no-think", is_flag=True, help="Answer at once, without reasoning."),
     click.option("--hide-thinking", is_flag=True, help="Think, but show the answer only."),
-    click.option("--max-tokens", type=int, help="Of reasoning and answer together. Default: 40960."),
+    click.option(
+        "--max-tokens", type=int, help="Token limit of reasoning and answer together. Default: 40960."
+    ),
     click.option("--seed", type=int, help="The same seed gives the same reply."),
     click.option(
         "--temperature", type=float, default=0.7, show_default=True, help="0: always the likeliest."
@@ -80,7 +86,7 @@ _OPTIONS = (
     click.option("--top-k", type=int, default=0, help="0: off."),
     click.option("--min-p", type=float, default=0.0, help="0: off."),
     click.option("--repetition-penalty", type=float, default=1.0, help="1: off."),
-    click.option("--stop", multiple=True, help="A string that ends the answer. May be given again."),
+    click.option("--stop", multiple=True, help="A string that ends the answer. May be repeated."),
 )
 
 

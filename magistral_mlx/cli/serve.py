@@ -54,15 +54,15 @@ class _Serving(TypedDict):
     "--host",
     default="127.0.0.1",
     show_default=True,
-    help="Address to listen on; any but this machine's own needs a key.",
+    help="Address to listen on; any but localhost needs a key.",
 )
 @click.option(
-    "--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any that is free."
+    "--port", default=8000, show_default=True, type=click.IntRange(0, 65535), help="0: any free port."
 )
 @click.option(
     "--api-key",
     envvar="MAGISTRAL_API_KEY",
-    help="The key that clients must send. In MAGISTRAL_API_KEY, `ps` does not show it.",
+    help="The key that clients must send. Safer in MAGISTRAL_API_KEY: `ps` shows options.",
 )
 @click.option(
     "--api-key-file",
@@ -70,7 +70,7 @@ class _Serving(TypedDict):
     help="A file that holds the key.",
 )
 @click.option(
-    "--max-running", type=click.IntRange(1), help="Replies at once. Default: by the memory, at most 8."
+    "--max-running", type=click.IntRange(1), help="Replies at once. Default: by available memory, at most 8."
 )
 @click.option(
     "--queue",
@@ -82,20 +82,22 @@ class _Serving(TypedDict):
 @click.option(
     "--prefix-cache",
     callback=_bytes,
-    help="Memory for the KV cache of earlier prompts, such as 1GB. Default: by the memory.",
+    help="Memory for the KV cache of earlier prompts, such as 1GB. Default: by available memory.",
 )
 @kv_bits_option
 @quantize_after_option
 @click.option(
-    "--allow-host", multiple=True, help="A further name of this server in requests. May be given again."
+    "--allow-host",
+    multiple=True,
+    help="Another host name by which clients address this server. May be repeated.",
 )
 @click.option(
     "--allow-origin",
     multiple=True,
-    help="A site whose pages may send requests, such as https://my.site. May be given again.",
+    help="A site whose pages may send requests, such as https://my.site. May be repeated.",
 )
 def serve(**options: Unpack[_Serving]) -> None:
-    """Serve a model to OpenAI-style clients and a page, until Ctrl-C."""
+    """Serve a model over HTTP: OpenAI's and Anthropic's APIs, and a page."""
     key = check(options)
     from magistral_mlx.chat import Magistral
     from magistral_mlx.fetch import hub, last_model

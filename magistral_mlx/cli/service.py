@@ -32,10 +32,10 @@ def service() -> None:
 def install(*, force: bool, printed: bool, serve_options: tuple[str, ...]) -> None:
     """Install and start the agent.
 
-    It runs `magistral-mlx serve` with SERVE_OPTIONS: whatever that takes, but no key in the open; put it in
-    a file, for --api-key-file.
+    It runs `magistral-mlx serve` with SERVE_OPTIONS, which may be any of its options but --api-key: put the
+    key in a file, for --api-key-file.
     """
-    content = launchd.agent(_words(serve_options), home=Path.home(), environment=environ)
+    content = launchd.agent(_arguments(serve_options), home=Path.home(), environment=environ)
     if printed:
         click.echo(content, nl=False)
         click.echo(
@@ -44,7 +44,7 @@ def install(*, force: bool, printed: bool, serve_options: tuple[str, ...]) -> No
         return
     _only_on_a_mac()
     launchd.install(content, home=Path.home(), force=force)
-    click.echo(f"started; it will be at every login. Its log: {launchd.log(Path.home())}")
+    click.echo(f"started, now and at every login; its log: {launchd.log(Path.home())}")
 
 
 @service.command()
@@ -57,7 +57,7 @@ def uninstall() -> None:
 
 @service.command()
 def status() -> None:
-    """Whether the agent is installed, and runs."""
+    """Show whether the agent is installed and running."""
     _only_on_a_mac()
     state = launchd.status(home=Path.home())
     if state is None:
@@ -73,19 +73,21 @@ def _only_on_a_mac() -> None:
         )
 
 
-def _words(options: tuple[str, ...]) -> list[str]:
+def _arguments(options: tuple[str, ...]) -> list[str]:
     """The arguments: `serve`, the model (a directory by its absolute path), its other options; checked."""
     with serve.make_context("magistral-mlx serve", [*options]) as context:
         if context.params["api_key"] is not None:
-            raise ServerError("a key would be there for all to see; put it in a file, for --api-key-file")
+            raise ServerError(
+                "a key in the agent's options could be read by others; put it in a file, for --api-key-file"
+            )
         check(context.params)  # type: ignore[arg-type]
         name = chosen(context.params["model"])
         resolve(name, download=context.params["download"])
-        here = None if name == "demo" else hub.directory(name)
-        return ["serve", "--model", str(here.resolve()) if here else name, *_others(context)]
+        directory = None if name == "demo" else hub.directory(name)
+        return ["serve", "--model", str(directory.resolve()) if directory else name, *_other_options(context)]
 
 
-def _others(context: click.Context) -> Iterator[str]:
+def _other_options(context: click.Context) -> Iterator[str]:
     """The options that were given on the command line, except the model's."""
     for option in serve.params:
         name = option.name or ""

@@ -72,7 +72,7 @@ def convert(job: Job, progress: Callable[[Progress], None] = lambda _: None) -> 
         reads = error.filename is not None and Path(error.filename).is_relative_to(source)
         doing = f"reading {source}" if reads else f"writing {job.out}"
         raise ConversionError(
-            f"{doing} failed: {error.strerror or error}; mend that and run it again: it goes on"
+            f"{doing} failed: {error.strerror or error}; fix that and run it again: it resumes"
         ) from error
     return Converted(plan=planned, errors=_errors(journal))
 
@@ -97,8 +97,8 @@ def _check_allowed(job: Job, journal: Journal) -> None:
     found = [name for name, error in journal.done.items() if error == math.inf]
     if found and not job.allow_nonfinite:
         raise ConversionError(
-            f"{found[0]} holds weights that are not numbers (NaN or Inf), which the run that wrote it was "
-            f"told to take; say --allow-nonfinite again, or remove {journal.work} to begin anew"
+            f"{found[0]} holds weights that are not finite (NaN or Inf), which an earlier run accepted with "
+            f"--allow-nonfinite; give it again, or remove {journal.work} to start over"
         )
 
 
@@ -107,7 +107,7 @@ def _check_source(job: Job, journal: Journal) -> None:
     if not job.source().items() <= journal.fingerprint.items():
         raise ConversionError(
             f"the source {job.checkpoint.path} changed while it was converted; remove {journal.work} and "
-            "begin anew"
+            "start over"
         )
 
 
@@ -115,7 +115,7 @@ def _write_weights(job: Job, planned: Plan, journal: Journal, progress: Callable
     """Write every tensor that the journal does not list yet; each is flushed before it is recorded."""
     tensors = job.checkpoint.tensors
     done, total = 0, sum(tensors[name].entry.nbytes for name in planned.outputs)
-    _check_kept(planned, journal)
+    _check_unfinished(planned, journal)
     with ExitStack() as stack:
         files = _open_outputs(planned, journal, stack)
         for name, outputs in planned.outputs.items():
@@ -155,14 +155,14 @@ def _open_outputs(planned: Plan, journal: Journal, stack: ExitStack) -> dict[str
     return files
 
 
-def _check_kept(planned: Plan, journal: Journal) -> None:
+def _check_unfinished(planned: Plan, journal: Journal) -> None:
     """Output files of an earlier run must still be there, at their full size."""
     for name in planned.heads if journal.done else ():
         file = journal.out / name
         if not file.is_file() or file.stat().st_size != planned.file_bytes(name):
             raise ConversionError(
-                f"{file}, of a conversion that was not finished, is missing or was cut off since; remove "
-                f"{journal.work} to begin anew"
+                f"{file}, of an unfinished conversion, is missing or was cut off since; remove "
+                f"{journal.work} to start over"
             )
 
 

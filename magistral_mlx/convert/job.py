@@ -84,7 +84,7 @@ def refuse_quantized(config: ModelConfig, name: str) -> None:
     if config.quantization is not None:
         raise ConversionError(
             f"{name} is already quantized, and doing it again only adds error; convert "
-            "from the bf16 checkpoint, use this one as it is, or say --dequantize to take what it holds"
+            "from the bf16 checkpoint, use this one as it is, or give --dequantize to convert it anyway"
         )
 
 

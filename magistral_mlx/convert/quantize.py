@@ -43,8 +43,8 @@ class Block:
 class Loss:
     """A tensor's quantization error, summed over its blocks."""
 
-    lost: float = 0.0
-    had: float = 0.0
+    squared_error: float = 0.0
+    squared_values: float = 0.0
     measured: bool = False
     finite: bool = True
 
@@ -52,7 +52,8 @@ class Loss:
         self.finite = self.finite and block.finite
         if block.loss:
             self.measured = True
-            self.lost, self.had = self.lost + block.loss[0], self.had + block.loss[1]
+            self.squared_error += block.loss[0]
+            self.squared_values += block.loss[1]
 
     def relative(self) -> float | None:
         """The relative RMS error; infinite if there were non-finite weights (and allowed)."""
@@ -60,7 +61,7 @@ class Loss:
             return math.inf
         if not self.measured:
             return None
-        return math.sqrt(self.lost / self.had) if self.had else 0.0
+        return math.sqrt(self.squared_error / self.squared_values) if self.squared_values else 0.0
 
 
 def blocks(
@@ -89,8 +90,8 @@ def blocks(
     for (first, last), read, finite in source:
         if not (allow_nonfinite or finite):
             raise ConversionError(
-                f"{name} holds weights that are not numbers (NaN or Inf): the checkpoint is damaged; get it "
-                "again, or say --allow-nonfinite to convert it as it is"
+                f"{name} holds weights that are not finite (NaN or Inf): the checkpoint is damaged; get it "
+                "again, or give --allow-nonfinite to convert it as it is"
             )
         block = read.astype(dtype)
         parts = [block] if scheme is None else _quantize(block, scheme)
@@ -163,10 +164,12 @@ def _error(block: mx.array, parts: list[mx.array], scheme: Scheme) -> tuple[floa
     """Sums of squares over a block's first rows: of the errors, and of the values. In float64: bfloat16's
     squares need its range.
     """
-    was = block[:SAMPLE_ROWS].astype(mx.float32)
-    now = _dequantize([part[:SAMPLE_ROWS] for part in parts], scheme).astype(mx.float32)
-    lost, had = (_squares(cast("NDArray[np.float32]", np.asarray(x))) for x in (now - was, was))
-    return lost, had
+    original = block[:SAMPLE_ROWS].astype(mx.float32)
+    restored = _dequantize([part[:SAMPLE_ROWS] for part in parts], scheme).astype(mx.float32)
+    error, values = (
+        _squares(cast("NDArray[np.float32]", np.asarray(x))) for x in (restored - original, original)
+    )
+    return error, values
 
 
 def _squares(x: NDArray[np.float32]) -> float:

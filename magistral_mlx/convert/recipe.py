@@ -27,7 +27,7 @@ class Recipe:
 
     def scheme(self, path: str, columns: int, n_layers: int) -> Scheme | None:
         """The scheme of the matrix at `path`, which has `columns` columns."""
-        chosen = self.finer if self.finer and _suffers(path, n_layers) else self.default
+        chosen = self.finer if self.finer and _is_sensitive(path, n_layers) else self.default
         for pattern, scheme in self.exceptions:
             if fnmatchcase(path, pattern):
                 chosen = scheme
@@ -101,7 +101,7 @@ def stored(config: ModelConfig) -> Recipe:
     )
 
 
-def _suffers(path: str, n_layers: int) -> bool:
+def _is_sensitive(path: str, n_layers: int) -> bool:
     """mlx-lm's choice, after llama.cpp's Q4_K_M: lm_head; v_proj and down_proj in the first and last eighth
     of the layers, and in every third between.
     """

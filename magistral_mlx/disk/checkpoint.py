@@ -242,7 +242,7 @@ def _collect(files: Iterable[Path], layout: Layout, config: ModelConfig) -> dict
             name = _from_native(found) if layout == "native" else text_name(found)
             if name in tensors:
                 raise CheckpointError(
-                    f"{name} stands twice: in {tensors[name].entry.file.name} and {file.name}"
+                    f"{name} occurs twice: in {tensors[name].entry.file.name} and {file.name}"
                 )
             module = ".".join(name.split(".")[3:5])
             tensors[name] = Tensor(

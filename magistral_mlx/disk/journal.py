@@ -56,7 +56,7 @@ class Journal:
             self._log.close()
             raise ConversionError(f"another conversion to {self.target} is running; wait for it") from error
         try:
-            self._take_up()
+            self._resume()
             if not self.published:
                 self.out.mkdir(exist_ok=True)
             flush_directory(self.work)
@@ -85,7 +85,7 @@ class Journal:
             fault("renamed")
         shutil.rmtree(self.work, ignore_errors=True)  # failing to clean up is no failure
 
-    def _take_up(self) -> None:
+    def _resume(self) -> None:
         self._log.seek(0)
         *lines, rest = self._log.read().split(b"\n")
         if rest:  # an incomplete line
@@ -95,9 +95,9 @@ class Journal:
             return
         if (was := self._parsed(lines[0])) != self.fingerprint:
             raise ConversionError(
-                f"a conversion to {self.target} was begun and not finished, and since then "
-                f"{_difference(was, self.fingerprint)}; go on with the same source and arguments, or "
-                f"remove {self.work} to begin anew"
+                f"an earlier conversion to {self.target} was not finished, and since then "
+                f"{_difference(was, self.fingerprint)}; resume it with the same source and arguments, or "
+                f"remove {self.work} to start over"
             )
         for line in lines[1:]:
             match self._parsed(line):
@@ -124,8 +124,8 @@ class Journal:
 
     def _damaged(self, line: bytes) -> ConversionError:
         return ConversionError(
-            f"{self._path}, of a conversion that was not finished, is damaged: it says {line[:80]!r}; "
-            f"remove {self.work} to begin anew"
+            f"{self._path}, of an unfinished conversion, is damaged: found {line[:80]!r}; "
+            f"remove {self.work} to start over"
         )
 
 

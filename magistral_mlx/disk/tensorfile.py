@@ -88,7 +88,7 @@ class Entry:
                     buffer, offset = buffer[got:], offset + got
         except OSError as error:  # its header could be read before
             raise CheckpointError(
-                f"{self.file} was there, and cannot be read now: {error.strerror}; put it back where it was"
+                f"{self.file} can no longer be read: {error.strerror}; put it back where it was"
             ) from error
 
 
@@ -108,7 +108,7 @@ def read_whole_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
                     f"{path} is no safetensors file, or was cut off: its header claims {length} bytes, "
                     f"the file has {size}; get it again"
                 )
-            raw: object = json.loads(file.read(length).decode(), object_pairs_hook=_no_name_twice)
+            raw: object = json.loads(file.read(length).decode(), object_pairs_hook=_unique_names)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -152,12 +152,12 @@ def _described(described: Any) -> tuple[str, tuple[int, ...], int, int]:
     return described["dtype"], shape, begin, end
 
 
-def _no_name_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Refuses repeated names, of which a JSON reader may keep either one."""
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
-            raise ValueError(f"{name!r} stands twice")
+            raise ValueError(f"{name!r} occurs twice")
         found[name] = value
     return found
 

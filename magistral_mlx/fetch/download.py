@@ -109,7 +109,7 @@ class Repository:
             stream.flush()
             if kept and file.sha256 and manifest.sha256(file.partial) != file.sha256:
                 file.partial.unlink()  # a crash may leave zeros where its last bytes should be
-                raise HubError(f"{file.name} of {self.repo} came damaged; run it again: it begins anew")
+                raise HubError(f"{file.name} of {self.repo} was damaged; run it again: it starts over")
             file.partial.rename(file.blob)  # while locked, so that no other process resumes it
 
 

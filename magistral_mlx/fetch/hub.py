@@ -29,11 +29,11 @@ RECOMMENDED_GB = 13
 
 DEMO = Path(__file__).parents[1] / "demo"
 
-_WORDS = ("tekken.json", "SYSTEM_PROMPT.txt")
-_NATIVE = ("consolidated*.safetensors", "consolidated*.index.json", "params.json", *_WORDS)
+_TOKENIZER_FILES = ("tekken.json", "SYSTEM_PROMPT.txt")
+_NATIVE = ("consolidated*.safetensors", "consolidated*.index.json", "params.json", *_TOKENIZER_FILES)
 _HF = (
     *("model*.safetensors", "model*.index.json", "config.json", "generation_config.json"),
-    *("tokenizer*", "special_tokens_map.json", "chat_template.jinja", *_WORDS, "mistral/*"),
+    *("tokenizer*", "special_tokens_map.json", "chat_template.jinja", *_TOKENIZER_FILES, "mistral/*"),
 )
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@.+)?", re.ASCII)
 _FAMILY = re.compile(r"Magistral-Small-\d{4}")
@@ -65,10 +65,10 @@ def resolve(name: str, *, download: bool = False, then: Needs | None = None) -> 
         HubError: not on this machine and not to be downloaded, unknown to the Hub, gated, out of reach, or
             larger than the disk has room for.
     """
-    if local := _here(name):
+    if local := _local(name):
         return local
     weights = _fetch(name, None, then) if download else _cached(name, None)
-    return Local(weights=weights, words=_words(name, weights, download=download))
+    return Local(weights=weights, words=_tokenizer_directory(name, weights, download=download))
 
 
 def look(name: str) -> tuple[Path, int | None]:
@@ -77,7 +77,7 @@ def look(name: str) -> tuple[Path, int | None]:
     Of a Hub model that is not on this machine only the config is downloaded, a few hundred bytes; the number
     is the bytes that a download of the rest would take.
     """
-    if local := _here(name):
+    if local := _local(name):
         return local.weights, None
     with suppress(HubError):
         return _cached(name, None), None
@@ -88,7 +88,7 @@ def look(name: str) -> tuple[Path, int | None]:
         raise HubError(f"{name!r} cannot be looked at: {_reason(error)}") from error
 
 
-def _here(name: str) -> Local | None:
+def _local(name: str) -> Local | None:
     """The model called `name`, if that is the demo or a directory; an invalid name is refused."""
     if name == "demo":
         return Local(weights=DEMO, words=DEMO)
@@ -174,8 +174,8 @@ def _cached(name: str, patterns: tuple[str, ...] | None) -> Path:
             if any(found.glob(layout[0])):  # a repository without such files counts as complete
                 return found
     raise HubError(
-        f"{name!r} is neither a directory here nor a model on this machine. If it is a Hub name, "
-        f"--download (of ask, chat, serve, convert, bench) fetches it, or: {_how(name, patterns)}"
+        f"{name!r} is neither a directory here nor a model on this machine. If it is a Hub name, --download "
+        f"(of ask, chat, serve, convert, bench) fetches it, or: {_download_command(name, patterns)}"
     )
 
 
@@ -230,13 +230,13 @@ def _ask(name: str) -> tuple[Repository, tuple[str, ...]]:
     raise HubError(f"{name!r} has no safetensors weights. Choose a model such as {RECOMMENDED!r}.")
 
 
-def _words(name: str, weights: Path, *, download: bool) -> Path:
-    """The directory of tekken.json: with the weights, or in the repository that they were converted from."""
+def _tokenizer_directory(name: str, weights: Path, *, download: bool) -> Path:
+    """The directory of tekken.json: that of the weights, or the repository they were converted from."""
     if any((place / "tekken.json").is_file() for place in (weights, weights / "mistral")):
         return weights
     family = _FAMILY.search(name)
     original = f"mistralai/{family.group() if family else 'Magistral-Small-2506'}"
-    return (_fetch if download else _cached)(original, _WORDS)
+    return (_fetch if download else _cached)(original, _TOKENIZER_FILES)
 
 
 def _reason(error: BaseException) -> str:
@@ -249,8 +249,11 @@ def _reason(error: BaseException) -> str:
     known = (  # subclasses before their base classes
         (errors.LocalTokenNotFoundError, "nobody is logged in here. `hf auth login`, or set HF_TOKEN."),
         (errors.GatedRepoError, "it is gated. Accept the conditions on its page, then `hf auth login`."),
-        (errors.RepositoryNotFoundError, "the Hub has none, or a private one. Check it, or `hf auth login`."),
-        (errors.RevisionNotFoundError, "the Hub has it in no such revision. Check what follows the @."),
+        (
+            errors.RepositoryNotFoundError,
+            "the Hub has no such model, or it is private. Check it, or `hf auth login`.",
+        ),
+        (errors.RevisionNotFoundError, "the Hub has no such revision of it. Check what follows the @."),
         (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set. Unset it to ask the Hub."),
         (errors.HFValidationError, f"it cannot be a Hub name ({what})."),
     )
@@ -261,11 +264,11 @@ def _reason(error: BaseException) -> str:
     if status in (401, 403):
         return f"the Hub does not allow it ({what}). `hf auth login` with a token that may."
     if isinstance(error, OSError) and error.errno is not None:
-        return f"this machine cannot keep it ({what}). Make room for it, or set HF_HOME."
-    return f"the Hub was not reached, or broke off ({what}). Check the network and try again."
+        return f"it cannot be stored ({what}). Make room for it, or set HF_HOME."
+    return f"the Hub was not reached, or the connection broke off ({what}). Check the network and try again."
 
 
-def _how(name: str, patterns: tuple[str, ...] | None) -> str:
+def _download_command(name: str, patterns: tuple[str, ...] | None) -> str:
     repo, _, revision = name.partition("@")
     wanted = patterns or (_NATIVE if repo.startswith("mistralai/") else ())
     options = [f"--revision {revision}"] * bool(revision) + [f"--include '{pattern}'" for pattern in wanted]

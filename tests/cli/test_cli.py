@@ -1,4 +1,4 @@
-"""The command line as its user meets it: pipes, a terminal, mistakes."""
+"""The command line as a user sees it: pipes, a terminal, mistakes."""
 
 import errno
 import json
@@ -36,7 +36,7 @@ Run = Callable[..., Result]
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Run a command in this process, off line and with a memory of its own."""
+    """Run a command in this process, offline and with its own `last_model` file."""
     monkeypatch.setenv("MAGISTRAL_MLX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # the variable is read on import
     monkeypatch.chdir(tmp_path)
@@ -344,7 +344,7 @@ class Terminal:
         self.screen = ""
 
     def until(self, text: str, seconds: float = 40) -> str:
-        """Wait for `text` to show up after what was waited for before."""
+        """Wait for `text` to appear after the text waited for last."""
         end = time.monotonic() + seconds
         while text not in self.screen:
             assert time.monotonic() < end, f"{text!r} is not in {self.screen!r}"
@@ -365,7 +365,7 @@ class Terminal:
             return True
         try:
             data = os.read(self.fd, 65536)
-        except OSError:  # the other side is gone
+        except OSError:  # the process has ended
             return False
         if b"\x1b[6n" in data:  # where is the cursor? prompt_toolkit asks, a terminal answers
             self.press("\x1b[1;1R")

@@ -1,4 +1,4 @@
-"""The launchd agent: its plist by launchd's rules, and the commands around it, with a launchctl of ours."""
+"""The launchd agent: its plist by launchd's rules, and the commands around it, with a fake launchctl."""
 
 import os
 import plistlib
@@ -47,7 +47,7 @@ def run(home: Path) -> Run:
 
 @pytest.fixture
 def launchctl(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A Mac, as far as this command goes: a launchctl that notes what it is told, and fails as bidden."""
+    """A simulated Mac: a launchctl that records its arguments, and fails when told to."""
     monkeypatch.setattr("platform.system", lambda: "Darwin")
     place = home / "bin"
     place.mkdir()
@@ -76,7 +76,9 @@ def told(launchctl: Path) -> list[str]:
 
 
 def lint(content: bytes) -> dict:
-    """An agent, if launchd takes it: known keys of the right kinds, whole paths, nothing empty."""
+    """Parse the agent and check that launchd would accept it: known keys and types, absolute paths, no empty
+    values.
+    """
     assert content.startswith(b"<?xml")
     agent = plistlib.loads(content)
     assert {"Label", "ProgramArguments"} <= agent.keys() <= KINDS.keys()
@@ -141,7 +143,7 @@ def test_paths_become_whole(run: Run, home: Path):
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        ((), "no model was named, and none used before is there"),
+        ((), "no model was given, and there is no last used one"),
         (("--model", "no/where"), "no/where"),
         (("--model", "demo", "--prot", "1"), "No such option"),
         (("--model", "demo", "--port", "x"), "'x' is not a valid integer"),

@@ -34,7 +34,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
 
 @pytest.fixture
 def big(tmp_path: Path) -> Path:
-    """614 MB of cache for 100,000 tokens: to be short of room without large files."""
+    """614 MB of KV cache for 100,000 tokens: runs out of memory without large files."""
     shape = replace(models.TINY, n_layers=3, n_kv_heads=8, n_heads=8, head_dim=64, max_context=10**6)
     return models.write_hf(tmp_path / "big", shape)
 

@@ -1,4 +1,4 @@
-"""`magistral-mlx serve` as its user meets it: one line that says where, Ctrl-C, mistakes."""
+"""`magistral-mlx serve` as a user sees it: one line with the address, Ctrl-C, mistakes."""
 
 import http.client
 import json

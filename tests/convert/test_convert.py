@@ -51,7 +51,7 @@ def converted(source, out, scheme=Scheme(), progress=lambda _: None, **options):
 
 
 def hashes(directory):
-    """Of everything that the weights and their configuration are made of."""
+    """The hashes of all weights and of the config."""
     return {
         file.name: hashlib.sha256(file.read_bytes()).hexdigest()
         for pattern in ("*.safetensors", "config.json", "*.index.json", "params.json")
@@ -66,7 +66,7 @@ def rows(config):
 
 
 def quantized(weights, scheme_of):
-    """The oracle: every matrix quantized whole."""
+    """The reference: every matrix quantized as a whole."""
     expected = {}
     for name, array in weights.items():
         path = name.removesuffix(".weight")
@@ -86,7 +86,7 @@ def assert_same(found, expected):
 
 @pytest.fixture(scope="module")
 def native(tmp_path_factory):
-    """Conversions read it and must never write it."""
+    """A source shared by all tests: conversions must not change it."""
     path = models.write_native(tmp_path_factory.mktemp("native"), FLAT, dtype=mx.bfloat16)
     before = {file: file.read_bytes() for file in path.rglob("*")}
     yield path
@@ -173,7 +173,7 @@ def test_dtypes(tmp_path, source, target):
 
 @pytest.mark.parametrize("name", ["4-bit-g128", "8-bit-g128"])
 def test_rows_that_no_group_divides(tmp_path, name):
-    """Columns of 192 stay as they are, and the config says so, as other readers need it."""
+    """Rows of 192 are not quantized, and the config says so, as other readers need it."""
     scheme = SCHEMES[name]
     uneven = {path for path, columns in rows(models.TINY).items() if columns == 192}
     out = converted(models.write_native(tmp_path / "source"), tmp_path / "out", scheme)
@@ -328,7 +328,7 @@ def test_no_room(tmp_path, monkeypatch, native):
 
 
 def assert_unfinished(out):
-    """Nothing under the name, and beside it what the next run goes on from."""
+    """Nothing under the target's name, and beside it what the next run resumes from."""
     assert list(out.parent.iterdir()) == [work_directory(out)]
 
 
@@ -387,7 +387,7 @@ def test_a_source_that_shrinks(tmp_path):
 
 @pytest.mark.parametrize("midway", [False, True])
 def test_a_source_that_goes(tmp_path, midway):
-    """The disk that it is on was unplugged, say: it is not the target that is at fault."""
+    """For example, its disk was unplugged: the error must not blame the target."""
     source = models.write_native(tmp_path / "source", FLAT)
     job = Job(checkpoint=open_checkpoint(source), out=tmp_path / "out")
 
@@ -396,7 +396,9 @@ def test_a_source_that_goes(tmp_path, midway):
 
     if not midway:
         unplug()
-    with pytest.raises(MagistralError, match=f"(reading {source} failed|cannot be read now).*No such file"):
+    with pytest.raises(
+        MagistralError, match=f"(reading {source} failed|can no longer be read).*No such file"
+    ):
         convert(job, unplug)
     assert not (tmp_path / "out").exists()
 

@@ -1,4 +1,4 @@
-"""`convert` by a model's name: a dry run reads its config alone, and nothing starts that has no room."""
+"""`convert` of a Hub name: a dry run reads only the config, and nothing starts without enough disk space."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ HF_24B = json.dumps(MAGISTRAL.to_json())
 
 @pytest.fixture
 def fake(no_hub, monkeypatch, tmp_path):
-    """A Hub with the true config and no true weights; and the demo model under a name."""
+    """A Hub with the real config and fake weights, and with the demo model under a name."""
     repos = {
         NAME: {
             "params.json": json.dumps(params(MAGISTRAL)).encode(),
@@ -113,7 +113,7 @@ def test_a_quantized_one_is_refused_before_the_download(fake):
         done = run("convert", "someone/4bit", "--out", "out", *words)
         assert (done.exit_code, done.stdout) == (1, "")
         assert "someone/4bit is already quantized" in done.stderr
-        assert "convert from the bf16 checkpoint, use this one as it is, or say --dequantize" in done.stderr
+        assert "convert from the bf16 checkpoint, use this one as it is, or give --dequantize" in done.stderr
     assert set(fake.served) == {"someone/4bit/config.json"}
     assert run("convert", "someone/4bit", "--out", "out", "--dry-run", "--dequantize").exit_code == 0
 

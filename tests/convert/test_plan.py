@@ -93,7 +93,7 @@ def test_headers_hold_every_tensor_end_to_end(recipe, dtype):
         assert not header
         assert place == found.file_bytes(file)
     for name, parts in found.outputs.items():
-        assert len({part.file for part in parts}) == 1, name  # a matrix and its scales are never parted
+        assert len({part.file for part in parts}) == 1, name  # a matrix and its scales are in one file
         scheme = found.scheme(name)
         assert len(parts) == (1 if scheme is None else 3 if scheme.has_biases else 2)
 
@@ -153,7 +153,7 @@ def reply(name: str, context: int, gib: int) -> MemoryPlan:
 
 
 def test_what_a_reply_needs():
-    """Weights, 160 KiB of KV cache a token, and less than 1.5 GB for a chunk of prompt on its way."""
+    """Weights, 160 KiB of KV cache per token, and less than 1.5 GB for a prefill chunk's activations."""
     assert MAGISTRAL.kv_bytes_per_token(2) == 160 * 1024
     assert pytest.approx(40960 * 163840 / GB, abs=0.02) == 6.7
     for context in (8192, 40960):

@@ -1,4 +1,4 @@
-"""Weights that are no numbers, or extreme ones: found in the source's bits, named, refused, or carried."""
+"""Non-finite and extreme weights: found in the source's bits, named, refused, or converted."""
 
 import json
 import shutil
@@ -55,7 +55,7 @@ def converted(source, out, **options):
 
 
 def as_bytes(array):
-    """Of which a NaN equals itself."""
+    """The bits, by which a NaN equals itself."""
     return bytes(memoryview(array.view(mx.uint8)))
 
 
@@ -69,8 +69,8 @@ def test_found_and_named(tmp_path, dtype, bits):
     source = with_bits(tmp_path / "source", dtype, "model.layers.0.mlp.down_proj.weight", bits)
     with pytest.raises(
         ConversionError,
-        match=r"model\.layers\.0\.mlp\.down_proj\.weight holds weights that are not numbers \(NaN or Inf\): "
-        ".*get it again, or say --allow-nonfinite",
+        match=r"model\.layers\.0\.mlp\.down_proj\.weight holds weights that are not finite \(NaN or Inf\): "
+        ".*get it again, or give --allow-nonfinite",
     ):
         converted(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -83,12 +83,12 @@ def test_found_in_every_tensor(tmp_path, monkeypatch, name, recipe, place):
     """In the first row block as in the last."""
     monkeypatch.setattr(quantize, "BLOCK_BYTES", 2000)
     source = with_bits(tmp_path / "source", mx.bfloat16, name, 0x7FC0, place=place)
-    with pytest.raises(ConversionError, match=f"{name} holds weights that are not numbers"):
+    with pytest.raises(ConversionError, match=f"{name} holds weights that are not finite"):
         converted(source, tmp_path / "out", recipe=named(recipe))
 
 
 def test_a_native_source_names_the_models_name(tmp_path):
-    """q and k are turned to HF's rows, of which one still is none."""
+    """q and k are reordered to HF's rows; the non-finite value is still found."""
     source = models.write_native(tmp_path / "source", SMALL, dtype=mx.bfloat16)
     file = source / "consolidated.safetensors"
     tensors = mx.load(str(file))
@@ -99,7 +99,7 @@ def test_a_native_source_names_the_models_name(tmp_path):
 
 
 def test_the_quantizer_alone_would_hide_it():
-    """Why it is looked for in the source: a NaN's group gets ordinary scales, and codes that mean numbers."""
+    """Why the source is checked: a NaN's group would get ordinary scales and codes."""
     weight = mx.zeros((1, 64)).at[0, 3].add(float("nan"))
     assert mx.isfinite(mx.dequantize(*mx.quantize(weight, bits=4))).sum() > 0
 
@@ -159,7 +159,7 @@ def test_extreme_numbers_are_numbers(tmp_path, dtype, bits, recipe):
     ],
 )
 def test_too_large_for_the_dtype(tmp_path, dtype, bits, options):
-    """Infinities that were none in the source."""
+    """Infinities that were finite in the source: the target's dtype is too small."""
     source = with_bits(tmp_path / "source", dtype, "lm_head.weight", bits)
     with pytest.raises(
         ConversionError,
@@ -170,7 +170,7 @@ def test_too_large_for_the_dtype(tmp_path, dtype, bits, options):
 
 
 def test_too_large_for_a_scale(tmp_path):
-    """The largest numbers of both signs in one group: their distance is none in 32 bits."""
+    """The largest numbers of both signs in one group: their difference overflows 32 bits."""
     weights = models.random_weights(SMALL, dtype=mx.bfloat16)
     weights["lm_head.weight"][3, 4] = 3e38
     weights["lm_head.weight"][3, 5] = -3e38
@@ -209,7 +209,7 @@ def test_zero_rows(tmp_path, recipe):
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_blocks_of_a_packed_source_are_as_small_as_others(tmp_path, monkeypatch, bits):
-    """A packed row is a few bytes, and many times as much once it is unpacked."""
+    """A packed row is small, and many times as large once it is dequantized."""
     source = models.write_hf(tmp_path / "source", SMALL, dtype=mx.bfloat16)
     converted(source, tmp_path / "packed", recipe=uniform(Scheme(bits=bits)))
     monkeypatch.setattr(quantize, "BLOCK_BYTES", 16 * SMALL.dim * 2)
@@ -220,7 +220,7 @@ def test_blocks_of_a_packed_source_are_as_small_as_others(tmp_path, monkeypatch,
 
 
 def test_blocks_are_whole_heads(tmp_path, monkeypatch):
-    """Native rows of q and k change places within a head: it is read at once, however small blocks are."""
+    """Native rows of q and k are reordered within a head, so a head is read at once even in small blocks."""
     source = models.write_native(tmp_path / "source", SMALL)
     monkeypatch.setattr(quantize, "BLOCK_BYTES", 1)
     checkpoint = open_checkpoint(source)

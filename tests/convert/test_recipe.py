@@ -23,7 +23,7 @@ IDS = mx.array([[1, 17, 300, 4, 250, 99, 3, 3, 128]])
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """In float32: what MLX's CPU multiplies exactly enough to compare."""
+    """In float32, where MLX's CPU products are exact enough to compare."""
     return models.write_native(tmp_path_factory.mktemp("source"), CONFIG)
 
 
@@ -93,7 +93,7 @@ def test_every_matrix_alike(name, scheme):
 
 @pytest.mark.parametrize("layers", [1, 7, 8, 9, 16, 24, 40])
 def test_mixed_is_mlx_lms(layers):
-    """Module by module, asked of mlx-lm's own predicate on its own model of so many layers."""
+    """Module by module, by mlx-lm's own predicate on its own model with as many layers."""
     config = replace(CONFIG, n_layers=layers)
     model = Model(ModelArgs.from_dict(config.to_json()))
     predicate = mixed_quant_predicate_builder("mixed_4_6", model)
@@ -206,7 +206,7 @@ def test_uniform():
 
 
 def test_two_recipes_never_read_alike():
-    """A journal tells them apart by their words."""
+    """The journal compares recipes by their strings."""
     affine = [Scheme(bits=bits, group_size=group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
     recipes = [*RECIPES.values(), *map(uniform, affine), *EXCEPTIONS.values()]
     recipes += [named("4bit").but([("lm_head", name)]) for name in RECIPES if name != "mixed-4-6"]
@@ -243,6 +243,6 @@ def test_dequantized_and_quantized_again(source, tmp_path):
     expected = ours(packed)
     np.testing.assert_allclose(ours(once), expected, rtol=0, atol=0.05 * np.abs(expected).max())
     with pytest.raises(
-        ConversionError, match=r"is already quantized, .* or say --dequantize to take what it holds"
+        ConversionError, match=r"is already quantized, .* or give --dequantize to convert it anyway"
     ):
         converted(packed, tmp_path / "c", named("8bit"))

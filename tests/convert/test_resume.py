@@ -1,4 +1,4 @@
-"""A conversion that was killed or cut off goes on where it was, to the same bytes, or says why not."""
+"""A conversion that was killed or interrupted resumes, with the same bytes as its result, or says why not."""
 
 import errno
 import fcntl
@@ -73,7 +73,7 @@ def _sizes(monkeypatch):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """Read by every test here, and at the end as it was: bytes and time."""
+    """The source of every test here; must be unchanged at the end, bytes and modification time."""
     path = models.write_native(tmp_path_factory.mktemp("source"), SMALL, dtype=mx.bfloat16)
     before = {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in path.iterdir()}
     yield path
@@ -82,7 +82,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(source, tmp_path_factory):
-    """What an uninterrupted conversion makes."""
+    """The result of an uninterrupted conversion."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "SHARD_BYTES", SHARD_BYTES)
         patch.setattr(quantize, "BLOCK_BYTES", BLOCK_BYTES)
@@ -115,7 +115,7 @@ def killed_at(source, out, point, n=1):
 
 
 def assert_goes_on(source, out, whole):
-    """The same call again: the same bytes, and nothing left beside."""
+    """The same call again: the same bytes, and no work directory left."""
     run(source, out)
     assert hashes(out) == whole
     assert list(out.parent.iterdir()) == [out]
@@ -269,7 +269,7 @@ def test_a_damaged_journal(tmp_path, line):
     for damaged in (sound + line + b"\n", line + b"\n" + sound):
         file.write_bytes(damaged)
         with (
-            pytest.raises(ConversionError, match=f"remove {work} to begin anew"),
+            pytest.raises(ConversionError, match=f"remove {work} to start over"),
             Journal(target, FINGERPRINT),
         ):
             pass
@@ -286,7 +286,7 @@ def test_a_journal_of_another_version(source, whole, tmp_path):
     first, rest = file.read_bytes().split(b"\n", 1)
     file.write_bytes(first.replace(b'"version of mlx": "', b'"version of mlx": "0.') + b"\n" + rest)
     with pytest.raises(
-        ConversionError, match=rf"the version of mlx was 0\.\d\S*, is {mx.__version__}; go on"
+        ConversionError, match=rf"the version of mlx was 0\.\d\S*, is {mx.__version__}; resume it"
     ):
         run(source, out)
     file.write_bytes(json.dumps({"format": 0}).encode() + b"\n")
@@ -299,7 +299,7 @@ def test_a_journal_of_another_version(source, whole, tmp_path):
 
 
 def test_published_and_called_otherwise(source, whole, tmp_path):
-    """Killed between the rename and the end: with other arguments it is not called done, nor touched."""
+    """Killed after the rename: with other arguments the result is neither accepted nor touched."""
     out = tmp_path / "out"
     killed_at(source, out, "renamed")
     with pytest.raises(ConversionError, match="the recipe was 4bit, is 8bit"):
@@ -312,7 +312,7 @@ def test_published_and_called_otherwise(source, whole, tmp_path):
 
 @pytest.mark.parametrize("harm", [Path.unlink, lambda file: os.truncate(file, 3000)], ids=["gone", "cut off"])
 def test_a_written_file_is_lost(source, whole, tmp_path, harm):
-    """What the journal says of it is not true any more; zeros would pass for its weights."""
+    """The journal is no longer true of the file; zeros would be taken for its weights."""
     out = tmp_path / "out"
     killed_at(source, out, "journal", 9)
     harm(work_directory(out) / "out" / "model-00001-of-00002.safetensors")
@@ -325,7 +325,7 @@ def test_a_written_file_is_lost(source, whole, tmp_path, harm):
 
 
 def test_something_else_takes_the_place(source, tmp_path):
-    """Between a kill and the next run: seen at once, and not at the rename."""
+    """Between a kill and the next run: noticed at once, not at the rename."""
     out, seen = tmp_path / "out", []
     killed_at(source, out, "journal", 5)
     out.mkdir()
@@ -336,7 +336,7 @@ def test_something_else_takes_the_place(source, tmp_path):
 
 
 def test_published_and_removed(source, whole, tmp_path):
-    """What the journal calls finished is not there any more: that is no success."""
+    """What the journal lists as finished is gone: that must not count as success."""
     out = tmp_path / "out"
     killed_at(source, out, "renamed")
     shutil.rmtree(out)
@@ -393,7 +393,7 @@ def test_other_arguments(source, whole, tmp_path, options, change):
     before = hashes(tmp_path)
     with pytest.raises(ConversionError, match=change) as caught:
         run(source, out, **options)
-    assert "go on with the same source and arguments, or remove" in str(caught.value)
+    assert "resume it with the same source and arguments, or remove" in str(caught.value)
     assert str(work_directory(out)) in str(caught.value)
     assert hashes(tmp_path) == before
     assert_goes_on(source, out, whole)
@@ -407,7 +407,7 @@ def rewrite(file):
 
 
 def other_heads(file):
-    """The same shapes, other heads: rows of q and k would be permuted otherwise."""
+    """The same shapes with another number of heads: rows of q and k would be permuted differently."""
     params = json.loads((file.parent / "params.json").read_text())
     params |= {"n_heads": 2 * params["n_heads"], "n_kv_heads": 2 * params["n_kv_heads"]}
     params["head_dim"] //= 2
@@ -461,13 +461,13 @@ def test_the_source_changes_during_a_run(source, tmp_path):
 
 
 def test_weights_that_are_no_numbers_may_be_allowed_later(tmp_path):
-    """What was converted until one was met is not lost; the end is as if it had been allowed at once."""
+    """What was converted before the non-finite tensor is kept; the result is as if allowed at once."""
     weights = models.random_weights(SMALL, dtype=mx.bfloat16)
     weights["lm_head.weight"][7, 7] = float("nan")
     source = models.write_hf(tmp_path / "source", SMALL)
     models.save_shards(source, weights, 1)
     seen = []
-    with pytest.raises(ConversionError, match=r"lm_head\.weight holds weights that are not numbers"):
+    with pytest.raises(ConversionError, match=r"lm_head\.weight holds weights that are not finite"):
         run(source, tmp_path / "a" / "out", sidecars={})
     run(source, tmp_path / "a" / "out", sidecars={}, allow_nonfinite=True, progress=seen.append)
     assert "model.embed_tokens.weight" not in {step.tensor for step in seen}
@@ -480,7 +480,7 @@ def test_weights_that_are_no_numbers_may_be_allowed_later(tmp_path):
 @pytest.mark.parametrize("options", [{}, {"verify": False}, {"recipe": named("bf16")}], ids=str)
 @pytest.mark.parametrize("killed", ["before its end", "published"])
 def test_weights_that_are_no_numbers_are_not_taken_unasked(tmp_path, monkeypatch, name, options, killed):
-    """What an earlier run was allowed to take, a later one must be allowed too, wherever they stand."""
+    """A later run needs the same permission as the earlier one, wherever the weights are."""
     weights = models.random_weights(SMALL, dtype=mx.bfloat16)
     weights[name][-1] = float("nan")
     source = models.write_hf(tmp_path / "source", SMALL)
@@ -497,18 +497,19 @@ def test_weights_that_are_no_numbers_are_not_taken_unasked(tmp_path, monkeypatch
         run(source, out, allow_nonfinite=True, **options)
     monkeypatch.setattr(journal, "fault", lambda _: None)
     with pytest.raises(
-        ConversionError, match=rf"{re.escape(name)} holds .* \(NaN or Inf\), .* say --allow-nonfinite again"
+        ConversionError,
+        match=rf"{re.escape(name)} holds .* \(NaN or Inf\), .* --allow-nonfinite; give it again",
     ):
         run(source, out, **options)
     run(source, out, allow_nonfinite=True, **options)
     assert not work_directory(out).exists()
 
 
-# To the disk before it is said --------------------------------------------------------------------------
+# Flushed before it is recorded --------------------------------------------------------------------------
 
 
 def test_everything_is_flushed_before_it_is_relied_on(source, tmp_path, monkeypatch):
-    """By inodes: what a rename, or a line of the journal, relies on is on the disk before it."""
+    """By inodes: everything that a rename or a journal line relies on is flushed before it."""
     out, work, events = tmp_path / "out", work_directory(tmp_path / "out"), []
     fsync, pwrite, rename = os.fsync, os.pwrite, os.rename
 
@@ -551,7 +552,7 @@ def test_everything_is_flushed_before_it_is_relied_on(source, tmp_path, monkeypa
 
 
 def last(events, event):
-    """Where an event was seen last; -1: never."""
+    """The index of an event's last occurrence; -1: none."""
     return max((place for place, found in enumerate(events) if found == event), default=-1)
 
 
@@ -579,7 +580,9 @@ def test_full_fsync_where_there_is_one(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
 def test_system_calls(source, whole, tmp_path):
-    """From outside: each file's last write, its fsync, the rename, the directory's; a source only read."""
+    """Traced from outside: each file's last write, its fsync, the rename, the directory's fsync; the source
+    is only read.
+    """
     out, log = tmp_path / "out", tmp_path / "log"
     strace = [
         "strace",
@@ -608,23 +611,23 @@ def test_system_calls(source, whole, tmp_path):
     assert any(re.search(rf"fsync\(\d+<{tmp_path}>\)", call) for call in calls[published:])
 
 
-# No room, no leave --------------------------------------------------------------------------------------
+# No room, no permission ---------------------------------------------------------------------------------
 
 
 def test_a_file_may_not_grow(source, whole, tmp_path):
-    """EFBIG, as of a quota: the first thing asked for is each file's whole size."""
+    """EFBIG, as from a quota: each file gets its full size first."""
     out = tmp_path / "out"
     with child(source, out, "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))") as process:
         _, said = process.communicate()
     assert re.search(
-        r"ConversionError: writing .*out failed: File too large; mend that and run it again", said
+        r"ConversionError: writing .*out failed: File too large; fix that and run it again", said
     )
     assert not out.exists()
     assert_goes_on(source, out, whole)
 
 
 def test_the_journal_may_not_grow(source, tmp_path):
-    """A write of half a line, as on a full disk, is no line; nothing is written behind it."""
+    """A half-written line, as on a full disk, does not count; nothing is written after it."""
     many = SIDECARS | {f"{n:0200}": b"" for n in range(120)}  # the journal is larger than any weight file
     out = tmp_path / "out"
     with child(source, out, KILL_AT.format(point="journal", n=5), sidecars=many) as process:
@@ -662,7 +665,7 @@ def test_the_disk_is_full(source, whole, tmp_path):
                         file.write(bytes(2**12))
 
         with pytest.raises(
-            ConversionError, match=r"writing .*out failed: No space left on device; mend that and run"
+            ConversionError, match=r"writing .*out failed: No space left on device; fix that and run"
         ):
             run(source, out, progress=fill)
         assert not out.exists()
@@ -686,7 +689,7 @@ def test_a_write_fails_half_way(source, whole, tmp_path, monkeypatch, n):
 
     monkeypatch.setattr(os, "pwrite", failing)
     with pytest.raises(
-        ConversionError, match="No space left on device; mend that and run it again: it goes on"
+        ConversionError, match="No space left on device; fix that and run it again: it resumes"
     ):
         run(source, tmp_path / "out")
     monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, data[: len(data) // 2 + 1], offset))
@@ -694,7 +697,7 @@ def test_a_write_fails_half_way(source, whole, tmp_path, monkeypatch, n):
 
 
 def test_a_flush_fails(source, whole, tmp_path, monkeypatch):
-    """Where the system only then says that the disk is full; no line may say that the tensor is done."""
+    """Where only the flush reports a full disk: the tensor must not be recorded as finished."""
     calls, fsync = [], os.fsync
 
     def failing(fd):
@@ -705,7 +708,7 @@ def test_a_flush_fails(source, whole, tmp_path, monkeypatch):
 
     monkeypatch.delattr(fcntl, "F_FULLFSYNC", raising=False)
     monkeypatch.setattr(os, "fsync", failing)
-    with pytest.raises(ConversionError, match=r"Input/output error; mend that"):
+    with pytest.raises(ConversionError, match=r"Input/output error; fix that"):
         run(source, tmp_path / "out")
     assert_goes_on(source, tmp_path / "out", whole)
 
@@ -713,7 +716,7 @@ def test_a_flush_fails(source, whole, tmp_path, monkeypatch):
 def test_a_read_only_target(source, tmp_path):
     with (
         mounted(tmp_path / "disk", "ro") as disk,
-        pytest.raises(ConversionError, match=rf"writing {disk}/out failed: Read-only file system; mend that"),
+        pytest.raises(ConversionError, match=rf"writing {disk}/out failed: Read-only file system; fix that"),
     ):
         run(source, disk / "out")
 
@@ -724,14 +727,14 @@ def test_a_target_without_leave(source, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "mkdir", refuse)
     with pytest.raises(
-        ConversionError, match=r"writing .*out failed: Permission denied; mend that and run it again"
+        ConversionError, match=r"writing .*out failed: Permission denied; fix that and run it again"
     ):
         run(source, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_truncated_source_is_taken_up_when_it_is_whole_again(source, whole, tmp_path):
-    """The same file, back with its time (a disk that came loose): what was converted is not lost."""
+    """The same file is back with its time (a disk that came loose): what was converted is kept."""
     here = shutil.copytree(source, tmp_path / "source")
     file, out = here / "consolidated.safetensors", tmp_path / "made" / "out"
     content, stat = file.read_bytes(), file.stat()

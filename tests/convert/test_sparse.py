@@ -1,4 +1,4 @@
-"""The tool that makes a checkpoint of the true shape: its header, its room, and that errors would show."""
+"""The tool that makes a checkpoint of the true shape: header, disk space, and that errors are found."""
 
 import subprocess
 import sys
@@ -27,7 +27,7 @@ NARROW = replace(
     ("layout", "file"), [("native", "consolidated.safetensors"), ("hf", "model.safetensors")]
 )
 def test_the_true_shape(tmp_path, layout, file):
-    """As a user calls it: 47 GB and its header, in seconds and next to no room."""
+    """As a user calls it: 47 GB with its header, in seconds and with almost no disk space."""
     script = Path(__file__).parents[2] / "scripts" / "sparse_checkpoint.py"
     out = tmp_path / "sparse"
     done = subprocess.run(
@@ -84,8 +84,9 @@ def test_nothing_is_overwritten(tmp_path):
 def oracle(weight, bits=4, group=64):
     """Affine quantization in numpy: codes, scales and biases as MLX's quantizer gives them.
 
-    From the format: per group the farther end of its range becomes a multiple of the scale, the scale's sign
-    says which; bfloat16 scales and biases are rounded from float32 at the end.
+    By the format's definition: in each group the end of its range that is farther from zero becomes a
+    multiple of the scale, and the scale's sign says which end; bfloat16 scales and biases are rounded from
+    float32 at the end.
     """
     n = 2**bits - 1
     rows = weight.reshape(-1, group).astype(np.float32)

@@ -58,7 +58,7 @@ def edit_config(path, **change):
 
 
 def differences(error):
-    """The lines that a refused checkpoint is described by."""
+    """The differences that the error about a refused checkpoint lists."""
     first, *lines = str(error).split("\n")
     assert f"({len(lines)} differences)" in first
     return [line.strip() for line in lines]
@@ -77,7 +77,7 @@ def native_shards(path):
 
 
 def both_layouts(path):
-    """The Hub's repository; its native files are taken."""
+    """As in the Hub's repository; the native files are used."""
     models.write_hf(path, shards=2)
     models.write_native(path)
 
@@ -300,7 +300,7 @@ def test_quantized_and_tied(tmp_path):
 @pytest.mark.parametrize("name", ["4-bit-g64", "mxfp8"])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 def test_bytes_of_a_load(tmp_path, flat, name, dtype):
-    """What is reserved for a load is what it takes."""
+    """The bytes predicted for a load are those it takes."""
     for path in (flat, mlx_lm_reference.quantized(flat, tmp_path / "out", SCHEMES[name])):
         checkpoint = open_checkpoint(path)
         model = load(checkpoint, dtype)
@@ -364,7 +364,7 @@ def test_one_error_lists_every_difference(tmp_path):
             {"head_dim": None, "num_attention_heads": 1},
             2 * 2,
         ),  # 1 head of 8 is 2 of 4; keys and values are not
-        ({"quantization": Scheme().to_json()}, 0),  # nothing is packed: what the files hold is taken
+        ({"quantization": Scheme().to_json()}, 0),  # nothing is packed: the files decide
     ],
     ids=str,
 )
@@ -403,7 +403,7 @@ def test_config_that_lies_about_the_packing(tmp_path, flat, section, line):
 
 
 def test_hf_names_in_a_native_file(tmp_path):
-    """Their rows would be permuted for nothing, and the model talk nonsense."""
+    """Their rows would be permuted wrongly, and the model would generate nonsense."""
     models.write_native(tmp_path, MICRO)
     mx.save_safetensors(str(tmp_path / "consolidated.safetensors"), models.random_weights(MICRO))
     with pytest.raises(CheckpointError) as caught:
@@ -434,7 +434,7 @@ def test_a_tensor_in_two_files(tmp_path):
     write_zeros(tmp_path)
     write_zeros(tmp_path, name="model-copy.safetensors")
     with pytest.raises(
-        CheckpointError, match=r"stands twice: in model-copy\.safetensors and model\.safetensors"
+        CheckpointError, match=r"occurs twice: in model-copy\.safetensors and model\.safetensors"
     ):
         open_checkpoint(tmp_path)
 

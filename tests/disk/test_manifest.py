@@ -1,4 +1,4 @@
-"""The proof of a conversion: the same for the same one, and every file that is not as it was, by name."""
+"""The manifest: identical for identical conversions, and names every file that was changed."""
 
 import hashlib
 import json
@@ -43,7 +43,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def proven(source, tmp_path_factory):
-    """A conversion into two files. Not to be changed: copies are."""
+    """A conversion into two files. Tests must change copies only."""
     out = tmp_path_factory.mktemp("proven") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "SHARD_BYTES", 24_000)
@@ -64,12 +64,12 @@ def say(directory, content):
     (directory / PATH).write_text(content if isinstance(content, str) else json.dumps(content))
 
 
-# What it says ------------------------------------------------------------------------------------------
+# Its content ------------------------------------------------------------------------------------------
 
 
 def test_what_it_says(source, proven):
     found = said(proven)
-    apart = (proven / PATH, proven / "README.md")  # the card is for people to edit
+    apart = (proven / PATH, proven / "README.md")  # users may edit the card
     files = [file for file in proven.rglob("*") if file.is_file() and file not in apart]
     assert found == {
         "format": 1,
@@ -90,7 +90,7 @@ def described(file):
 
 
 def test_the_same_conversion_gives_the_same_manifest(source, proven, tmp_path, monkeypatch):
-    """Elsewhere and later, from a copy with other times."""
+    """In another place, later, from a copy with other times."""
     monkeypatch.setattr(plan, "SHARD_BYTES", 24_000)
     copy = shutil.copytree(source, tmp_path / source.name, copy_function=shutil.copyfile)
     for file in copy.iterdir():
@@ -113,7 +113,7 @@ def test_the_source_is_called_what_the_user_called_it(source, tmp_path):
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32], ids=str)
 def test_errors_are_the_whole_tensors(tmp_path, monkeypatch, recipe, dtype):
-    """Every tensor here fits into one block's sample: what is measured is all there is."""
+    """Every tensor here fits into one block's sample, so the error is that of all its rows."""
     monkeypatch.setattr(quantize, "SAMPLE_ROWS", 64)
     config = replace(SMALL, vocab_size=quantize.SAMPLE_ROWS, dim=64, head_dim=16, hidden_dim=64)
     assert max(rows for _, (rows, _) in config.matrices()) <= quantize.SAMPLE_ROWS
@@ -137,7 +137,7 @@ def test_errors_are_the_whole_tensors(tmp_path, monkeypatch, recipe, dtype):
 
 
 def test_errors_of_a_sample(source, tmp_path, monkeypatch):
-    """The first rows of every block stand for it: of 4 blocks of 64, the first 8 of each."""
+    """The first rows of every block are its sample: of 4 blocks of 64, the first 8 of each."""
     monkeypatch.setattr(quantize, "SAMPLE_ROWS", 8)
     monkeypatch.setattr(quantize, "BLOCK_BYTES", 64 * SMALL.dim * 2)
     made = converted(source, tmp_path / "out")
@@ -187,7 +187,7 @@ def test_one_flipped_bit(out, name, where):
     content[int(where * len(content)) if where > 0 else where] ^= 1
     (out / name).write_bytes(content)
     assert verify(out) == [f"{name} has other bytes than were written"]
-    assert wrong_sizes(out) == []  # a glance does not see it
+    assert wrong_sizes(out) == []  # the quick check does not notice it
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -320,7 +320,7 @@ def test_a_link_in_the_place_of_a_manifest(out, tmp_path):
 
 
 def test_linked_files_are_read_through(out, tmp_path):
-    """The Hub's cache is made of links."""
+    """The Hub's cache consists of symlinks."""
     for name in FILES:
         blob = tmp_path / hashlib.sha256(name.encode()).hexdigest()
         (out / name).rename(blob)

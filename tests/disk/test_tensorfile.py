@@ -1,4 +1,4 @@
-"""One safetensors file, with the safetensors library and MLX as referees; and headers that lie."""
+"""One safetensors file, compared with the safetensors library and MLX; and wrong headers."""
 
 import json
 import math
@@ -206,8 +206,8 @@ def test_header_of_anything(file, described, dtype, shape, offsets):
         (packed(b"[]"), "not an object"),
         (packed(b"null"), "not an object"),
         (packed(b'"__metadata__"'), "not an object"),
-        (packed(b'{"a": 1, "a": 1}'), "'a' stands twice"),
-        (packed(b'{"a": {"dtype": "F32", "shape": [1], "shape": [1]}}'), "'shape' stands twice"),
+        (packed(b'{"a": 1, "a": 1}'), "'a' occurs twice"),
+        (packed(b'{"a": {"dtype": "F32", "shape": [1], "shape": [1]}}'), "'shape' occurs twice"),
         # entries
         (packed({"a": tensor(0, 4, dtype="F33")}, bytes(4)), "known dtype.*'F33'"),
         (packed({"a": tensor(0, 4, dtype=None)}, bytes(4)), "known dtype.*None"),

@@ -1,4 +1,4 @@
-"""Names → directories: on this machine, on a Hub served here on the loopback, and with none at all."""
+"""Names → directories: on this machine, on a fake Hub on the loopback, and without any Hub."""
 
 import errno
 import fcntl
@@ -141,7 +141,7 @@ def test_missing_words_are_named(served, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("someone/unknown", "the Hub has none, or a private one"),
+        ("someone/unknown", "the Hub has no such model, or it is private"),
         (f"{ORIGINAL}@gone", "no such revision"),
         ("someone/words-only", "has no safetensors weights"),
         ("some--one/..x", "it cannot be a Hub name"),
@@ -154,14 +154,14 @@ def test_what_the_hub_does_not_have(name, says, served):
 
 def test_a_private_model_wants_a_token(fake, monkeypatch):
     fake.private, fake.token = {ORIGINAL}, "hf_secret"
-    with pytest.raises(HubError, match="the Hub has none, or a private one"):
+    with pytest.raises(HubError, match="the Hub has no such model, or it is private"):
         hub.resolve(ORIGINAL, download=True)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setattr(download, "LARGE_BYTES", 1)
     assert (hub.resolve(ORIGINAL, download=True).weights / "consolidated.safetensors").is_file()
 
 
-# Room, and what breaks off ------------------------------------------------------------------------------
+# Disk space, and interrupted downloads ------------------------------------------------------------------
 
 
 BIG = random.Random(3).randbytes(300_000)
@@ -169,10 +169,10 @@ BIG = random.Random(3).randbytes(300_000)
 
 @pytest.fixture
 def big(fake, monkeypatch):
-    """A repository with a large file, which takes the way of the 47 GB."""
+    """A repository with a large file, downloaded by the code that is for the 47 GB."""
     fake.repos["someone/big"] = {**REPOS[ORIGINAL], "consolidated.safetensors": BIG}
     monkeypatch.setattr(download, "LARGE_BYTES", 1000)
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # what a broken line may cost
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # the most that a broken connection loses
     monkeypatch.setattr("time.sleep", lambda _: None)  # between its five tries
     return fake
 
@@ -187,7 +187,7 @@ def blobs(tmp_path):
 
 
 def test_no_room_for_a_download(big, monkeypatch, tmp_path):
-    """Said with both figures, before a byte of it comes."""
+    """Refused with both figures, before a byte is downloaded."""
     everything = sum(len(big.repos["someone/big"][name]) for name in WANTED)
     free(monkeypatch, everything - 1)
     big.repos["someone/big"]["consolidated.safetensors"] = BIG
@@ -221,7 +221,7 @@ def test_two_disks_are_not_summed(tmp_path, monkeypatch):
 
 
 def test_room_for_the_download_and_what_comes_of_it(big, monkeypatch, tmp_path):
-    """The output's size is known from the config, which is all that was fetched."""
+    """The output's size is known from the config, which is all that was downloaded."""
     everything, seen = sum(len(big.repos["someone/big"][name]) for name in WANTED), []
 
     def then(directory):
@@ -238,7 +238,7 @@ def test_room_for_the_download_and_what_comes_of_it(big, monkeypatch, tmp_path):
 
 
 def test_what_is_here_needs_no_room(big, monkeypatch, tmp_path):
-    """Neither a file that is here, nor the part of one."""
+    """Neither complete files nor partial ones are counted again."""
     big.cuts["consolidated.safetensors"] = [200_000, *[0] * 6]
     with pytest.raises(HubError, match="broke off"):
         hub.resolve("someone/big", download=True)
@@ -248,9 +248,9 @@ def test_what_is_here_needs_no_room(big, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("kept", [1, 70_000, 299_000, 299_999])
 def test_a_download_goes_on_where_it_broke_off(big, monkeypatch, capfd, kept, tmp_path):
-    """In a later run, where the first had lost the line for good: every byte comes once."""
+    """In a later run, after the first lost its connection: every byte is downloaded once."""
     big.cuts["consolidated.safetensors"] = [kept, *[0] * 6]
-    with pytest.raises(HubError, match="the Hub was not reached, or broke off"):
+    with pytest.raises(HubError, match="the Hub was not reached, or the connection broke"):
         hub.resolve("someone/big", download=True)
     [partial] = blobs(tmp_path).glob("*.partial")
     have = partial.stat().st_size
@@ -273,7 +273,7 @@ def test_a_line_that_breaks_is_taken_up_at_once(big):
 
 
 def test_a_killed_download_goes_on(big, tmp_path):
-    """kill -9 in the middle of the large file; what was written of it is not asked for again."""
+    """kill -9 in the middle of the large file; the part that was written is not downloaded again."""
     big.cuts["consolidated.safetensors"] = [150_000]
     code = """
 import os, signal, sys
@@ -335,11 +335,11 @@ def test_a_download_that_another_process_has_just_finished(big, monkeypatch, tmp
 
 
 def test_what_a_crash_left_is_held_against_its_hash(big, tmp_path):
-    """The file had its length before the crash, and not yet all of its bytes."""
+    """The file had its full length before the crash, but not yet all of its bytes."""
     blobs(tmp_path).mkdir(parents=True)
     name = fake_hub.etag("consolidated.safetensors", BIG)
     (blobs(tmp_path) / f"{name}.partial").write_bytes(BIG[:1000] + bytes(1000))
-    with pytest.raises(HubError, match="came damaged; run it again"):
+    with pytest.raises(HubError, match="was damaged; run it again"):
         hub.resolve("someone/big", download=True)
     found = hub.resolve("someone/big", download=True)
     assert (found.weights / "consolidated.safetensors").read_bytes() == BIG
@@ -357,7 +357,7 @@ def test_a_card_that_is_no_utf8(tmp_path):
     assert hub.known_as(str(tmp_path)) == ["a/b", tmp_path.name]
 
 
-# Looked at, not downloaded ------------------------------------------------------------------------------
+# Inspected, not downloaded ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -379,7 +379,7 @@ def test_a_look_at_what_is_here(fake, tmp_path):
     assert hub.look(str(tmp_path)) == (tmp_path, None)
     weights = hub.resolve(ORIGINAL, download=True).weights
     assert hub.look(ORIGINAL) == (weights, None)
-    with pytest.raises(HubError, match="cannot be looked at: the Hub has none"):
+    with pytest.raises(HubError, match="cannot be looked at: the Hub has no such model"):
         hub.look("someone/unknown")
 
 
@@ -395,14 +395,14 @@ def test_a_full_disk(served, monkeypatch):
         raise LocalEntryNotFoundError("none") if local_files_only else OSError(errno.ENOSPC, "No space left")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", full)
-    with pytest.raises(HubError, match=r"this machine cannot keep it .*No space left"):
+    with pytest.raises(HubError, match=r"it cannot be stored .*No space left"):
         hub._fetch(ORIGINAL, None)
 
 
 def test_a_hub_that_breaks_down(served, monkeypatch):
     monkeypatch.setattr(fake_hub.Handler, "file", lambda self, *_: self._send(500, b""))
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)  # between its five tries
-    with pytest.raises(HubError, match="not reached, or broke off"):
+    with pytest.raises(HubError, match="not reached, or the connection broke"):
         hub.resolve(ORIGINAL, download=True)
 
 

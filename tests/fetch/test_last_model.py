@@ -1,4 +1,4 @@
-"""The model used last: kept, or nothing, whatever is in the file."""
+"""The model used last: a valid name or none, whatever is in the file."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Publishing: converted, uploaded to a fake Hub, fetched from it again, and what stands in the way."""
+"""Publishing: converted, uploaded to a fake Hub, downloaded again; and errors."""
 
 import hashlib
 import json
@@ -56,7 +56,7 @@ def contents(directory):
 
 
 def test_converted_and_published(fake, tmp_path):
-    """One command; what the Hub has then is what was written, and serves whoever downloads it."""
+    """One command; the Hub then has what was written, and a download of it works."""
     done = run("convert", "demo", "--out", "out", "--upload", REPO)
     assert done.exit_code == 0, done.stderr
     assert f"published: {fake.url}/{REPO}" in done.stdout
@@ -79,7 +79,7 @@ def test_what_is_there_is_not_sent_again(fake, converted):
 
 
 def test_an_upload_that_breaks_off(fake, converted):
-    """The conversion is not lost; what to do is said, and it can be done."""
+    """The conversion is kept; the message's command to publish it works."""
     fake.put_status = [500] * 10
     with pytest.raises(HubError) as caught:
         hub.upload(converted, REPO)
