@@ -26,7 +26,7 @@ _QUICK: "Json" = {"lengths": (512,), "tokens": 32, "trials": 2, "reply_tokens": 
     "lengths",
     type=click.IntRange(min=1),
     multiple=True,
-    help="Prompt length in tokens. May be repeated. Default: 512, 4096, 16384, 40960.",
+    help="Prompt length in tokens, at most the context. May be repeated. Default: 512, 4096, 16384, 40960.",
 )
 @click.option(
     "--tokens", type=click.IntRange(min=1), help="Tokens to decode after each prompt. Default: 128."

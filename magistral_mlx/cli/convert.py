@@ -63,8 +63,8 @@ def convert(
 ) -> None:
     """Convert a checkpoint to a quantized MLX directory.
 
-    SOURCE is a directory, a Hub name, or 'demo'. Needs little memory, whatever the model's size. If it was
-    interrupted or killed, the same command resumes it.
+    SOURCE is a directory, a Hub name, or 'demo'. Needs little memory, whatever the model's size. After an
+    interruption the same command resumes.
     """
     import mlx.core as mx
 

@@ -79,9 +79,7 @@ _OPTIONS = (
         "--max-tokens", type=int, help="Token limit of reasoning and answer together. Default: 40960."
     ),
     click.option("--seed", type=int, help="The same seed gives the same reply."),
-    click.option(
-        "--temperature", type=float, default=0.7, show_default=True, help="0: always the likeliest."
-    ),
+    click.option("--temperature", type=float, default=0.7, show_default=True, help="0: greedy."),
     click.option("--top-p", type=float, default=0.95, show_default=True),
     click.option("--top-k", type=int, default=0, help="0: off."),
     click.option("--min-p", type=float, default=0.0, help="0: off."),

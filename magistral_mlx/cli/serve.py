@@ -97,7 +97,7 @@ class _Serving(TypedDict):
     help="A site whose pages may send requests, such as https://my.site. May be repeated.",
 )
 def serve(**options: Unpack[_Serving]) -> None:
-    """Serve a model over HTTP: OpenAI's and Anthropic's APIs, and a page."""
+    """Serve a model over HTTP: OpenAI and Anthropic APIs, and a page."""
     key = check(options)
     from magistral_mlx.chat import Magistral
     from magistral_mlx.fetch import hub, last_model

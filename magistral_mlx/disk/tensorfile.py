@@ -88,7 +88,7 @@ class Entry:
                     buffer, offset = buffer[got:], offset + got
         except OSError as error:  # its header could be read before
             raise CheckpointError(
-                f"{self.file} can no longer be read: {error.strerror}; put it back where it was"
+                f"{self.file} was there, and cannot be read now: {error.strerror}; put it back where it was"
             ) from error
 
 

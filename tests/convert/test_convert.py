@@ -396,9 +396,7 @@ def test_a_source_that_goes(tmp_path, midway):
 
     if not midway:
         unplug()
-    with pytest.raises(
-        MagistralError, match=f"(reading {source} failed|can no longer be read).*No such file"
-    ):
+    with pytest.raises(MagistralError, match=f"(reading {source} failed|cannot be read now).*No such file"):
         convert(job, unplug)
     assert not (tmp_path / "out").exists()
 
