@@ -4,6 +4,7 @@ import asyncio
 import gc
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -119,6 +120,23 @@ def both(demo: Magistral, batch: ContinuousBatch, **more: Any) -> tuple[Stream, 
     return one, other
 
 
+@contextmanager
+def paused(demo: Magistral) -> Iterator[None]:
+    """The model's thread stands still, so that what is requested meanwhile is seen at once."""
+    reached, resumed = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        reached.set()
+        resumed.wait(60)
+
+    demo.submit(wait)
+    reached.wait(60)
+    try:
+        yield
+    finally:
+        resumed.set()
+
+
 def test_they_decode_in_one_pass(demo: Magistral, watching: Watching):
     batch = demo.new_continuous_batch()
     one, other = both(demo, batch)
@@ -153,25 +171,26 @@ def test_a_closed_reply_is_in_no_further_pass(demo: Magistral, watching: Watchin
 
 
 def test_closing_from_another_thread_wakes_a_reader(demo: Magistral):
-    gate = threading.Event()
-    demo.submit(gate.wait)  # the model's thread is busy
     stream = joined(demo, demo.new_continuous_batch(), 0)
-    stream.start()
-    reading = threading.Thread(target=stream.drain, daemon=True)
-    reading.start()
-    reading.join(0.05)
-    stream.close()
-    reading.join(10)
-    gate.set()
-    assert not reading.is_alive()
+    with paused(demo):
+        stream.start()
+        reading = threading.Thread(target=stream.drain, daemon=True)
+        reading.start()
+        reading.join(0.05)
+        stream.close()
+        reading.join(10)
+        assert not reading.is_alive()
 
 
 def test_a_long_prompt_is_read_by_pieces_between_steps(demo: Magistral, watching: Watching):
     batch = demo.new_continuous_batch()
     one, other = both(demo, batch)
-    watching.fed.clear()
     prompt = [5 + at % 90 for at in range(3 * PREFILL_PIECE)]
     long = demo.stream_ids(prompt, batch=batch, max_tokens=2, seed=1)
+    with paused(demo):
+        watching.fed.clear()
+        for stream in (one, other, long):
+            stream.start()
 
     async def main() -> list[Reply]:
         return await asyncio.gather(one.adrain(), other.adrain(), long.adrain())
@@ -185,15 +204,14 @@ def test_a_long_prompt_is_read_by_pieces_between_steps(demo: Magistral, watching
 
 def test_prompts_are_read_in_turns(demo: Magistral, watching: Watching):
     """A short prompt that comes later does not wait until a long one is prefilled."""
-    batch, both_asked = demo.new_continuous_batch(), threading.Event()
+    batch = demo.new_continuous_batch()
     others = both(demo, batch)
-    watching.fed.clear()
-    demo.submit(both_asked.wait)
     long = demo.stream_ids([7] * 3 * PREFILL_PIECE, batch=batch, max_tokens=2, seed=1)
     short = demo.stream_ids([7] * 9, batch=batch, max_tokens=2, seed=1)
-    long.start()
-    short.start()
-    both_asked.set()
+    with paused(demo):
+        watching.fed.clear()
+        for stream in (*others, long, short):
+            stream.start()
     short.drain()
     assert [L for _, L in watching.fed if L > 1][:2] == [PREFILL_PIECE, 9]
     for stream in (long, *others):
