@@ -26,11 +26,11 @@ from magistral_mlx.decoder.engine import prefill
 from magistral_mlx.decoder.model import Transformer
 from magistral_mlx.decoder.sampling import Sampler, Sampling
 from magistral_mlx.disk.checkpoint import load, open_checkpoint
-from magistral_mlx.measure.bench import place_of
+from magistral_mlx.measure.bench import resolved_model
 from magistral_mlx.measure.figures import Json, spread
-from magistral_mlx.measure.trial import returned
+from magistral_mlx.measure.trial import exhaust
 from magistral_mlx.talk.continuous import ContinuousBatch
-from magistral_mlx.wire import AS_BEFORE
+from magistral_mlx.wire import UNCHANGED
 
 SIZES = (1, 2, 4, 8)
 TOKENS = 24
@@ -56,7 +56,7 @@ def main() -> None:
         if args.narrow:
             rows = measured(make(Path(directory), narrowed(MAGISTRAL, 1), dtype), args.trials)
         else:
-            with place_of("demo") as (place, _):
+            with resolved_model("demo") as (place, _):
                 rows = measured(Path(place), args.trials)
     write("batch-narrow" if args.narrow else "batch", {"tokens_per_line": TOKENS, "rows": rows})
 
@@ -109,7 +109,7 @@ def read(model: Magistral, n: int, batch: ContinuousBatch | None) -> float:
 def rate(model: Transformer, n: int) -> float:
     """Tokens per second of all rows together; the first step is not counted."""
     caches = model.new_caches()
-    logits = returned(prefill(model, PROMPT, caches))
+    logits = exhaust(prefill(model, PROMPT, caches))
     rows = [
         Row(
             Request(prompt=PROMPT, sampler=Sampler(Sampling(), seed), limit=TOKENS + 2),
@@ -122,8 +122,8 @@ def rate(model: Transformer, n: int) -> float:
     def step() -> None:
         feed(model, rows)
         for row in rows:
-            row.take(model)
-            row.go_on(AS_BEFORE)
+            row.read(model)
+            row.advance(UNCHANGED)
 
     step()
     return n * TOKENS / seconds(lambda: [step() for _ in range(TOKENS)])

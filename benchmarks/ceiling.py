@@ -29,9 +29,9 @@ from magistral_mlx.decoder import engine
 from magistral_mlx.decoder.model import Transformer
 from magistral_mlx.decoder.sampling import Sampler, Sampling
 from magistral_mlx.disk.checkpoint import load, open_checkpoint
-from magistral_mlx.measure.bench import place_of
+from magistral_mlx.measure.bench import resolved_model
 from magistral_mlx.measure.figures import spread
-from magistral_mlx.measure.trial import returned
+from magistral_mlx.measure.trial import exhaust
 
 STEPS = 64
 PROMPT = list(range(1000, 1064))
@@ -63,7 +63,7 @@ def per_step(ids: Iterator[Any]) -> float:
 
 def ours(model: Transformer) -> float:
     caches = model.new_caches()
-    logits = returned(engine.prefill(model, PROMPT, caches))
+    logits = exhaust(engine.prefill(model, PROMPT, caches))
     return per_step(engine.decode(model, logits, caches, sampler=Sampler(Sampling(), 0), limit=STEPS + 2))
 
 
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=TRIALS)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     args = parser.parse_args()
-    with place_of(args.model) as (_, directory):
+    with resolved_model(args.model) as (_, directory):
         model = load(open_checkpoint(directory), getattr(mx, args.dtype))
         theirs: Any = load_model(directory)[0]
         theirs.set_dtype(getattr(mx, args.dtype))

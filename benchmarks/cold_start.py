@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).parent.parent))
 
 from benchmarks.pairs import TRIALS, in_turn, ratio, told, write
-from magistral_mlx.measure.bench import place_of
+from magistral_mlx.measure.bench import resolved_model
 from magistral_mlx.measure.figures import spread
 
 OURS = """
@@ -51,7 +51,7 @@ from magistral_mlx.text import tokenizer
 from magistral_mlx.talk.worker import Worker
 tell("import magistral_mlx")
 found = hub.resolve(PLACE)
-words = tokenizer.Tokenizer.from_directory(found.words)
+words = tokenizer.Tokenizer.from_directory(found.tokenizer)
 words.detokenizer()
 tell("tokenizer")
 worker, opened = Worker("cold"), checkpoint.open_checkpoint(found.weights)
@@ -76,7 +76,7 @@ def main() -> None:
     )
     parser.add_argument("--trials", type=int, default=TRIALS)
     args = parser.parse_args()
-    with place_of("demo") as (place, _):
+    with resolved_model("demo") as (place, _):
         ways = {"magistral_mlx": OURS, "mlx-lm": PEERS}
         found = in_turn(
             {name: lambda code=code: phases(code, place)["first token"] for name, code in ways.items()},

@@ -39,7 +39,7 @@ from magistral_mlx import memory  # noqa: E402
 from magistral_mlx.decoder.engine import decode, prefill  # noqa: E402
 from magistral_mlx.decoder.sampling import Sampler, Sampling  # noqa: E402
 from magistral_mlx.disk.checkpoint import load, open_checkpoint  # noqa: E402
-from magistral_mlx.measure.trial import returned  # noqa: E402
+from magistral_mlx.measure.trial import exhaust  # noqa: E402
 
 OUT = HERE / "results" / "graph_nodes.json"
 PROMPT = [1, 7, 9, 4]
@@ -51,7 +51,7 @@ STEPS = 4
 def ours(directory: Path, sampling: Sampling) -> Iterator[int]:
     model = load(open_checkpoint(directory), memory.default_dtype())
     caches = model.new_caches()
-    logits = returned(prefill(model, PROMPT, caches))
+    logits = exhaust(prefill(model, PROMPT, caches))
     yield from decode(model, logits, caches, sampler=Sampler(sampling, 0), limit=STEPS + 2)
 
 

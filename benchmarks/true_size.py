@@ -32,7 +32,7 @@ from magistral_mlx.convert.recipe import named
 from magistral_mlx.decoder.engine import decode, prefill
 from magistral_mlx.decoder.sampling import Sampler, Sampling
 from magistral_mlx.disk.checkpoint import load, open_checkpoint
-from magistral_mlx.measure.trial import returned
+from magistral_mlx.measure.trial import exhaust
 from magistral_mlx.memory import MemoryPlan, default_dtype, this_machine
 
 PROMPT = [1, 3, 22177]
@@ -68,7 +68,7 @@ def _random(name: str, shape: tuple[int, ...], seed: int) -> mx.array:
 def ours(directory: Path) -> dict[str, Any]:
     model = load(open_checkpoint(directory), default_dtype())
     loaded, caches, start = mx.get_peak_memory(), model.new_caches(), time.perf_counter()
-    logits = returned(prefill(model, PROMPT, caches))
+    logits = exhaust(prefill(model, PROMPT, caches))
     steps = decode(model, logits, caches, sampler=Sampler(Sampling(temperature=0), 0), limit=IDS)
     return _told(loaded, start, logits, [*steps])
 

@@ -113,7 +113,9 @@ class Magistral:
         model: Pending[Transformer] = worker.submit(lambda: load(checkpoint, mx_dtype))
         drafter = worker.submit(lambda: draft and load(draft, mx_dtype))
         try:
-            tokenizer = Tokenizer.from_directory(found.words)  # a second or two, while the weights are read
+            tokenizer = Tokenizer.from_directory(
+                found.tokenizer
+            )  # a second or two, while the weights are read
             tokenizer.detokenizer()  # looks up the bytes of all ids now, not in the first stream
             return cls(
                 checkpoint,

@@ -101,7 +101,7 @@ class MemoryPlan:
     @property
     def remedies(self) -> list["MemoryPlan"]:
         """Plans that fit where this one does not: with a shorter context, with an 8-bit cache, with both."""
-        wanted = [] if self.fits else [self, *self._packed()]
+        wanted = [] if self.fits else [self, *self._with_8bit_cache()]
         return [plan if plan.fits else plan.at(plan.longest) for plan in wanted if plan.fits or plan.longest]
 
     @property
@@ -113,8 +113,8 @@ class MemoryPlan:
     @property
     def with_limit(self) -> "MemoryPlan | None":
         """The first plan that a higher limit allows: this, with an 8-bit cache, or with less context too."""
-        packed = [plan.at(n) for plan in self._packed() for n in (self.context, 8192, 1024)]
-        return next((plan for plan in (self, *packed) if plan.wired_limit_mb), None)
+        smaller = [plan.at(n) for plan in self._with_8bit_cache() for n in (self.context, 8192, 1024)]
+        return next((plan for plan in (self, *smaller) if plan.wired_limit_mb), None)
 
     def at(self, context: int) -> "MemoryPlan":
         """The same plan with at most `context` positions."""
@@ -142,7 +142,7 @@ class MemoryPlan:
             f"and this machine can give {_gb(self.machine.budget)}"
         )
 
-    def _packed(self) -> list["MemoryPlan"]:
+    def _with_8bit_cache(self) -> list["MemoryPlan"]:
         possible = self.kv_bits is None and self.config.head_dim % 32 == 0
         return [replace(self, kv_bits=8)] if possible else []
 
@@ -210,9 +210,9 @@ def pass_bytes(
     layer = L * (3 * F + 6 * D + 8 * queries + 6 * keys) * itemsize
     scores = 0 if fused else L * T * (config.n_heads * itemsize + 1)
     growth = kv_bytes(config, T, itemsize=itemsize, kv_bits=kv_bits) // config.n_layers
-    unpacked = 2 * T * keys * itemsize if kv_bits and L > FEW else 0
+    dequantized = 2 * T * keys * itemsize if kv_bits and L > FEW else 0
     drawing = 13 * 4 * config.vocab_size if L == 1 else 0
-    return layer + scores + growth + unpacked + drawing
+    return layer + scores + growth + dequantized + drawing
 
 
 def _gb(nbytes: float) -> str:

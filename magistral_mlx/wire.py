@@ -20,7 +20,7 @@ class Guide:
     allowed: bytes | None = None
 
 
-AS_BEFORE = Guide()
+UNCHANGED = Guide()
 """Nothing forced, the same mask: what None stands for while a reply continues."""
 
 

@@ -41,7 +41,7 @@ def ask(
 
     Ctrl-C during the thinking ends it and asks for the answer; a second Ctrl-C stops the reply.
     """
-    from magistral_mlx.talk.display import Terminal, complain, shortcoming
+    from magistral_mlx.talk.display import Terminal, print_error, problem_of
 
     text = _question(question)
     settings = settings_of(options)
@@ -57,8 +57,8 @@ def ask(
             _show(stream, terminal)
         if schema is not None:
             _ = stream.reply.parsed  # raises if the answer was cut off
-        elif not as_json and (lacking := shortcoming(stream.reply)):
-            complain(lacking)
+        elif not as_json and (lacking := problem_of(stream.reply)):
+            print_error(lacking)
 
 
 def _question(words: tuple[str, ...]) -> str:

@@ -106,7 +106,7 @@ def convert(
     job = job_of(checkpoint=(checkpoint := open_checkpoint(found.weights)))
     plan = job.plan()
     beside = sidecars.files(
-        found.words,
+        found.tokenizer,
         name=name_of_source or str(found.weights.resolve()),
         recipe=str(recipe),
         context=checkpoint.config.max_context,
@@ -151,7 +151,7 @@ def info(model: str) -> None:
     from magistral_mlx.text.tokenizer import Tokenizer
 
     found = resolve(model, download=False)
-    checkpoint, tokenizer = open_checkpoint(found.weights), Tokenizer.from_directory(found.words)
+    checkpoint, tokenizer = open_checkpoint(found.weights), Tokenizer.from_directory(found.tokenizer)
     config, packed = checkpoint.config, checkpoint.config.quantization
     stored = checkpoint.stored_bytes
     rows = {

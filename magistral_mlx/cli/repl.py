@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from magistral_mlx.errors import MagistralError
-from magistral_mlx.talk.display import Terminal, complain, shortcoming, summary
+from magistral_mlx.talk.display import Terminal, print_error, problem_of, summary
 
 from .common import first_interrupt_stops_thinking
 
@@ -71,7 +71,7 @@ class Repl:
                 elif text:
                     self._reply(text)
             except MagistralError as error:
-                complain(f"error: {error}")
+                print_error(f"error: {error}")
 
     def _reply(self, message: "UserInput") -> None:
         with self._talk.stream(message) as stream:
@@ -81,8 +81,8 @@ class Repl:
             except KeyboardInterrupt:
                 finished = None
         self._note(summary(finished) if finished else "stopped; the reply so far is kept")
-        if lacking := shortcoming(stream.reply):
-            complain(lacking)
+        if lacking := problem_of(stream.reply):
+            print_error(lacking)
 
     def _retry(self, _: str) -> None:
         message = self._talk.undo()
@@ -99,7 +99,7 @@ class Repl:
 
     def _budget(self, value: str) -> None:
         if value and not (value.isdecimal() and len(value) < 10):
-            return complain("expected a number of tokens: /budget 2000")
+            return print_error("expected a number of tokens: /budget 2000")
         self._talk.options["think_budget"] = int(value) if value else None
         return self._note(f"thinking ends after {value} tokens" if value else "thinking has no limit")
 
@@ -113,33 +113,33 @@ class Repl:
 
     def _save(self, name: str) -> None:
         if not name:
-            return complain("expected a file name: /save sums.talk")
+            return print_error("expected a file name: /save sums.talk")
         self._talk.save(_path(name))
         return self._note(f"saved {len(self._talk.messages)} messages to {name}")
 
     def _load(self, name: str) -> None:
         if not name:
-            return complain("expected a file name: /load sums.talk")
+            return print_error("expected a file name: /load sums.talk")
         self._talk = self._model.load_conversation(_path(name))
         return self._note(f"loaded {len(self._talk.messages)} messages from {name}")
 
     def _export(self, name: str) -> None:
         if not name:
-            return complain("expected a file name: /export talk.json")
+            return print_error("expected a file name: /export talk.json")
         path = _path(name)
         try:
             with path.open("x", encoding="utf-8") as file:  # never overwrites a file
                 json.dump(self._talk.messages, file, ensure_ascii=False, indent=1)
         except FileExistsError:
-            return complain(f"error: {path} exists and nothing is overwritten; choose another name")
+            return print_error(f"error: {path} exists and nothing is overwritten; choose another name")
         except OSError as error:
             with suppress(OSError):
                 path.unlink()  # a partly written file
-            return complain(f"error: {path} cannot be written: {error.strerror}")
+            return print_error(f"error: {path} cannot be written: {error.strerror}")
         return self._note(f"wrote {len(self._talk.messages)} messages to {path}")
 
     def _unknown(self, _: str) -> None:
-        complain("no such command; /help lists them")
+        print_error("no such command; /help lists them")
 
     def _note(self, text: str) -> None:
         self._terminal.note(text)

@@ -77,14 +77,14 @@ def blocks(
 
     Groups run along a row, so the joined blocks are bit for bit the whole tensor quantized at once.
     """
-    tensor, packed = checkpoint.tensors[name], checkpoint.scheme(name.removesuffix(".weight"))
+    tensor, stored = checkpoint.tensors[name], checkpoint.scheme(name.removesuffix(".weight"))
     rows = tensor.entry.shape[0]
-    row_bytes = tensor.entry.row_bytes * 16 // packed.bits if packed else tensor.entry.row_bytes
+    row_bytes = tensor.entry.row_bytes * 16 // stored.bits if stored else tensor.entry.row_bytes
     step = max(BLOCK_BYTES // (row_bytes * tensor.block), 1) * tensor.block
     spans = [(first, min(first + step, rows)) for first in range(0, rows, step)]
     source = (
-        ((span, *_unpacked(checkpoint, name, packed, *span)) for span in spans)
-        if packed
+        ((span, *_dequantized_rows(checkpoint, name, stored, *span)) for span in spans)
+        if stored
         else _read_ahead(tensor, spans)
     )
     for (first, last), read, finite in source:
@@ -132,7 +132,7 @@ def _read_ahead(
             yield span, tensor.reorder(tensor.entry.decode(raw)), finite
 
 
-def _unpacked(
+def _dequantized_rows(
     checkpoint: Checkpoint, name: str, scheme: Scheme, first: int, last: int
 ) -> tuple[mx.array, bool]:
     """Rows of a quantized matrix, dequantized, and whether all are finite."""

@@ -38,7 +38,7 @@ class Request:
 class Row:
     """One sequence after its prefill: `caches` hold the prompt, and `logits`, `(V,)`, follow it.
 
-    A step is `feed` for all rows, then `take` and `go_on` for each row, the rows in any order.
+    A step is `feed` for all rows, then `read` and `advance` for each row, the rows in any order.
     """
 
     def __init__(self, request: Request, logits: mx.array, caches: Sequence[KVCache]) -> None:
@@ -74,7 +74,7 @@ class Row:
     def set_ahead(self, ahead: Step) -> None:
         self._ahead = ahead
 
-    def take(self, model: Transformer) -> int | None:
+    def read(self, model: Transformer) -> int | None:
         """Wait for the current id; None if it was forced. What this raises concerns this row only."""
         if self._is_forced:
             return None
@@ -88,7 +88,7 @@ class Row:
         self._drawing.note(token, self._step)
         return token
 
-    def go_on(self, guide: Guide | None) -> bool:
+    def advance(self, guide: Guide | None) -> bool:
         """Advance past the current id; false if the row has ended (`guide` is None) or reached its limit."""
         self.left -= 1
         if guide is None or self._ahead is None:
@@ -110,7 +110,7 @@ class Row:
 def feed(model: Transformer, rows: Sequence[Row]) -> None:
     """Dispatch one pass over the current id of every row, and sample what follows. Last ids are not fed.
 
-    Does not wait: the current ids, which `take` reads next, were dispatched a step earlier, so the device
+    Does not wait: the current ids, which `read` waits for next, were dispatched a step earlier, so the device
     computes this pass in the meantime.
     """
     rows = [row for row in rows if row.left > 1]

@@ -223,11 +223,11 @@ def group_size(head_dim: int) -> int:
 
 
 def state_layout(
-    heads: int, head_dim: int, positions: int, dtype: mx.Dtype, *, packed: bool
+    heads: int, head_dim: int, positions: int, dtype: mx.Dtype, *, quantized: bool
 ) -> dict[str, tuple[mx.Dtype, tuple[int, ...]]]:
     """Name → (dtype, shape) of one layer's `KVCache.state`."""
     stem = (1, heads, positions)
-    if not packed:
+    if not quantized:
         return dict.fromkeys(_PLAIN, (dtype, (*stem, head_dim)))
     groups = (dtype, (*stem, head_dim // group_size(head_dim)))
     codes = (mx.uint32, (*stem, head_dim // 4))

@@ -10,7 +10,7 @@ from typing import cast
 
 import mlx.core as mx
 
-from magistral_mlx.wire import AS_BEFORE, Guide
+from magistral_mlx.wire import UNCHANGED, Guide
 
 from .cache import KVCache, trim_all
 from .drawing import Drawing, Step, check_finite, marked, seen_in
@@ -97,7 +97,7 @@ def decode(
                 ahead = feed(step)
         # 3. Emit it; continue from it, or from the ids that the caller forces.
         drawing.note(token, step)
-        guide = (yield token) or AS_BEFORE
+        guide = (yield token) or UNCHANGED
         forced = [*guide.forced]
         left -= 1 + len(forced)
         if ahead is None or left <= 0:

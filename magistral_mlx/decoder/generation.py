@@ -74,7 +74,7 @@ class Generation:
             guide = yield token
             prefix.ids += guide.forced if guide else ()
 
-    def follow(self, other: "Generation") -> None:
+    def reuse_prefix(self, other: "Generation") -> None:
         """Fork the common prefix from `other`, which has just prefilled its prompt.
 
         Unless a cache would be quantized for one of the two only: this reply must be what it is alone.

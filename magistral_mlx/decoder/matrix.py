@@ -39,7 +39,7 @@ class Matrix:
             mode=self.scheme.mode,
         )
 
-    def unpacked(self, first: int = 0, last: int | None = None) -> mx.array:
+    def dequantized(self, first: int = 0, last: int | None = None) -> mx.array:
         """Rows `first` to `last`, dequantized to float32: the reference for a quantized product."""
         weight = self.weight[first:last]
         if self.scheme is not None:

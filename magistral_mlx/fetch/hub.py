@@ -46,12 +46,12 @@ Needs: TypeAlias = Callable[[Path], Mapping[Path, int]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Local:
-    """Where a model is. weights: the directory of the weights and their config. words: the directory of
+    """Where a model is. weights: the directory of the weights and their config. tokenizer: the directory of
     tekken.json and the system prompt, which are in its root or in its `mistral/`.
     """
 
     weights: Path
-    words: Path
+    tokenizer: Path
 
 
 def resolve(name: str, *, download: bool = False, then: Needs | None = None) -> Local:
@@ -68,7 +68,7 @@ def resolve(name: str, *, download: bool = False, then: Needs | None = None) -> 
     if local := _local(name):
         return local
     weights = _fetch(name, None, then) if download else _cached(name, None)
-    return Local(weights=weights, words=_tokenizer_directory(name, weights, download=download))
+    return Local(weights=weights, tokenizer=_tokenizer_directory(name, weights, download=download))
 
 
 def look(name: str) -> tuple[Path, int | None]:
@@ -91,9 +91,9 @@ def look(name: str) -> tuple[Path, int | None]:
 def _local(name: str) -> Local | None:
     """The model called `name`, if that is the demo or a directory; an invalid name is refused."""
     if name == "demo":
-        return Local(weights=DEMO, words=DEMO)
+        return Local(weights=DEMO, tokenizer=DEMO)
     if found := directory(name):
-        return Local(weights=found, words=found)
+        return Local(weights=found, tokenizer=found)
     if not HUB_NAME.fullmatch(name) or name.startswith("."):
         raise CheckpointError(
             f'Expected a directory, a Hub name such as "{RECOMMENDED}", or "demo"; found '

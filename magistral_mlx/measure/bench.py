@@ -60,11 +60,11 @@ def run(name: str, settings: Settings, progress: _Progress) -> Json:
     """
     if settings.against_peer and not util.find_spec("mlx_lm"):
         raise MagistralError(f"{PEER} is not installed; get it with: pip install 'magistral_mlx[bench]'")
-    with place_of(name) as (place, words):
-        return _run(name, place, words, settings, progress)
+    with resolved_model(name) as (place, tokenizer_path):
+        return _run(name, place, tokenizer_path, settings, progress)
 
 
-def _run(name: str, place: str, words: Path, settings: Settings, progress: _Progress) -> Json:
+def _run(name: str, place: str, tokenizer_path: Path, settings: Settings, progress: _Progress) -> Json:
     import mlx.core as mx
 
     from magistral_mlx import memory
@@ -73,7 +73,7 @@ def _run(name: str, place: str, words: Path, settings: Settings, progress: _Prog
     from magistral_mlx.text.tokenizer import Tokenizer
 
     weights = hub.resolve(place).weights
-    checkpoint, tokenizer = open_checkpoint(weights), Tokenizer.from_directory(words)
+    checkpoint, tokenizer = open_checkpoint(weights), Tokenizer.from_directory(tokenizer_path)
     if settings.against_peer and checkpoint.layout == "native":
         raise CheckpointError(
             f"{PEER} does not read Mistral's own layout; first: magistral-mlx convert {name} --out DIR"
@@ -142,7 +142,7 @@ def prompt(encode: Callable[[str], list[int]], length: int) -> list[int]:
 
 
 @contextmanager
-def place_of(name: str) -> Generator[tuple[str, Path]]:
+def resolved_model(name: str) -> Generator[tuple[str, Path]]:
     """Where to load the model from, and its tokenizer's directory. The demo is converted to 4 bit first."""
     from magistral_mlx.convert import conversion
     from magistral_mlx.disk.checkpoint import open_checkpoint
@@ -151,11 +151,13 @@ def place_of(name: str) -> Generator[tuple[str, Path]]:
 
     found = hub.resolve(name)
     if name != "demo":
-        yield name, found.words
+        yield name, found.tokenizer
         return
     with tempfile.TemporaryDirectory() as directory:
         out, checkpoint = Path(directory) / "demo-4bit", open_checkpoint(found.weights)
-        beside = sidecars.files(found.words, name=name, recipe="4bit", context=checkpoint.config.max_context)
+        beside = sidecars.files(
+            found.tokenizer, name=name, recipe="4bit", context=checkpoint.config.max_context
+        )
         conversion.convert(conversion.Job(checkpoint=checkpoint, out=out, sidecars=beside))
         yield str(out), out
 

@@ -26,7 +26,7 @@ from magistral_mlx.memory import default_dtype
 from magistral_mlx.talk.reply import Reply
 from magistral_mlx.text.tokenizer import Tokenizer
 
-from .bench import place_of, versions
+from .bench import resolved_model, versions
 from .figures import Json
 from .machine import bandwidth_of, this_computer
 from .real_layer import CONFIG, RandomWeights, computed, layer, spelled_out
@@ -55,7 +55,7 @@ class Check:
 def examine(tell: Callable[[Check], None]) -> Json:
     """Run every check, pass each result to `tell`, and return the report. A check that raises has failed."""
     checks = list[Check]()
-    with place_of("demo") as (place, _):
+    with resolved_model("demo") as (place, _):
         for name, check in CHECKS.items():
             checks.append(_run(name, check, Path(place)))
             tell(checks[-1])
@@ -91,15 +91,15 @@ def _logits(place: Path) -> Check:
 
     found = {dtype: _eval(scores(load(checkpoint, dtype))) for dtype in {mx.float32, default_dtype()}}
     with _on_cpu():
-        expected = _eval(scores(Transformer(checkpoint.config, _Unpacked(checkpoint, mx.float32))))
+        expected = _eval(scores(Transformer(checkpoint.config, _Dequantized(checkpoint, mx.float32))))
     return _compared("the demo model's logits", found, expected)
 
 
-class _Unpacked(Reader):
+class _Dequantized(Reader):
     """Reads a checkpoint's weights dequantized."""
 
     def matrix(self, path: str) -> Matrix:
-        return Matrix(weight=super().matrix(path).unpacked())
+        return Matrix(weight=super().matrix(path).dequantized())
 
 
 def _layer(_: Path) -> Check:

@@ -56,7 +56,7 @@ def spelled_out(weights: RandomWeights, x: mx.array) -> mx.array:
     def times(name: str, x: mx.array) -> mx.array:
         matrix = weights.matrix(f"{_PATH}.{name}_proj")
         rows = matrix.weight.shape[0]
-        parts = [x @ matrix.unpacked(at, at + _BLOCK).T for at in range(0, rows, _BLOCK)]
+        parts = [x @ matrix.dequantized(at, at + _BLOCK).T for at in range(0, rows, _BLOCK)]
         mx.eval(parts)
         return mx.concatenate(parts, axis=-1)
 

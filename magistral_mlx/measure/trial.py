@@ -86,7 +86,7 @@ def _ours(job: Json) -> Json:
 
         def generate(ids: list[int], limit: int) -> Generator[int, Any, None]:
             caches = model.transformer.new_caches()
-            logits = returned(prefill(model.transformer, ids, caches))
+            logits = exhaust(prefill(model.transformer, ids, caches))
             sampler = Sampler(Sampling(temperature=job["temperature"]), job["seed"])
             yield from decode(model.transformer, logits, caches, sampler=sampler, limit=limit)
 
@@ -180,7 +180,7 @@ def _reply(model: Any, max_tokens: int, *, speculate: bool = False) -> Json | No
     return outcome | asdict(reply.stats) | rates | {"seconds": seconds}
 
 
-def returned(steps: Generator[Any, Any, T]) -> T:
+def exhaust(steps: Generator[Any, Any, T]) -> T:
     """Exhaust a generator and return its return value: the logits of `prefill`."""
     while True:
         try:

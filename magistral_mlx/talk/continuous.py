@@ -19,7 +19,7 @@ import mlx.core as mx
 from magistral_mlx.decoder.batch import Row, feed
 from magistral_mlx.decoder.generation import Generation
 from magistral_mlx.errors import ClosedError
-from magistral_mlx.wire import AS_BEFORE, Cost, Guide
+from magistral_mlx.wire import UNCHANGED, Cost, Guide
 
 from . import step
 from .reply import ReplyBuilder
@@ -209,7 +209,7 @@ class Member:
     def reuse_prefix(self, other: "Member") -> None:
         """Reuse the prefix that this prompt shares with that of `other`, which was just prefilled."""
         try:
-            self.generation.follow(other.generation)
+            self.generation.reuse_prefix(other.generation)
         except Exception as error:  # noqa: BLE001 -- raised again to the reply's consumer
             self.fail(error)
 
@@ -218,12 +218,12 @@ class Member:
         if not self.row:
             return
         try:
-            token, guide = self.row.take(self.model), None
+            token, guide = self.row.read(self.model), None
             self._cost = self._cost.then(Cost(time.perf_counter() - start, mx.get_peak_memory()))
             if token is not None:
                 cost, self._cost = self._cost, Cost()
                 guide = self._emit(token, cost)
-            if not self.row.go_on(None if self._ended else guide or AS_BEFORE):
+            if not self.row.advance(None if self._ended else guide or UNCHANGED):
                 self.row = None
         except Exception as error:  # noqa: BLE001 -- raised again to the reply's consumer
             self.fail(error)

@@ -84,7 +84,7 @@ class Terminal:
         click.secho(shown, dim=thinking, nl=False, err=thinking and not is_terminal)
 
 
-def complain(text: str) -> None:
+def print_error(text: str) -> None:
     """An error message, to standard error, terminal or not."""
     click.echo(text, err=True)
 
@@ -112,7 +112,7 @@ def summary(finished: Finished) -> str:
     return " · ".join(parts)
 
 
-def shortcoming(reply: "Reply") -> str | None:
+def problem_of(reply: "Reply") -> str | None:
     """One line for the user if a reply was cut short or has no answer; otherwise None."""
     match reply.finish_reason:
         case "length":

@@ -243,8 +243,10 @@ def _check_layout(
         config, positions = model.config, cache["positions"]
         expect(type(positions) is int and positions > 0, "length of the cache")
         for n in range(config.n_layers):
-            packed = cache["kv_bits"] is not None and f"cache.{n}.keys" not in entries
-            layout = state_layout(config.n_kv_heads, config.head_dim, positions, model.dtype, packed=packed)
+            quantized = cache["kv_bits"] is not None and f"cache.{n}.keys" not in entries
+            layout = state_layout(
+                config.n_kv_heads, config.head_dim, positions, model.dtype, quantized=quantized
+            )
             expected |= {
                 f"cache.{n}.{name}": (NAMES[dtype], shape) for name, (dtype, shape) in layout.items()
             }

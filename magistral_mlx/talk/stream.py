@@ -98,7 +98,7 @@ class Stream:
         return self
 
     def __next__(self) -> Event:
-        while not self._events and (pending := self._ask()):
+        while not self._events and (pending := self._request_step()):
             self._receive(pending)
         if not self._events:
             raise StopIteration
@@ -108,7 +108,7 @@ class Stream:
         return self
 
     async def __anext__(self) -> Event:
-        while not self._events and (pending := self._ask()):
+        while not self._events and (pending := self._request_step()):
             try:
                 await asyncio.wait([asyncio.wrap_future(pending)])
             except asyncio.CancelledError:
@@ -140,7 +140,7 @@ class Stream:
 
     def start(self) -> None:
         """Request the first step now, not when the first event is requested."""
-        self._ask()
+        self._request_step()
 
     def close(self) -> None:
         """Stop now. What there is so far stays in `reply`; nothing more is yielded."""
@@ -184,7 +184,7 @@ class Stream:
         """If requested, one for each id so far, in the order of the events' ids."""
         return self._builder.logprobs
 
-    def _ask(self) -> Pending[None] | None:
+    def _request_step(self) -> Pending[None] | None:
         """The pending step, or a new one; None: the stream has ended."""
         if self._builder.finish_reason is not None:
             self._end()

@@ -27,7 +27,7 @@ from magistral_mlx.cli.common import first_interrupt_stops_thinking
 from magistral_mlx.fetch import hub
 from magistral_mlx.fetch.hub import RECOMMENDED
 from magistral_mlx.talk.display import Terminal as Display
-from magistral_mlx.talk.display import shortcoming
+from magistral_mlx.talk.display import problem_of
 
 QUESTION = "What is 48 + 37?"
 ASK = ("ask", "--model", "demo", "--seed", "1", "--max-tokens", "60")
@@ -168,7 +168,7 @@ def test_help_lists_every_command_with_a_whole_sentence(run: Run):
     ],
 )
 def test_what_a_reply_lacks_is_told(reason: str, answer: str, says: str | None):
-    told = shortcoming(SimpleNamespace(finish_reason=reason, answer=answer, tool_calls=[]))  # type: ignore[arg-type]
+    told = problem_of(SimpleNamespace(finish_reason=reason, answer=answer, tool_calls=[]))  # type: ignore[arg-type]
     assert (told is None) if says is None else (says in told)
 
 

@@ -119,12 +119,12 @@ def all_said(model: Any, wishes: Sequence[Wish]) -> list[list[int]]:
 def step(model: Any, going: Sequence[tuple[Saying, Row]]) -> list[tuple[Saying, Row]]:
     """One step of each row; returns those that have not ended."""
     feed(model, [row for _, row in going])
-    drawn = [row.take(model) for _, row in going]
+    drawn = [row.read(model) for _, row in going]
     told = [
         Guide() if token is None else saying.hear(token)
         for token, (saying, _) in zip(drawn, going, strict=True)
     ]
-    return [one for one, how in zip(going, told, strict=True) if one[1].go_on(how)]
+    return [one for one, how in zip(going, told, strict=True) if one[1].advance(how)]
 
 
 @pytest.mark.parametrize("sampling", KINDS, ids=["greedy", "sampled", "often unsettled", "penalty"])
@@ -172,9 +172,9 @@ def test_whoever_comes_leaves_or_waits(
             now = [one for one in here if data.draw(st.booleans())] or here[:1]
             feed(real, [row for _, row in now])
             for saying, row in data.draw(st.permutations(now)):
-                token = row.take(real)
+                token = row.read(real)
                 how = Guide() if token is None else saying.hear(token)
-                if not row.go_on(how):
+                if not row.advance(how):
                     here.remove((saying, row))
                 else:  # the caches hold what was emitted or forced
                     saying.steps += 1
@@ -235,16 +235,16 @@ def test_an_error_in_one_row_is_that_rows(real: Any):
     model = Failing(real)
     feed(model, here)
     for saying, row in zip(sayings, here, strict=True):
-        row.go_on(saying.hear(row.take(model) or 0))
+        row.advance(saying.hear(row.read(model) or 0))
     feed(model, [*here[:2], here[2]])
     with pytest.raises(CheckpointError, match="weights are damaged"):
-        here[1].take(model)
+        here[1].read(model)
     going = [0, 2]
     while going:
         for at in going:
             saying = sayings[at]
-            saying.hear(here[at].take(model) or 0)
-        going = [at for at in going if here[at].go_on(Guide())]
+            saying.hear(here[at].read(model) or 0)
+        going = [at for at in going if here[at].advance(Guide())]
         feed(model, [here[at] for at in going])
     assert [sayings[at].ids for at in (0, 2)] == [wishes[at].alone(real) for at in (0, 2)]
 

@@ -53,7 +53,7 @@ def exact_attention(queries: np.ndarray, keys: np.ndarray, values: np.ndarray, s
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
 @pytest.mark.parametrize("L", [1, 2, FEW, FEW + 1, 40])
 @pytest.mark.parametrize(("H", "K"), [(4, 4), (8, 2)])
-def test_attention_is_that_over_the_unpacked_past(head_dim: int, L: int, H: int, K: int):
+def test_attention_is_that_over_the_dequantized_past(head_dim: int, L: int, H: int, K: int):
     """For few and for many queries: the quantized product equals attention over the dequantized cache."""
     cache, before = QuantizedKVCache(head_dim), 270
     cache.update(some(2, K, before, head_dim, seed=1), some(2, K, before, head_dim, seed=2))

@@ -303,7 +303,7 @@ def test_a_fork_waits_for_the_step_that_a_closed_stream_left(
 
     with monkeypatch.context() as patch:
         patch.setattr(Block, "__call__", halting)
-        stream._ask()
+        stream._request_step()
         between.wait()
         stream.close()
         forks: list[Conversation] = []
@@ -369,7 +369,7 @@ def test_closed_after_some_of_the_prompt(tiny: Magistral):
     for steps in (1, 3, 6):
         stream = talk.stream("word " * 100)
         for _ in range(steps):
-            step = stream._ask()
+            step = stream._request_step()
             assert step
             stream._receive(step)
         stream.close()

@@ -64,11 +64,11 @@ def served(fake):
 
 
 def test_demo_is_in_the_package():
-    assert hub.resolve("demo").weights == hub.resolve("demo").words == hub.DEMO
+    assert hub.resolve("demo").weights == hub.resolve("demo").tokenizer == hub.DEMO
 
 
 def test_a_directory_is_itself(tmp_path, monkeypatch):
-    assert hub.resolve(str(tmp_path)) == hub.Local(weights=tmp_path, words=tmp_path)
+    assert hub.resolve(str(tmp_path)) == hub.Local(weights=tmp_path, tokenizer=tmp_path)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner/repo").mkdir(parents=True)
     assert hub.resolve("owner/repo").weights == Path("owner/repo")
@@ -90,7 +90,7 @@ def test_a_file_is_no_model(tmp_path):
 
 def test_only_mistrals_own_layout_is_downloaded(served):
     found = hub.resolve(ORIGINAL, download=True)
-    assert found.weights == found.words
+    assert found.weights == found.tokenizer
     assert {path.name for path in found.weights.iterdir()} == WANTED
     assert served == Counter(f"{ORIGINAL}/{name}" for name in WANTED)
 
@@ -98,8 +98,8 @@ def test_only_mistrals_own_layout_is_downloaded(served):
 def test_a_conversion_gets_its_words_from_the_original(served):
     found = hub.resolve(hub.RECOMMENDED, download=True)
     assert {path.name for path in found.weights.iterdir()} == REPOS[hub.RECOMMENDED].keys() - {"README.md"}
-    assert (found.words / "tekken.json").read_bytes() == b"tekken"
-    assert (found.words / "SYSTEM_PROMPT.txt").read_bytes() == b"Think."
+    assert (found.tokenizer / "tekken.json").read_bytes() == b"tekken"
+    assert (found.tokenizer / "SYSTEM_PROMPT.txt").read_bytes() == b"Think."
     assert not any(fnmatch(name, "*2506/*.safetensors") for name in served)
 
 

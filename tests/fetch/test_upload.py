@@ -65,7 +65,7 @@ def test_converted_and_published(fake, tmp_path):
     assert fake.puts == [hashlib.sha256(Path("out/model.safetensors").read_bytes()).hexdigest()]
     assert set(fake.cards) == {Path("out/README.md").read_text()}
     found = hub.resolve(REPO, download=True)
-    assert found.weights == found.words
+    assert found.weights == found.tokenizer
     assert manifest.verify(found.weights) == []
     fetched = contents(found.weights)
     assert fetched == {name: data for name, data in fake.repos[REPO].items() if name != "README.md"}

@@ -24,7 +24,7 @@ DOCS = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text(encoding
 
 @pytest.fixture(scope="module")
 def demo() -> Iterator[Path]:
-    with bench.place_of("demo") as (place, _):
+    with bench.resolved_model("demo") as (place, _):
         yield Path(place)
 
 
@@ -72,7 +72,7 @@ def test_a_wrong_activation_shows_against_what_does_not_share_it(demo: Path, mon
 
 
 def test_what_is_not_a_number_shows(demo: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(Matrix, "__call__", lambda self, x: x @ self.unpacked().T * mx.nan)
+    monkeypatch.setattr(Matrix, "__call__", lambda self, x: x @ self.dequantized().T * mx.nan)
     assert not doctor._layer(demo).right
 
 
