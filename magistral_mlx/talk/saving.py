@@ -88,13 +88,13 @@ def load(path: Path, model: HostModel, *, any_model: bool = False) -> Saved:
         found = json.loads(file.text)
         was: dict[str, Any] = {**found["model"]}
         options, cache = _options(found["options"]), found["cache"]
-        turns = tuple((turn["said"], _reply(turn)) for turn in found["turns"])
+        turns = tuple((turn["message"], _reply(turn)) for turn in found["turns"])
         expect(all(map(_is_input, (message for message, _ in turns))), "turns")
     differences = _differences(was, model.fingerprint())
     if differences and not any_model:
         raise ConversationError(
             f"{path} was saved with another model: {differences}; load it with that one, or with "
-            "any_model=True for what was said, to be read again by this one"
+            "any_model=True, which takes over its messages only"
         )
     with damage(path):
         if not differences:
@@ -129,7 +129,7 @@ def _as_json(saved: Saved, fingerprint: Mapping[str, Any]) -> dict[str, Any]:
         "options": options,
         "turns": [
             {
-                "said": message,
+                "message": message,
                 "thinking": reply.thinking,
                 "answer": reply.answer,
                 "finish_reason": reply.finish_reason,

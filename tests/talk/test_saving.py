@@ -364,7 +364,7 @@ def ids(*numbers: int) -> tuple[str, tuple[int], bytes]:
         (lambda told, _: told.update(turns=3), "damaged or changed"),
         (lambda told, _: told.update(model=[]), "damaged or changed"),
         (lambda told, _: told["turns"].pop(), "tensors .*turns.1"),
-        (lambda told, _: told["turns"][0].update(said=1), "turns"),
+        (lambda told, _: told["turns"][0].update(message=1), "turns"),
         (lambda told, _: told["turns"][0].update(answer=None), "text of a reply"),
         (lambda told, _: told["turns"][0].update(seed="1"), "seed"),
         (lambda told, _: told["turns"][0].update(finish_reason="bored"), "finish reason"),
