@@ -1,12 +1,12 @@
-"""Does a word of conclusion before the forced close help the answer? The demo model in 4 bit, greedy.
+"""Does a concluding phrase before the forced close help the answer? The demo model in 4 bit, greedy.
 
     python benchmarks/wrap_up.py [--problems 100] [--seed 2]
 
 Each problem is reasoned about until its budget is spent, as in the library. Then, from the same ids:
 
-    close           the forced closing tag, as in the library said            a forced phrase in the
-    reasoning's language, and the closing tag completed       the phrase, then the model's own continuation up
-    to the end of the line, and the closing tag
+    close           the forced closing tag, as in the library
+    said            a forced phrase in the reasoning's language, and the closing tag
+    completed       the phrase, the model's own continuation to the end of the line, and the closing tag
 
 The phrase is one that any model would understand ("So the answer is"), or the word with which the demo was
 trained to end its reasoning ("so"), which is the best case. Writes `benchmarks/results/wrap_up.json`.

@@ -8,7 +8,7 @@ usable `.venv` is kept and updated, anything else in its place is recreated. In 
     an older Python, or    uv is fetched with pip into build/uv, and finds or fetches a newer Python
     one without ensurepip
 
-Does not know what is up to date (the Makefile's stamp). Written in the syntax of Python 3.9.
+Does not check whether anything is up to date: the Makefile does. Written in the syntax of Python 3.9.
 """
 
 import shutil

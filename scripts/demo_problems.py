@@ -483,7 +483,7 @@ def make_problem(
 
 
 def _number(rng: random.Random) -> int:
-    """Draw one to three digits, each length alike."""
+    """Draw a number of one to three digits, each length equally likely."""
     return rng.choice((rng.randint(0, 9), rng.randint(10, 99), rng.randint(100, 999)))
 
 

@@ -1,8 +1,8 @@
 """What the embedded demo model says to anything that is not its small arithmetic.
 
 Knows only text: greetings, questions about itself, questions it cannot answer, sums beyond its range,
-and the short custom texts that may stand before its system prompt. It answers them all by saying
-kindly what it is. Standard library only, like `demo_problems`, whose `Problem` it fills.
+and the short custom texts that may stand before its system prompt. Every answer is a friendly
+description of what the model is. Standard library only, like `demo_problems`, whose `Problem` it fills.
 """
 # ruff: noqa: RUF001 - full-width punctuation is meant
 
@@ -228,7 +228,7 @@ def custom_text(rng: random.Random) -> str:
 
 
 def small_talk(rng: random.Random, language: str | None = None) -> Problem:
-    """Draw a message that is no small sum, with the short thought and the kind answer to it."""
+    """Draw a message that is no small sum, with short reasoning and a friendly answer."""
     language = language or rng.choice(LANGUAGES)
     pools = {"greeting": GREETINGS, "about": ABOUT, "request": REQUESTS, "beyond": BEYOND}
     subject = rng.choices(list(pools), (2, 2, 6, 3))[0]

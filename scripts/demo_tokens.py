@@ -79,7 +79,7 @@ def train_bpe(texts: list[str], n_merges: int) -> list[bytes]:
 
 
 def tekken_file(pieces: list[bytes]) -> dict[str, object]:
-    """Lay the single bytes and the merged pieces out as a v11 tekken.json with 1000 control ids."""
+    """A v11 tekken.json of the single bytes and the merged pieces, with 1000 control ids."""
     controls = [*CONTROLS, *(f"<SPECIAL_{i}>" for i in range(20, 32)), "[ARGS]", "[CALL_ID]"]
     rows = []
     for rank, piece in enumerate([bytes([b]) for b in range(256)] + pieces):
@@ -150,7 +150,7 @@ class Coder:
 
 
 def check_coder(coder: Coder, seed: int) -> None:
-    """Stop unless pieces joined equal mistral_common's own encoding of whole conversations."""
+    """Raise unless the joined pieces equal mistral_common's own encoding of whole conversations."""
     rng = random.Random(seed)  # noqa: S311
     for i in range(200):
         system = ("", SYSTEM_PROMPT, f"{custom_text(rng)}\n\n{SYSTEM_PROMPT}")[i % 3]
@@ -198,7 +198,7 @@ class Row:
     targets: list[int] = field(default_factory=list)
 
     def add(self, ids: list[int], parent: int | None, learn: tuple[int, ...] | bool = False) -> int:
-        """Append a segment under `parent`; `learn` says which of its tokens carry loss. Its number."""
+        """Append a segment under `parent`; `learn` says which of its tokens carry loss. Returns its index."""
         number, start = len(self.ends), len(self.ids)
         before = -1 if parent is None else self.ends[parent]
         first = 0 if parent is None else self.positions[before] + 1
@@ -214,7 +214,7 @@ class Row:
         return number
 
     def mask(self) -> np.ndarray:
-        """(L, L) booleans: may the row's token see the column's?"""
+        """(L, L) booleans: whether the row's token attends to the column's."""
         related = np.zeros((len(self.ends), len(self.ends)), dtype=bool)
         for i, line in enumerate(self.lines):
             related[i, list(line)] = True
@@ -222,7 +222,7 @@ class Row:
 
 
 def cut_short(coder: Coder, problem: Problem, rng: random.Random) -> tuple[list[int], tuple[int, ...]]:
-    """Reasoning closed early, at a line or anywhere, with the answer as ever: ids and learned indices.
+    """Reasoning closed early, at a line or anywhere, with the usual answer: ids and learned indices.
 
     The forced close itself is not learned: the model must survive it, not imitate it.
     """
@@ -235,7 +235,7 @@ def cut_short(coder: Coder, problem: Problem, rng: random.Random) -> tuple[list[
 
 
 def add_conversation(row: Row, turns: list[Problem], coder: Coder, rng: random.Random, mode: str) -> None:
-    """Hang one conversation under the row's root; `mode` is "dropped", "kept" or "direct"."""
+    """Add one conversation under the row's root; `mode` is "dropped", "kept" or "direct"."""
     node = 0
     for problem in turns:
         asked = coder.user(problem.question)

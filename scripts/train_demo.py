@@ -267,7 +267,7 @@ class Workers:
     """Processes that share the weights; each row's gradients land in a slot of shared memory.
 
     Rows go to single-threaded workers as they become free: on a machine shared with others this is
-    several times as fast as threads in step (or threads around one GIL), and it needs no padding. The
+    several times as fast as synchronized threads (or threads under one GIL), and it needs no padding. The
     slots are summed in the rows' order, so the number of workers changes nothing.
     """
 
@@ -326,7 +326,7 @@ def round_bf16(model: nn.Module) -> None:
 
 
 def learning_rate(step: int, last: int) -> float:
-    """Interpolate RATES at a step counted from 1; of two knots at one step the earlier holds."""
+    """Interpolate RATES at a step counted from 1; of two knots at one step the earlier one counts."""
     knots = (*RATES, (last, 0.0))
     for (start, high), (end, low) in reversed(list(pairwise(knots))):
         if step > start:
