@@ -1,4 +1,4 @@
-"""What tests of several routes ask."""
+"""What the tests of several routes share."""
 
 from collections.abc import Callable, Iterator
 
@@ -9,7 +9,7 @@ from tests.scripted import scripted
 from tests.serving import Running
 from tests.text.test_toolcalls import ids_of
 
-CALLS = (
+TOOL_CALL_REPLY = (
     "<think>\nTwo cities.\n</think>\nI'll look."
     '[TOOL_CALLS]weather[CALL_ID]abcDEF123[ARGS]{"city": "Paris"}'
     '[TOOL_CALLS]weather[CALL_ID]000000001[ARGS]{"city": "Rome"}'
@@ -17,8 +17,8 @@ CALLS = (
 
 
 @pytest.fixture(scope="module")
-def caller(tiny_tokenizer: Callable[[str], Tokenizer]) -> Iterator[Running]:
-    """A server whose model thinks, says something, and makes two calls."""
+def tool_calling_server(tiny_tokenizer: Callable[[str], Tokenizer]) -> Iterator[Running]:
+    """A server whose model replies with reasoning, some text and two tool calls."""
     tokenizer = tiny_tokenizer("v11")
-    with scripted(tokenizer, ids_of(tokenizer, CALLS)) as model, Running(model) as running:
+    with scripted(tokenizer, ids_of(tokenizer, TOOL_CALL_REPLY)) as model, Running(model) as running:
         yield running

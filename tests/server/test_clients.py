@@ -1,4 +1,4 @@
-"""The clients that people have: the official one, the model card's script, curl, an agent framework."""
+"""Clients in common use: the official one, the model card's script, curl, an agent framework."""
 
 import asyncio
 import json
@@ -29,7 +29,7 @@ def client(served: Running) -> OpenAI:
     return OpenAI(base_url=f"{served.url}/v1", api_key="EMPTY", max_retries=0)
 
 
-def test_openai(reply: Reply, client: OpenAI):
+def test_openai_client_gets_the_answer_and_the_reasoning(reply: Reply, client: OpenAI):
     done = client.chat.completions.create(model=client.models.list().data[0].id, **ASK)
     assert done.model == HUB_ID
     message = done.choices[0].message
@@ -40,7 +40,7 @@ def test_openai(reply: Reply, client: OpenAI):
     assert done.usage.completion_tokens_details.reasoning_tokens == reply.stats.thinking_tokens
 
 
-def test_openai_streaming(reply: Reply, client: OpenAI):
+def test_openai_client_streams_the_answer_and_the_reasoning(reply: Reply, client: OpenAI):
     chunks = list(
         client.chat.completions.create(
             model="any", **ASK, stream=True, stream_options={"include_usage": True}, reasoning_effort="high"
@@ -53,40 +53,40 @@ def test_openai_streaming(reply: Reply, client: OpenAI):
     assert chunks[-1].usage.prompt_tokens == reply.stats.prompt_tokens
 
 
-def test_openai_streams_helper(reply: Reply, client: OpenAI):
+def test_openai_stream_helper_builds_the_whole_message(reply: Reply, client: OpenAI):
     with client.chat.completions.stream(model="any", **ASK) as stream:
         assert stream.get_final_completion().choices[0].message.content == reply.answer
 
 
-def test_openai_async(served: Running, reply: Reply):
+def test_openai_async_client_gets_the_same_answers(served: Running, reply: Reply):
     async def main() -> list[str | None]:
         async with AsyncOpenAI(base_url=f"{served.url}/v1", api_key="EMPTY", max_retries=0) as client:
-            several = (client.chat.completions.create(model="any", **ASK | {"seed": s}) for s in (1, 1))
-            answers = [done.choices[0].message.content for done in await asyncio.gather(*several)]
+            requests = (client.chat.completions.create(model="any", **ASK | {"seed": s}) for s in (1, 1))
+            answers = [done.choices[0].message.content for done in await asyncio.gather(*requests)]
             stream = await client.chat.completions.create(model="any", **ASK, stream=True)
             return [*answers, "".join([c.choices[0].delta.content or "" async for c in stream])]
 
     assert asyncio.run(main()) == 3 * [reply.answer]
 
 
-def test_openai_completions(client: OpenAI):
+def test_openai_completions_keep_to_max_tokens(client: OpenAI):
     done = client.completions.create(model="any", prompt="48 + 37 =", max_tokens=5, seed=1)
     assert done.usage
     assert done.usage.completion_tokens <= 5
 
 
-def test_openai_sees_mistakes_as_its_own_errors(served: Running, client: OpenAI):
-    with pytest.raises(BadRequestError, match="messages") as told:
+def test_errors_reach_the_openai_client_as_its_own_exceptions(served: Running, client: OpenAI):
+    with pytest.raises(BadRequestError, match="messages") as caught:
         client.chat.completions.create(model="any", messages=[])
-    assert told.value.param == "messages"
+    assert caught.value.param == "messages"
     with (
-        Running(served.service.model, rules=Rules(key="right")) as locked,
-        OpenAI(base_url=f"{locked.url}/v1", api_key="wrong", max_retries=0) as stranger,
-        OpenAI(base_url=f"{locked.url}/v1", api_key="right", max_retries=0) as friend,
+        Running(served.service.model, rules=Rules(key="right")) as server_with_key,
+        OpenAI(base_url=f"{server_with_key.url}/v1", api_key="wrong", max_retries=0) as wrong_key_client,
+        OpenAI(base_url=f"{server_with_key.url}/v1", api_key="right", max_retries=0) as right_key_client,
     ):
         with pytest.raises(AuthenticationError):
-            stranger.models.list()
-        assert friend.models.list().data
+            wrong_key_client.models.list()
+        assert right_key_client.models.list().data
 
 
 @pytest.fixture(scope="module")
@@ -114,47 +114,47 @@ def run_card(base_url: str, hub_cache: Path, **environment: str) -> str:
     return done.stdout.partition("content:")[2]
 
 
-def test_the_model_cards_script(served: Running, hub_cache: Path):
+def test_the_model_cards_script_works_on_both_endpoints(served: Running, hub_cache: Path):
     """Only its address is changed; the system prompt that it fetches and sends is there once, not twice."""
-    thought = "<think>\nThis is not small arithmetic."
+    start_of_reasoning = "<think>\nThis is not small arithmetic."
     raw = run_card(f"{served.url}/raw/v1", hub_cache)
-    assert raw.startswith(thought)
+    assert raw.startswith(start_of_reasoning)
     _, closed, answer = raw.partition("\n</think>\n\n")
     assert closed
     assert "demo model" in answer
-    apart = run_card(f"{served.url}/v1", hub_cache)
-    assert "demo model" in apart
-    assert "think>" not in apart
+    without_reasoning = run_card(f"{served.url}/v1", hub_cache)
+    assert "demo model" in without_reasoning
+    assert "think>" not in without_reasoning
 
 
 def test_the_cards_system_prompt_is_not_doubled(served: Running):
     model = served.service.model
-    own = {"role": "system", "content": model.tokenizer.system_prompt}
+    system = {"role": "system", "content": model.tokenizer.system_prompt}
     question = {"role": "user", "content": QUESTION}
-    told = served.post("/v1/tokenize", {"messages": [own, question]}).json["tokens"]
-    assert told == model.encode(QUESTION)
+    token_ids = served.post("/v1/tokenize", {"messages": [system, question]}).json["tokens"]
+    assert token_ids == model.encode(QUESTION)
 
 
 def test_another_system_prompt_does_not_switch_the_thinking_off(served: Running):
     model = served.service.model
     system = {"role": "system", "content": "You are a helpful assistant."}
     question = {"role": "user", "content": [{"type": "text", "text": QUESTION}]}
-    told = served.post("/v1/tokenize", {"messages": [system, question]}).json["tokens"]
-    assert told == model.encode(QUESTION, system="You are a helpful assistant.")
+    token_ids = served.post("/v1/tokenize", {"messages": [system, question]}).json["tokens"]
+    assert token_ids == model.encode(QUESTION, system="You are a helpful assistant.")
 
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="no curl here")
-def test_curl(served: Running, reply: Reply):
+def test_curl_receives_the_stream(served: Running, reply: Reply):
     body = json.dumps(ASK | {"stream": True})
     address = f"{served.url}/v1/chat/completions"
-    words = ["curl", "-sSN", address, "-H", "Content-Type: application/json", "-d", body]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
+    command = ["curl", "-sSN", address, "-H", "Content-Type: application/json", "-d", body]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     *_, last = done.stdout.split()
     assert last == "[DONE]"
     assert reply.answer[-1] in done.stdout
 
 
-def test_an_agent_framework(served: Running):
+def test_pydantic_ai_asks_continues_and_streams(served: Running):
     provider = OpenAIProvider(base_url=f"{served.url}/v1", api_key="EMPTY")
     agent = Agent(OpenAIChatModel(HUB_ID, provider=provider), instructions="Be exact.")
 
@@ -169,7 +169,7 @@ def test_an_agent_framework(served: Running):
             yield "".join([piece async for piece in stream.stream_text(delta=True)])
 
     async def collected() -> list[str]:
-        return [said async for said in main()]
+        return [text async for text in main()]
 
     answer, thinking, again, streamed = asyncio.run(collected())
     assert "7" in answer

@@ -11,40 +11,42 @@ from magistral_mlx.errors import ServerError
 
 
 @pytest.fixture
-def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def key_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("MAGISTRAL_API_KEY", raising=False)
     return tmp_path / "key"
 
 
-def key(*words: object) -> str | None:
-    return check(serve.make_context("serve", [str(word) for word in words]).params)  # type: ignore[arg-type]
+def key_of(*arguments: object) -> str | None:
+    return check(serve.make_context("serve", [str(argument) for argument in arguments]).params)  # type: ignore[arg-type]
 
 
-def test_the_key_is_the_files_without_the_line_end(file: Path):
-    file.write_text("a key\n")
-    assert key("--host", "0.0.0.0", "--api-key-file", file) == "a key"
-    assert key() is None
+def test_the_key_is_the_files_content_without_the_line_end(key_file: Path):
+    key_file.write_text("a key\n")
+    assert key_of("--host", "0.0.0.0", "--api-key-file", key_file) == "a key"
+    assert key_of() is None
 
 
 @pytest.mark.parametrize(
-    ("content", "told"), [(b"\n", "is empty"), (b"\xff", "cannot be read"), ("é", "ASCII")]
+    ("content", "message"), [(b"\n", "is empty"), (b"\xff", "cannot be read"), ("é", "ASCII")]
 )
-def test_a_file_without_a_key(file: Path, content: bytes | str, told: str):
-    file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(ServerError, match=told):
-        key("--api-key-file", file)
+def test_a_file_without_a_valid_key_is_refused(key_file: Path, content: bytes | str, message: str):
+    key_file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ServerError, match=message):
+        key_of("--api-key-file", key_file)
 
 
-def test_two_keys_are_one_too_many(file: Path, monkeypatch: pytest.MonkeyPatch):
-    file.write_text("one")
+def test_key_file_and_environment_variable_exclude_each_other(
+    key_file: Path, monkeypatch: pytest.MonkeyPatch
+):
+    key_file.write_text("one")
     monkeypatch.setenv("MAGISTRAL_API_KEY", "two")
-    done = CliRunner().invoke(cli, ["serve", "--model", "demo", "--api-key-file", str(file)])
+    done = CliRunner().invoke(cli, ["serve", "--model", "demo", "--api-key-file", str(key_file)])
     assert done.exit_code == 2
     assert "exclude each other" in done.stderr
     assert "two" not in done.output
 
 
-def test_no_other_address_without_a_key(file: Path):
+def test_other_addresses_than_loopback_need_a_key(key_file: Path):
     done = CliRunner().invoke(cli, ["serve", "--model", "demo", "--host", "0.0.0.0"])
     assert done.exit_code == 1
     assert "--api-key-file" in done.stderr

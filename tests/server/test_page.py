@@ -15,48 +15,51 @@ from tests.serving import HUB_ID, QUESTION, Running, until
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), "")
-MAC = Path("/Applications/Google Chrome.app/Contents/MacOS/Google Chrome")
-BROWSER = BROWSER or (str(MAC) if MAC.exists() else "")
-QUIET = ["--disable-gpu", "--disable-quic", "--no-first-run"]
-QUIET += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-ROOT = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
+MAC_CHROME = Path("/Applications/Google Chrome.app/Contents/MacOS/Google Chrome")
+BROWSER = BROWSER or (str(MAC_CHROME) if MAC_CHROME.exists() else "")
+QUIET_OPTIONS = ["--disable-gpu", "--disable-quic", "--no-first-run"]
+QUIET_OPTIONS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+SANDBOX_OPTIONS = ["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
 
 expect.set_options(timeout=15_000)
 
 pytestmark = pytest.mark.skipif(not BROWSER, reason="no Chromium here")
 
-LONG = "<think>\n" + "Let me go on and on about this.\n" * 200 + "</think>\nSo it is 85."
+LONG_REPLY = "<think>\n" + "Let me go on and on about this.\n" * 200 + "</think>\nSo it is 85."
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=QUIET + ROOT)
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=QUIET_OPTIONS + SANDBOX_OPTIONS)
         yield browser
         browser.close()
 
 
 @pytest.fixture
-def visit(browser: Browser) -> Iterator[Callable[..., Page]]:
-    """A page that must not send requests elsewhere or log errors."""
-    contexts, wrong, asked = [], [], []
+def open_page(browser: Browser) -> Iterator[Callable[..., Page]]:
+    """Opens pages; at the end, none may have sent requests elsewhere or raised errors."""
+    contexts, problems, requested = [], [], []
 
-    def visited(address: str, **how) -> Page:
-        contexts.append(browser.new_context(**({"viewport": {"width": 1000, "height": 700}} | how)))
+    def new_page(address: str, **options) -> Page:
+        contexts.append(browser.new_context(**({"viewport": {"width": 1000, "height": 700}} | options)))
         page = contexts[-1].new_page()
         page.set_default_timeout(15_000)
-        page.on("pageerror", lambda error: wrong.append(str(error)))
-        page.on("console", lambda said: wrong.append(said.text) if "Content Security" in said.text else None)
-        page.on("request", lambda request: asked.append(request.url))
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on(
+            "console",
+            lambda message: problems.append(message.text) if "Content Security" in message.text else None,
+        )
+        page.on("request", lambda request: requested.append(request.url))
         page.goto(address)
         return page
 
-    yield visited
+    yield new_page
     for context in contexts:
         context.close()
-    assert wrong == []
-    homes = {"/".join(url.split("/")[:3]) for url in asked}
-    assert all(home.startswith("http://127.0.0.1:") for home in homes), homes
+    assert problems == []
+    origins = {"/".join(url.split("/")[:3]) for url in requested}
+    assert all(origin.startswith("http://127.0.0.1:") for origin in origins), origins
 
 
 def ask(page: Page, text: str) -> Locator:
@@ -67,16 +70,16 @@ def ask(page: Page, text: str) -> Locator:
     return page.locator("#turns > li").nth(at + 1)
 
 
-def written(reply: Locator) -> Locator:
+def wait_until_done(reply: Locator) -> Locator:
     expect(reply).to_have_attribute("data-phase", "done")
     return reply
 
 
-def test_a_question_is_answered_kept_and_forgotten(visit, served):
-    page = visit(served.url)
+def test_a_chat_is_kept_until_it_is_forgotten(open_page, served):
+    page = open_page(served.url)
     expect(page.locator("#question")).to_be_focused()
     expect(page.locator("#model")).to_have_text(HUB_ID.partition("/")[2])
-    reply = written(ask(page, QUESTION))
+    reply = wait_until_done(ask(page, QUESTION))
     expect(reply.locator(".text")).to_contain_text("7")
     expect(reply.locator("summary")).to_contain_text("Thought for")
     expect(reply.locator("summary")).to_contain_text("tokens")
@@ -103,9 +106,9 @@ def test_a_question_is_answered_kept_and_forgotten(visit, served):
     assert QUESTION not in page.evaluate("JSON.stringify({...localStorage})")
 
 
-def test_a_screen_reader_knows_who_speaks(visit, served):
-    page = visit(served.url)
-    written(ask(page, QUESTION))
+def test_screen_readers_are_told_who_wrote_each_message(open_page, served):
+    page = open_page(served.url)
+    wait_until_done(ask(page, QUESTION))
     expect(page.get_by_role("log", name="Conversation").get_by_role("list")).to_match_aria_snapshot("""
         - list:
           - listitem:
@@ -126,8 +129,8 @@ def test_a_screen_reader_knows_who_speaks(visit, served):
         expect(dialog.get_by_role("spinbutton", name=name, exact=True)).to_be_visible()
 
 
-def test_settings_are_kept_and_sent(visit, served):
-    page = visit(served.url)
+def test_settings_are_kept_and_sent(open_page, served):
+    page = open_page(served.url)
     bodies = []
     page.on("request", lambda request: bodies.append(request.post_data_json) if request.post_data else None)
     page.locator("#open-settings").click()
@@ -137,29 +140,29 @@ def test_settings_are_kept_and_sent(visit, served):
     page.fill("#settings [name=system]", "Be brief.")
     page.press("#settings [name=seed]", "Escape")
     page.reload()
-    first = written(ask(page, QUESTION)).locator(".text").text_content()
+    first = wait_until_done(ask(page, QUESTION)).locator(".text").text_content()
     assert {name: bodies[0][name] for name in values} == values
     assert bodies[0]["messages"] == [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": QUESTION},
     ]
     page.locator(".assistant .actions [data-do=again]").click()
-    assert written(page.locator(".assistant")).locator(".text").text_content() == first
+    assert wait_until_done(page.locator(".assistant")).locator(".text").text_content() == first
     assert bodies[1] == bodies[0]
     page.locator("#open-settings").click()
     page.locator("#settings [name=think]").uncheck()
     page.locator("#defaults").wait_for()
     page.keyboard.press("Escape")
-    reply = written(ask(page, "12 + 5"))
+    reply = wait_until_done(ask(page, "12 + 5"))
     expect(reply.locator(".thinking")).to_be_hidden()
     assert bodies[2]["reasoning_effort"] == "none"
     assert [message["role"] for message in bodies[2]["messages"]] == ["system", "user", "assistant", "user"]
 
 
-def test_a_message_is_edited(visit, served):
-    page = visit(served.url)
-    written(ask(page, "12 + 5"))
-    written(ask(page, "6 + 6"))
+def test_editing_a_message_replaces_what_followed(open_page, served):
+    page = open_page(served.url)
+    wait_until_done(ask(page, "12 + 5"))
+    wait_until_done(ask(page, "6 + 6"))
     page.locator(".user").first.hover()
     page.locator(".user [data-do=edit]").first.click()
     expect(page.locator("#question")).to_have_value("12 + 5")
@@ -169,11 +172,11 @@ def test_a_message_is_edited(visit, served):
     page.fill("#question", QUESTION)
     page.press("#question", "Enter")
     expect(page.locator("#turns > li")).to_have_count(2)
-    expect(written(page.locator(".assistant")).locator(".text")).to_contain_text("7")
+    expect(wait_until_done(page.locator(".assistant")).locator(".text")).to_contain_text("7")
 
 
-def test_keys(visit, served):
-    page = visit(served.url)
+def test_unfinished_and_blank_questions_are_not_sent(open_page, served):
+    page = open_page(served.url)
     page.keyboard.type("one")
     page.keyboard.press("Shift+Enter")
     page.keyboard.type("two")
@@ -187,13 +190,13 @@ def test_keys(visit, served):
 
 
 @pytest.fixture(scope="module")
-def slow(tiny_tokenizer) -> Iterator[Running]:
-    with scripted(tiny_tokenizer("v11"), LONG, step_seconds=0.02) as model, Running(model) as server:
+def slow_server(tiny_tokenizer) -> Iterator[Running]:
+    with scripted(tiny_tokenizer("v11"), LONG_REPLY, step_seconds=0.02) as model, Running(model) as server:
         yield server
 
 
-def test_thinking_is_seen_and_ended(visit, slow):
-    page = visit(slow.url)
+def test_thinking_is_shown_and_can_be_ended(open_page, slow_server):
+    page = open_page(slow_server.url)
     reply = ask(page, QUESTION)
     expect(reply).to_have_attribute("data-phase", "thinking")
     expect(reply).to_have_attribute("aria-busy", "true")
@@ -209,26 +212,26 @@ def test_thinking_is_seen_and_ended(visit, slow):
     expect(reply.locator("summary")).to_contain_text("Thought for")
     expect(reply.locator(".text")).to_contain_text("on and on")
     page.keyboard.press("Escape")
-    expect(written(reply)).to_have_attribute("aria-busy", "false")
+    expect(wait_until_done(reply)).to_have_attribute("aria-busy", "false")
 
 
-@pytest.mark.parametrize("how", ["Escape", "button"])
-def test_stopping_stops_the_server_too(visit, slow, how):
-    page = visit(slow.url)
+@pytest.mark.parametrize("control", ["Escape", "button"])
+def test_stopping_a_reply_also_stops_the_server(open_page, slow_server, control):
+    page = open_page(slow_server.url)
     reply = ask(page, QUESTION)
     expect(reply).to_have_attribute("data-phase", "thinking")
-    assert not slow.idle
-    if how == "button":
+    assert not slow_server.idle
+    if control == "button":
         page.locator("#stop").click()
     else:
         page.keyboard.press("Escape")
-    expect(written(reply).locator(".figures")).to_have_text("Stopped.")
+    expect(wait_until_done(reply).locator(".figures")).to_have_text("Stopped.")
     expect(page.locator("#question")).to_be_focused()
-    until(lambda: slow.idle)
+    until(lambda: slow_server.idle)
 
 
-def test_a_reload_keeps_what_was_written(visit, slow):
-    page = visit(slow.url)
+def test_a_reload_keeps_the_unfinished_reply(open_page, slow_server):
+    page = open_page(slow_server.url)
     expect(ask(page, QUESTION).locator(".reasoning")).to_contain_text("on and on")
     page.reload()
     expect(page.locator(".problem")).to_contain_text("The page was left before the answer was whole.")
@@ -236,10 +239,10 @@ def test_a_reload_keeps_what_was_written(visit, slow):
     expect(page.locator(".reasoning")).to_contain_text("on and on")
 
 
-def test_a_key_is_asked_for(visit, tiny_tokenizer):
-    said, rules = "<think>\nWell.\n</think>\nYes.", Rules(key="a-key")
-    with scripted(tiny_tokenizer("v11"), said) as model, Running(model, rules=rules) as server:
-        page = visit(server.url)
+def test_the_page_asks_for_the_api_key(open_page, tiny_tokenizer):
+    text, rules = "<think>\nWell.\n</think>\nYes.", Rules(key="a-key")
+    with scripted(tiny_tokenizer("v11"), text) as model, Running(model, rules=rules) as server:
+        page = open_page(server.url)
         expect(page.locator("#key-text")).to_have_text(re.compile("^The one it was started with"))
         page.fill("#ask-key [name=key]", "another")
         page.press("#ask-key [name=key]", "Enter")
@@ -247,7 +250,7 @@ def test_a_key_is_asked_for(visit, tiny_tokenizer):
         page.fill("#ask-key [name=key]", "a-key")
         page.press("#ask-key [name=key]", "Enter")
         expect(page.locator("#model")).to_have_text(HUB_ID.partition("/")[2])
-        expect(written(ask(page, QUESTION)).locator(".text")).to_have_text("Yes.")
+        expect(wait_until_done(ask(page, QUESTION)).locator(".text")).to_have_text("Yes.")
 
 
 FAILURES = [
@@ -263,43 +266,43 @@ FAILURES = [
 ]
 
 
-def failing(answer: dict | None) -> Callable[[Route], None]:
+def respond_with(answer: dict | None) -> Callable[[Route], None]:
     return lambda route: route.fulfill(**answer) if answer else route.abort()
 
 
-def test_what_goes_wrong_is_told_and_may_be_tried_again(visit, served):
-    page = visit(served.url)
-    for answer, told in FAILURES:
-        page.route("**/chat/completions", failing(answer), times=1)
+def test_failures_are_shown_and_can_be_retried(open_page, served):
+    page = open_page(served.url)
+    for answer, message in FAILURES:
+        page.route("**/chat/completions", respond_with(answer), times=1)
         if page.locator(".assistant").count():
             page.locator(".assistant .problem button").click()
         else:
             ask(page, QUESTION)
-        expect(page.locator(".assistant .problem")).to_contain_text(told)
-        expect(page.locator("#status")).to_contain_text(told)
+        expect(page.locator(".assistant .problem")).to_contain_text(message)
+        expect(page.locator("#status")).to_contain_text(message)
     page.locator(".assistant .problem button").click()
     expect(page.locator("#question")).to_be_focused()
-    expect(written(page.locator(".assistant")).locator(".text")).to_contain_text("7")
+    expect(wait_until_done(page.locator(".assistant")).locator(".text")).to_contain_text("7")
     expect(page.locator(".problem:visible")).to_have_count(0)
 
 
 @pytest.fixture(scope="module")
-def sheet(browser, served) -> Iterator[Page]:
-    """A page that only renders texts."""
+def rendering_page(browser, served) -> Iterator[Page]:
+    """A page for rendering texts only."""
     with browser.new_context() as context:
         page = context.new_page()
         page.goto(served.url)
         yield page
 
 
-def shown(page: Page, text: str) -> Locator:
-    """A text of the model, as the page renders it."""
+def render(page: Page, text: str) -> Locator:
+    """Render a text as the page renders the model's; returns its element."""
     page.evaluate(
         """async (text) => {
             const { show } = await import('/page/markdown.js');
             const here = Object.assign(document.createElement('div'), { id: 'here', className: 'text' });
             document.getElementById('here')?.remove();
-            document.body.append(here); // beside the page's own, which may still be at work
+            document.body.append(here); // outside the chat, which may still be changing
             show(here, text);
         }""",
         text,
@@ -330,27 +333,29 @@ HOSTILE = [
 ]
 
 
-def test_nothing_the_model_says_runs_or_loads(sheet, served):
-    asked = []
-    sheet.on("request", lambda request: asked.append(request.url))
+def test_model_output_runs_no_script_and_loads_nothing(rendering_page, served):
+    requested = []
+    rendering_page.on("request", lambda request: requested.append(request.url))
     for text in HOSTILE:
-        here = shown(sheet, text)
-        assert here.inner_text().strip()
-        assert here.locator("img, script, iframe, form, style, svg, object, link").count() == 0, text
+        element = render(rendering_page, text)
+        assert element.inner_text().strip()
+        assert element.locator("img, script, iframe, form, style, svg, object, link").count() == 0, text
         assert not [
             name
-            for name in here.evaluate("e => [...e.querySelectorAll('*')].flatMap(x => x.getAttributeNames())")
+            for name in element.evaluate(
+                "e => [...e.querySelectorAll('*')].flatMap(x => x.getAttributeNames())"
+            )
             if name.startswith("on") or name in ("src", "style", "id", "name", "action")
         ], text
-        links = here.evaluate("e => [...e.querySelectorAll('a')].map(x => x.getAttribute('href'))")
+        links = element.evaluate("e => [...e.querySelectorAll('a')].map(x => x.getAttribute('href'))")
         assert not [link for link in links if link and not link.startswith(("http", "x"))], text
-    sheet.wait_for_timeout(100)
-    assert sheet.evaluate("window.hit") is None
-    assert [url for url in asked if not url.startswith(served.url)] == []
+    rendering_page.wait_for_timeout(100)
+    assert rendering_page.evaluate("window.hit") is None
+    assert [url for url in requested if not url.startswith(served.url)] == []
 
 
 @pytest.mark.parametrize(
-    ("text", "selector", "said"),
+    ("text", "selector", "expected"),
     [
         ("$x^2$", "math msup", "x2"),
         (r"\(a_1\)", "math msub", None),
@@ -370,18 +375,18 @@ def test_nothing_the_model_says_runs_or_loads(sheet, served):
         ("<b>as text</b>", "#here", "<b>as text</b>"),
     ],
 )
-def test_text_is_shown_as_it_is_meant(sheet, text, selector, said):
-    found = shown(sheet, text).page.locator(selector)
+def test_markdown_and_formulas_are_rendered(rendering_page, text, selector, expected):
+    found = render(rendering_page, text).page.locator(selector)
     expect(found).to_have_count(1)
-    if said is not None:
-        assert (found.text_content() or "").strip() == said
+    if expected is not None:
+        assert (found.text_content() or "").strip() == expected
 
 
-def test_text_that_grows_ends_as_if_shown_at_once(sheet):
+def test_text_rendered_as_it_grows_ends_like_text_rendered_at_once(rendering_page):
     text = "# Title\n\nOne $x$ two.\n\n- a\n- b\n\n```py\nx = 1\n```\n\n"
     text += "| a |\n|--|\n| 1 |\n\n\\[ y \\]\n\nEnd [1].\n\n[1]: /l"
-    whole = shown(sheet, text).inner_html()
-    grown = sheet.evaluate(
+    at_once = render(rendering_page, text).inner_html()
+    grown = rendering_page.evaluate(
         """async (text) => {
             const { show } = await import('/page/markdown.js');
             const element = document.createElement('div');
@@ -390,11 +395,11 @@ def test_text_that_grows_ends_as_if_shown_at_once(sheet):
         }""",
         text,
     )
-    assert grown == whole
+    assert grown == at_once
 
 
-def test_events_are_read_however_they_are_cut(sheet):
-    assert sheet.evaluate(
+def test_events_are_read_wherever_the_stream_is_split(rendering_page):
+    assert rendering_page.evaluate(
         """async () => {
             const { events } = await import('/page/client.js');
             const sent = ': ping\\r\\n\\r\\ndata: {"a": "é😀"}\\n\\ndata: [DONE]\\n\\n';
@@ -411,21 +416,23 @@ def test_events_are_read_however_they_are_cut(sheet):
     )
 
 
-def test_each_paragraph_has_the_direction_of_its_own_text(sheet):
-    here = shown(sheet, "مرحبا بالعالم\n\n- أولاً\n\nHello\n\n안녕하세요\n\n```py\nx\n```")
-    ways = here.evaluate("e => [...e.children].map(x => getComputedStyle(x.firstElementChild).direction)")
-    assert ways == ["rtl", "rtl", "ltr", "ltr", "ltr"]
+def test_each_paragraph_has_the_direction_of_its_own_text(rendering_page):
+    element = render(rendering_page, "مرحبا بالعالم\n\n- أولاً\n\nHello\n\n안녕하세요\n\n```py\nx\n```")
+    directions = element.evaluate(
+        "e => [...e.children].map(x => getComputedStyle(x.firstElementChild).direction)"
+    )
+    assert directions == ["rtl", "rtl", "ltr", "ltr", "ltr"]
 
 
-def test_on_a_phone(visit, served):
-    page = visit(served.url, viewport={"width": 375, "height": 700}, has_touch=True, is_mobile=True)
+def test_the_page_works_on_a_phone(open_page, served):
+    page = open_page(served.url, viewport={"width": 375, "height": 700}, has_touch=True, is_mobile=True)
     page.fill("#question", "12 + 5")
     page.press("#question", "Enter")  # a new line: a phone's keyboard has no Shift + Enter
     expect(page.locator("#turns > li")).to_have_count(0)
     page.locator("#send").tap()
-    written(page.locator(".assistant"))
+    wait_until_done(page.locator(".assistant"))
     page.locator(".assistant .actions [data-do=again]").tap()
-    written(page.locator(".assistant"))
+    wait_until_done(page.locator(".assistant"))
     expect(page.locator("#question")).not_to_be_focused()  # its keyboard would cover the reply
     page.locator("#open-settings").tap()
     for size in page.locator("#settings :is(input:not([type=checkbox]), textarea)").evaluate_all(
@@ -433,35 +440,35 @@ def test_on_a_phone(visit, served):
     ):
         assert size >= 16  # a phone zooms into smaller ones
     page.locator("#settings menu button:not(.quiet)").tap()
-    shown(
+    render(
         page, "```\n" + "x" * 300 + "\n```\n\n$$" + "x+" * 100 + "x$$\n\n|" + " a |" * 30 + "\n|" + "--|" * 30
     )
     assert page.evaluate("document.documentElement.scrollWidth") == 375
 
 
-def test_a_long_question_leaves_room_for_its_answer(visit, served):
-    page = visit(served.url)
+def test_a_long_question_leaves_room_for_its_answer(open_page, served):
+    page = open_page(served.url)
     ask(page, "12 + 5 " * 3000)
     expect(page.locator(".assistant .problem")).to_contain_text("shorten the question")
     assert page.locator(".user .text").bounding_box()["height"] < 700 * 0.61  # type: ignore[index]
 
 
-def test_light_and_dark(visit, served):
-    page = visit(served.url, color_scheme="dark")
+def test_the_theme_follows_the_system_until_the_user_chooses(open_page, served):
+    page = open_page(served.url, color_scheme="dark")
 
-    def ground() -> int:
+    def brightness() -> int:
         colour = page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
         return sum(int(part) for part in colour[4:-1].split(","))
 
-    assert ground() < 200
+    assert brightness() < 200
     page.locator("#theme").click()
-    assert ground() > 600
+    assert brightness() > 600
     page.reload()
-    assert ground() > 600
+    assert brightness() > 600
 
 
-def test_code_is_copied(visit, served):
-    page = visit(served.url, permissions=["clipboard-read", "clipboard-write"])
+def test_code_and_replies_are_copied(open_page, served):
+    page = open_page(served.url, permissions=["clipboard-read", "clipboard-write"])
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "A:\n```py\nx = 1\n```"}]
     page.evaluate("turns => localStorage.setItem('magistral.turns', JSON.stringify(turns))", turns)
     page.reload()

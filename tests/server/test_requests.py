@@ -15,7 +15,7 @@ from magistral_mlx.server.rendering import Delta, RawText, SeparateReasoning, Ta
 from magistral_mlx.server.wire import ChatRequest, CompletionRequest, DetokenizeRequest, Wire
 from magistral_mlx.text.tokenizer import Tokenizer
 
-THINK = "Be wise.\n<think>\nso\n</think>\n"
+THINK_TEMPLATE = "Be wise.\n<think>\nso\n</think>\n"
 USER = {"role": "user", "content": "48 + 37?"}
 
 
@@ -29,28 +29,28 @@ def translate(tokenizer: Tokenizer, *messages: dict[str, Any], **fields: Any) ->
 
 
 def test_a_system_message_goes_before_the_checkpoints_prompt(tokenizer: Tokenizer):
-    said, options = translate(tokenizer, {"role": "system", "content": "Be brief."}, USER)
-    assert (said, options["system"]) == ([USER], "Be brief.")
+    messages, options = translate(tokenizer, {"role": "system", "content": "Be brief."}, USER)
+    assert (messages, options["system"]) == ([USER], "Be brief.")
 
 
-def test_several_are_joined(tokenizer: Tokenizer):
+def test_several_system_messages_are_joined(tokenizer: Tokenizer):
     developer = {
         "role": "developer",
         "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "x"}],
     }
-    said, options = translate(tokenizer, {"role": "system", "content": "A."}, USER, developer, USER)
-    assert (said, options["system"]) == ([USER, USER], "A.\n\nBe x")
+    messages, options = translate(tokenizer, {"role": "system", "content": "A."}, USER, developer, USER)
+    assert (messages, options["system"]) == ([USER, USER], "A.\n\nBe x")
 
 
-def test_one_with_the_think_template_is_taken_as_it_stands(tokenizer: Tokenizer):
-    own = {"role": "system", "content": THINK}
+def test_a_system_message_with_the_think_template_is_used_unchanged(tokenizer: Tokenizer):
+    own = {"role": "system", "content": THINK_TEMPLATE}
     assert translate(tokenizer, own, USER)[0] == [own, USER]
     assert translate(tokenizer, own, USER)[1]["system"] is None
 
 
-def test_an_assistants_message_in_any_of_its_shapes(tokenizer: Tokenizer):
+def test_assistant_messages_are_translated_in_each_of_their_forms(tokenizer: Tokenizer):
     call = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-    said, _ = translate(
+    messages, _ = translate(
         tokenizer,
         USER,
         {"role": "assistant", "content": "85", "reasoning": "so"},
@@ -60,7 +60,7 @@ def test_an_assistants_message_in_any_of_its_shapes(tokenizer: Tokenizer):
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "abcdefghi", "content": "1"},
     )
-    assert said == [
+    assert messages == [
         USER,
         {"role": "assistant", "thinking": "so", "content": "85"},
         USER,
@@ -71,7 +71,7 @@ def test_an_assistants_message_in_any_of_its_shapes(tokenizer: Tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("asked", "meant"),
+    ("fields", "expected"),
     [
         ({}, {"max_tokens": 40960, "think": True, "think_budget": None, "stop": (), "sampling": Sampling()}),
         ({"temperature": 0.0, "top_p": 0.5}, {"sampling": Sampling(temperature=0, top_p=0.5)}),
@@ -92,13 +92,13 @@ def test_an_assistants_message_in_any_of_its_shapes(tokenizer: Tokenizer):
     ],
     ids=str,
 )
-def test_options(tokenizer: Tokenizer, asked: dict[str, Any], meant: dict[str, Any]):
-    _, options = translate(tokenizer, USER, **asked)
-    assert {name: options[name] for name in meant} == meant
+def test_options_are_translated(tokenizer: Tokenizer, fields: dict[str, Any], expected: dict[str, Any]):
+    _, options = translate(tokenizer, USER, **fields)
+    assert {name: options[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize(
-    ("choice", "means"),
+    ("choice", "expected"),
     [
         (None, "auto"),
         ("auto", "auto"),
@@ -107,10 +107,10 @@ def test_options(tokenizer: Tokenizer, asked: dict[str, Any], meant: dict[str, A
         ({"type": "function", "function": {"name": "f"}}, "f"),
     ],
 )
-def test_tool_choice(tokenizer: Tokenizer, choice: object, means: str):
+def test_tool_choice_is_translated(tokenizer: Tokenizer, choice: object, expected: str):
     tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
     _, options = translate(tokenizer, USER, tools=tools, tool_choice=choice)
-    assert (options["tools"], options["tool_choice"]) == (tools, means)
+    assert (options["tools"], options["tool_choice"]) == (tools, expected)
 
 
 @pytest.mark.parametrize(
@@ -123,12 +123,12 @@ def test_tool_choice(tokenizer: Tokenizer, choice: object, means: str):
         {"presence_penalty": 0.5},
     ],
 )
-def test_what_cannot_be_done_is_said(tokenizer: Tokenizer, fields: dict[str, Any]):
+def test_unsupported_requests_are_refused(tokenizer: Tokenizer, fields: dict[str, Any]):
     with pytest.raises(RefusedError):
         translate(tokenizer, USER, **fields)
 
 
-def test_what_means_nothing_is_ignored(tokenizer: Tokenizer):
+def test_fields_without_effect_are_ignored(tokenizer: Tokenizer):
     fields = {
         "user": "me",
         "store": True,
@@ -141,13 +141,13 @@ def test_what_means_nothing_is_ignored(tokenizer: Tokenizer):
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "fields",
     [{"max_tokens": "1"}, {"n": 1.5}, {"stream": 1}, {"temperature": "0"}, {"stop": [1]}, {"seed": True}],
     ids=str,
 )
-def test_types_are_what_they_say(wrong: dict[str, Any]):
+def test_field_types_are_strict(fields: dict[str, Any]):
     with pytest.raises(ValidationError):
-        ChatRequest.model_validate({"messages": [USER], **wrong})
+        ChatRequest.model_validate({"messages": [USER], **fields})
 
 
 MANY = 10_000
@@ -172,11 +172,11 @@ MANY = 10_000
     ],
     ids=lambda value: repr(value)[:60],
 )
-def test_of_many_mistakes_few_are_told(kind: type[Wire], body: dict[str, Any]):
+def test_only_a_few_of_many_errors_are_reported(kind: type[Wire], body: dict[str, Any]):
     """Reporting each takes time and memory, and a body can hold millions of them."""
-    with pytest.raises(ValidationError) as told:
+    with pytest.raises(ValidationError) as caught:
         kind.model_validate(body)
-    assert told.value.error_count() < 10
+    assert caught.value.error_count() < 10
 
 
 EVENTS = [
@@ -189,10 +189,10 @@ EVENTS = [
 ]
 
 
-def test_apart():
+def test_separate_reasoning_is_not_in_the_text():
     deltas = [SeparateReasoning().render(event) for event in EVENTS]
-    assert "".join(one.thinking for one in deltas) == "so 85"
-    assert "".join(one.text for one in deltas) == "It is 85."
+    assert "".join(delta.thinking for delta in deltas) == "so 85"
+    assert "".join(delta.text for delta in deltas) == "It is 85."
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def test_apart():
         ([*EVENTS[:2], EVENTS[-1]], "<think>\nso 85\n</think>\n\n"),
     ],
 )
-def test_tagged(events: list[Any], text: str):
+def test_tagged_reasoning_is_in_the_text(events: list[Any], text: str):
     rendering = TaggedReasoning()
     assert "".join(rendering.render(event).text for event in events) == text
 
@@ -216,11 +216,11 @@ def test_a_call_closes_the_reasoning():
 
 
 @pytest.mark.parametrize("stop", [(), ("x",), ("37",), ("8 + 3",), ("+", "4")])
-def test_verbatim(tokenizer: Tokenizer, stop: tuple[str, ...]):
+def test_raw_text_is_verbatim_up_to_a_stop_string(tokenizer: Tokenizer, stop: tuple[str, ...]):
     text = "48 + 37 = 85 é€😀"
-    ids, rendering, told = tokenizer.encode(text), RawText(tokenizer, stop), ""
+    ids, rendering, rendered = tokenizer.encode(text), RawText(tokenizer, stop), ""
     for event in [*(AnswerToken(text="", token_ids=(id_,)) for id_ in ids), Finished(reason="stop")]:
-        told += rendering.render(event).text
-    cut = min((text.find(s) for s in stop if s in text), default=len(text))
-    assert told == text[:cut]
-    assert rendering.stopped == (cut < len(text))
+        rendered += rendering.render(event).text
+    end = min((text.find(s) for s in stop if s in text), default=len(text))
+    assert rendered == text[:end]
+    assert rendering.stopped == (end < len(text))

@@ -13,30 +13,30 @@ def test_first_come_first_served():
     async def main() -> list[int]:
         slots, order = Slots(running=1, waiting=5), list[int]()
 
-        async def one(number: int) -> None:
+        async def take_slot(number: int) -> None:
             with await slots.take():
                 order.append(number)
                 await asyncio.sleep(0)
 
-        await asyncio.gather(*map(one, range(6)))
+        await asyncio.gather(*map(take_slot, range(6)))
         assert (slots.running, slots.waiting) == (0, 0)
         return order
 
     assert asyncio.run(main()) == [0, 1, 2, 3, 4, 5]
 
 
-def test_who_finds_no_room_is_told_when_to_come_back():
+def test_a_full_queue_is_refused_with_a_retry_time():
     async def main() -> None:
         slots = Slots(running=1, waiting=0)
-        with await slots.take(), pytest.raises(FullError) as told:
+        with await slots.take(), pytest.raises(FullError) as caught:
             await slots.take()
-        assert 1 <= told.value.retry_after <= 600
+        assert 1 <= caught.value.retry_after <= 600
         (await slots.take()).release()
 
     asyncio.run(main())
 
 
-def test_the_end_sends_away_who_waits_and_who_comes():
+def test_close_refuses_waiting_and_new_requests():
     async def main() -> None:
         slots = Slots(running=1, waiting=2)
         held = await slots.take()
@@ -44,7 +44,8 @@ def test_the_end_sends_away_who_waits_and_who_comes():
         await asyncio.sleep(0)
         slots.close()
         assert all(
-            isinstance(told, ClosingError) for told in await asyncio.gather(*waiting, return_exceptions=True)
+            isinstance(outcome, ClosingError)
+            for outcome in await asyncio.gather(*waiting, return_exceptions=True)
         )
         with pytest.raises(ClosingError):
             await slots.take()
@@ -54,20 +55,20 @@ def test_the_end_sends_away_who_waits_and_who_comes():
     asyncio.run(main())
 
 
-def test_a_slot_is_given_back_once():
+def test_releasing_a_slot_twice_counts_once():
     async def main() -> None:
         slots = Slots(running=2, waiting=0)
-        one, _ = await slots.take(), await slots.take()
-        one.release()
-        one.release()
+        slot, _ = await slots.take(), await slots.take()
+        slot.release()
+        slot.release()
         assert slots.running == 1
 
     asyncio.run(main())
 
 
-@given(st.lists(st.sampled_from(["take", "cancel", "release", "both", "breathe"]), max_size=60))
+@given(st.lists(st.sampled_from(["take", "cancel", "release", "both", "pause"]), max_size=60))
 def test_no_slot_is_ever_lost(steps: list[str]):
-    """Whoever disconnects when: no more run and wait than allowed, and in the end all slots are free."""
+    """Whichever request is cancelled when: never more run or wait than allowed, and all slots end free."""
 
     async def main() -> None:
         slots, tasks = Slots(running=2, waiting=3), list[asyncio.Task]()
@@ -76,7 +77,9 @@ def test_no_slot_is_ever_lost(steps: list[str]):
             waiting = [task for task in tasks if not task.done()]
             if step == "take":
                 tasks.append(asyncio.create_task(slots.take()))
-            if step in ("release", "both") and held:  # "both": passed to one that is cancelled in that moment
+            if (
+                step in ("release", "both") and held
+            ):  # "both": the slot goes to a request that is cancelled at that moment
                 held.pop(at % len(held)).release()
             if step in ("cancel", "both") and waiting:
                 waiting[0].cancel()
@@ -89,8 +92,8 @@ def test_no_slot_is_ever_lost(steps: list[str]):
             assert slots.waiting <= 3
         for task in tasks:
             task.cancel()
-        for told in await asyncio.gather(*tasks, return_exceptions=True):
-            assert isinstance(told, asyncio.CancelledError | FullError)
+        for outcome in await asyncio.gather(*tasks, return_exceptions=True):
+            assert isinstance(outcome, asyncio.CancelledError | FullError)
         for slot in held:
             slot.release()
         assert (slots.running, slots.waiting) == (0, 0)

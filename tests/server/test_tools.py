@@ -1,4 +1,4 @@
-"""Tool calls over HTTP, from a model that calls what it is told to."""
+"""Tool calls over HTTP, mostly from a scripted model."""
 
 import json
 
@@ -21,11 +21,11 @@ QUESTION = {"role": "user", "content": "Paris, Rome?"}
 
 
 @pytest.fixture(scope="module")
-def client(caller: Running) -> OpenAI:
-    return OpenAI(base_url=f"{caller.url}/v1", api_key="EMPTY", max_retries=0)
+def client(tool_calling_server: Running) -> OpenAI:
+    return OpenAI(base_url=f"{tool_calling_server.url}/v1", api_key="EMPTY", max_retries=0)
 
 
-def test_calls(client: OpenAI):
+def test_tool_calls_are_returned(client: OpenAI):
     done = client.chat.completions.create(model="any", messages=[QUESTION], tools=TOOLS)  # type: ignore[arg-type]
     [choice] = done.choices
     assert choice.finish_reason == "tool_calls"
@@ -35,7 +35,7 @@ def test_calls(client: OpenAI):
     assert called == [("abcDEF123", "weather", {"city": "Paris"}), ("000000001", "weather", {"city": "Rome"})]
 
 
-def test_calls_in_pieces(client: OpenAI):
+def test_tool_calls_are_streamed_in_pieces(client: OpenAI):
     with client.chat.completions.stream(model="any", messages=[QUESTION], tools=TOOLS) as stream:  # type: ignore[arg-type]
         pieces = [event for event in stream if event.type == "tool_calls.function.arguments.delta"]
         message = stream.get_final_completion().choices[0].message
@@ -47,20 +47,20 @@ def test_calls_in_pieces(client: OpenAI):
     assert message.content == "I'll look."
 
 
-def test_results_go_back_in(caller: Running, client: OpenAI):
+def test_tool_results_are_accepted_in_the_next_request(tool_calling_server: Running, client: OpenAI):
     done = client.chat.completions.create(model="any", messages=[QUESTION], tools=TOOLS)  # type: ignore[arg-type]
     message = done.choices[0].message
     results = [
         {"role": "tool", "tool_call_id": call.id, "content": "21"} for call in message.tool_calls or ()
     ]
     history = [QUESTION, message.to_dict(), *results]
-    again = caller.post("/v1/chat/completions", {"messages": history, "tools": TOOLS}).json
+    again = tool_calling_server.post("/v1/chat/completions", {"messages": history, "tools": TOOLS}).json
     assert again["usage"]["prompt_tokens"] > done.usage.prompt_tokens  # type: ignore[union-attr]
-    told = caller.post("/v1/chat/completions", {"messages": history[:-1], "tools": TOOLS})
-    assert (told.status, told.error["code"]) == (400, "invalid_value")  # a call without its result
+    response = tool_calling_server.post("/v1/chat/completions", {"messages": history[:-1], "tools": TOOLS})
+    assert (response.status, response.error["code"]) == (400, "invalid_value")  # a call without a result
 
 
-def test_without_tools_there_are_no_calls(client: OpenAI):
+def test_tool_choice_none_allows_no_calls(client: OpenAI):
     done = client.chat.completions.create(
         model="any",
         messages=[QUESTION],  # type: ignore[list-item]
@@ -72,10 +72,10 @@ def test_without_tools_there_are_no_calls(client: OpenAI):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_one_call_at_most(caller: Running, stream: bool):
-    """The reply ends behind its first call."""
-    asked = {"messages": [QUESTION], "tools": TOOLS, "parallel_tool_calls": False, "stream": stream}
-    answer = caller.post("/v1/chat/completions", asked)
+def test_without_parallel_tool_calls_there_is_one_call(tool_calling_server: Running, stream: bool):
+    """The reply ends after its first call."""
+    request = {"messages": [QUESTION], "tools": TOOLS, "parallel_tool_calls": False, "stream": stream}
+    answer = tool_calling_server.post("/v1/chat/completions", request)
     if stream:
         pieces = [piece["choices"][0] for piece in answer.events]
         calls = [call for piece in pieces for call in piece["delta"].get("tool_calls", ())]
@@ -93,7 +93,7 @@ def test_one_call_at_most(caller: Running, stream: bool):
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "add"}}])
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_call_that_has_to_be(served: Running, choice: object, stream: bool):
+def test_tool_choice_can_require_a_call(served: Running, choice: object, stream: bool):
     digits = {"type": "integer", "minimum": 0, "maximum": 99}
     parameters = {
         "type": "object",
@@ -102,8 +102,8 @@ def test_a_call_that_has_to_be(served: Running, choice: object, stream: bool):
         "additionalProperties": False,
     }
     tools = [{"type": "function", "function": {"name": "add", "parameters": parameters}}]
-    asked = ASK | {"tools": tools, "tool_choice": choice, "stream": stream, "think_budget": 20}
-    answer = served.post("/v1/chat/completions", asked)
+    request = ASK | {"tools": tools, "tool_choice": choice, "stream": stream, "think_budget": 20}
+    answer = served.post("/v1/chat/completions", request)
     if stream:
         pieces = [piece["choices"][0] for piece in answer.events]
         calls = [call for piece in pieces for call in piece["delta"].get("tool_calls", ())]
