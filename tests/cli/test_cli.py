@@ -1,4 +1,4 @@
-"""The command line as a user sees it: pipes, a terminal, mistakes."""
+"""The command line as a user sees it: pipes, a terminal, errors."""
 
 import errno
 import json
@@ -40,7 +40,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setenv("MAGISTRAL_MLX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # the variable is read on import
     monkeypatch.chdir(tmp_path)
-    return lambda *words, stdin="": CliRunner().invoke(cli, [str(word) for word in words], input=stdin)
+    return lambda *arguments, stdin="": CliRunner().invoke(
+        cli, [str(argument) for argument in arguments], input=stdin
+    )
 
 
 def test_a_pipe_gets_the_answer_and_standard_error_the_thinking(run: Run):
@@ -62,14 +64,14 @@ def test_json_is_one_object_and_nothing_else(run: Run):
     assert reply["stats"]["prefill_tokens_per_second"] > 0 < reply["stats"]["decode_tokens_per_second"]
 
 
-@pytest.mark.parametrize("words", [(), ("-",)])
-def test_the_question_may_come_from_standard_input(run: Run, words: tuple[str, ...]):
+@pytest.mark.parametrize("arguments", [(), ("-",)])
+def test_the_question_may_come_from_standard_input(run: Run, arguments: tuple[str, ...]):
     asked = run(*ASK, "--json", QUESTION).stdout
-    piped = run(*ASK, "--json", *words, stdin=QUESTION).stdout
+    piped = run(*ASK, "--json", *arguments, stdin=QUESTION).stdout
     assert json.loads(asked)["token_ids"] == json.loads(piped)["token_ids"]
 
 
-def test_hidden_thinking_is_nowhere(run: Run):
+def test_hidden_thinking_is_on_neither_stream(run: Run):
     done = run(*ASK, "--hide-thinking", QUESTION)
     reply = json.loads(run(*ASK, "--json", QUESTION).stdout)
     assert done.stdout == reply["answer"] + "\n"
@@ -77,19 +79,19 @@ def test_hidden_thinking_is_nowhere(run: Run):
 
 
 def test_options_reach_the_model(run: Run, tmp_path: Path):
-    def prompt(*words: str) -> list[int]:
-        return json.loads(run(*ASK, "--json", *words, QUESTION).stdout)["prompt_ids"]
+    def prompt_ids(*arguments: str) -> list[int]:
+        return json.loads(run(*ASK, "--json", *arguments, QUESTION).stdout)["prompt_ids"]
 
     (tmp_path / "system.txt").write_text("Be brief.")
-    plain, brief = prompt(), prompt("--system", "Be brief.")
-    assert prompt("--system-file", "system.txt") == brief != plain
-    assert len(prompt("--no-think")) < len(plain)
-    cold, again = (run(*ASK, "--temperature", "0", "--json", QUESTION).stdout for _ in range(2))
-    assert json.loads(cold)["token_ids"] == json.loads(again)["token_ids"]
+    plain, brief = prompt_ids(), prompt_ids("--system", "Be brief.")
+    assert prompt_ids("--system-file", "system.txt") == brief != plain
+    assert len(prompt_ids("--no-think")) < len(plain)
+    first, second = (run(*ASK, "--temperature", "0", "--json", QUESTION).stdout for _ in range(2))
+    assert json.loads(first)["token_ids"] == json.loads(second)["token_ids"]
     assert len(json.loads(run(*ASK, "--max-tokens", "3", "--json", QUESTION).stdout)["token_ids"]) == 3
 
 
-def test_a_packed_cache(run: Run):
+def test_a_quantized_cache_needs_kv_bits(run: Run):
     assert run(*ASK, "--kv-bits", 8, "--quantize-after", 100, QUESTION).exit_code == 0
     done = run(*ASK, "--quantize-after", 100, QUESTION)
     assert (done.exit_code, "kv_bits=8" in done.stderr) == (1, True)
@@ -108,7 +110,7 @@ def test_without_a_model_both_choices_are_named(run: Run):
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("arguments", "message"),
     [
         (("ask", "--model", "", QUESTION), "found no directory ''"),
         ((*ASK, "--top-p", "1.5", QUESTION), "top_p is above 0 and at most 1, found 1.5"),
@@ -124,17 +126,17 @@ def test_without_a_model_both_choices_are_named(run: Run):
         (("convert", "nowhere", "--out", "out"), "nowhere"),
     ],
 )
-def test_a_mistake_is_one_message_and_no_traceback(run: Run, words: tuple[str, ...], says: str):
-    done = run(*words)
+def test_an_error_is_one_message_and_no_traceback(run: Run, arguments: tuple[str, ...], message: str):
+    done = run(*arguments)
     assert done.exit_code == 1
     assert done.stderr.startswith("Error: ")
-    assert says in done.stderr
+    assert message in done.stderr
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
-    ("words", "stdin", "says"),
+    ("arguments", "stdin", "message"),
     [
         ((*ASK, ""), "", "expected a question"),
         ((*ASK, *QUESTION.split()), "", "expected one question, found 5 words; put it in quotes"),
@@ -144,11 +146,13 @@ def test_a_mistake_is_one_message_and_no_traceback(run: Run, words: tuple[str, .
         (("bench", "demo", "--json", "file/bench.json"), "", "file/bench.json cannot be written"),
     ],
 )
-def test_what_cannot_be_used_is_refused_at_once(run: Run, words: tuple[str, ...], stdin: str, says: str):
+def test_unusable_questions_and_output_files_are_usage_errors(
+    run: Run, arguments: tuple[str, ...], stdin: str, message: str
+):
     Path("file").touch()
-    done = run(*words, stdin=stdin)
+    done = run(*arguments, stdin=stdin)
     assert (done.exit_code, done.stdout) == (2, "")
-    assert says in done.stderr
+    assert message in done.stderr
 
 
 def test_help_lists_every_command_with_a_whole_sentence(run: Run):
@@ -158,7 +162,7 @@ def test_help_lists_every_command_with_a_whole_sentence(run: Run):
 
 
 @pytest.mark.parametrize(
-    ("reason", "answer", "says"),
+    ("reason", "answer", "message"),
     [
         ("stop", "85", None),
         ("stop", "", "it ended without an answer"),
@@ -167,12 +171,12 @@ def test_help_lists_every_command_with_a_whole_sentence(run: Run):
         ("cancelled", "", None),
     ],
 )
-def test_what_a_reply_lacks_is_told(reason: str, answer: str, says: str | None):
-    told = problem_of(SimpleNamespace(finish_reason=reason, answer=answer, tool_calls=[]))  # type: ignore[arg-type]
-    assert (told is None) if says is None else (says in told)
+def test_an_incomplete_reply_is_reported(reason: str, answer: str, message: str | None):
+    problem = problem_of(SimpleNamespace(finish_reason=reason, answer=answer, tool_calls=[]))  # type: ignore[arg-type]
+    assert (problem is None) if message is None else (message in problem)
 
 
-def test_a_pipe_is_told_that_an_answer_was_cut_off(run: Run):
+def test_a_truncated_answer_is_reported_on_standard_error(run: Run):
     done = run("ask", "--model", "demo", "--max-tokens", "5", "--hide-thinking", QUESTION)
     assert done.exit_code == 0
     assert done.stderr.strip() == "cut off: max_tokens or the context was used up"
@@ -197,7 +201,7 @@ def test_convert_then_ask_then_refuse_to_overwrite(run: Run, tmp_path: Path):
     assert (twice.exit_code, "already quantized" in twice.stderr) == (1, True)
 
 
-def test_the_script_is_the_command(tmp_path: Path):
+def test_the_convert_script_is_the_convert_command(tmp_path: Path):
     script = Path(__file__).parents[2] / "scripts" / "convert.py"
     shown = subprocess.run([sys.executable, script, "-h"], capture_output=True, text=True, check=True)
     assert shown.stdout.startswith("Usage: magistral-mlx convert [OPTIONS] SOURCE\n")
@@ -206,7 +210,7 @@ def test_the_script_is_the_command(tmp_path: Path):
     assert "4.26 bits per weight (mxfp4)" in done.stdout
 
 
-def test_convert_by_recipe_and_exception(run: Run):
+def test_convert_with_a_recipe_and_an_override(run: Run):
     done = run("convert", "demo", "--recipe", "mixed-4-6", "--override", "lm_head=bf16", "--out", "out")
     assert done.exit_code == 0, done.stderr
     assert "mixed-4-6, lm_head: unquantized" in done.stdout
@@ -218,13 +222,13 @@ def test_convert_by_recipe_and_exception(run: Run):
 def test_a_dry_run_writes_nothing(run: Run, tmp_path: Path):
     done = run("convert", "demo", "--out", "small", "--dry-run")
     assert done.exit_code == 0
-    for word in ("1.4 MB in 1 file\n", "4.51", "16 GB", "64 GB", " 4,096 tokens"):
-        assert word in done.stdout
+    for text in ("1.4 MB in 1 file\n", "4.51", "16 GB", "64 GB", " 4,096 tokens"):
+        assert text in done.stdout
     assert "8,192" not in done.stdout  # the demo's context is shorter
     assert not any(path.name.endswith(("small", ".partial")) for path in tmp_path.iterdir())
 
 
-def test_verify(run: Run):
+def test_verify_finds_a_changed_byte(run: Run):
     run("convert", "demo", "--out", "small")
     assert "every file is as it was written" in run("verify", "small").stdout
     weights = Path("small/model.safetensors")
@@ -236,20 +240,20 @@ def test_verify(run: Run):
     assert "model.safetensors has other bytes" in done.stderr
 
 
-def test_a_file_that_cannot_be_used_is_a_usage_error(run: Run, tmp_path: Path):
+def test_an_unreadable_or_unwritable_file_is_a_usage_error(run: Run, tmp_path: Path):
     (tmp_path / "latin-1").write_bytes(b"\xe9")
     (tmp_path / "file").touch()
-    for words in (
+    for arguments in (
         (*ASK, "--system-file", "latin-1", QUESTION),
         ("doctor", "--json", "file/report.json"),
         ("bench", "demo", "--quick", "--json", "file/report.json"),
     ):
-        done = run(*words)
+        done = run(*arguments)
         assert (done.exit_code, done.stdout) == (2, "")
         assert "cannot be read as UTF-8 text" in done.stderr or "cannot be written" in done.stderr
 
 
-def test_a_directory_beside_is_not_taken_for_a_name_on_the_hub(run: Run, tmp_path: Path):
+def test_a_local_directory_is_not_taken_for_a_hub_name(run: Run, tmp_path: Path):
     shutil.copytree(hub.DEMO, tmp_path / "models" / "mine")
     (tmp_path / "models" / "mine" / "README.md").unlink(missing_ok=True)
     assert run("convert", "models/mine", "--out", "small").exit_code == 0
@@ -259,27 +263,27 @@ def test_a_directory_beside_is_not_taken_for_a_name_on_the_hub(run: Run, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "words",
+    "arguments",
     [
         ("--recipe", "4bit", "--bits", "4"),
         ("--override", "lm_head"),
     ],
 )
-def test_options_that_contradict_are_a_usage_error(run: Run, words: tuple[str, ...]):
-    assert run("convert", "demo", "--out", "out", *words).exit_code == 2
+def test_contradictory_or_incomplete_options_are_usage_errors(run: Run, arguments: tuple[str, ...]):
+    assert run("convert", "demo", "--out", "out", *arguments).exit_code == 2
 
 
 @pytest.mark.parametrize("name", ["demo", "small"])
-def test_info(run: Run, name: str):
+def test_info_shows_the_models_figures(run: Run, name: str):
     assert run("convert", "demo", "--out", "small").exit_code == 0
-    told = run("info", name).stdout
-    for word in ("2,450,112", "4 of dim 192", "8 of queries, 2 of keys, 32 wide", "plain-text tags", "v11"):
-        assert word in told
-    assert ("16.00 bits each" if name == "demo" else "4.51 bits each") in told
-    assert ("none" if name == "demo" else "4 bit in groups of 64 (affine)\n") in told
+    output = run("info", name).stdout
+    for text in ("2,450,112", "4 of dim 192", "8 of queries, 2 of keys, 32 wide", "plain-text tags", "v11"):
+        assert text in output
+    assert ("16.00 bits each" if name == "demo" else "4.51 bits each") in output
+    assert ("none" if name == "demo" else "4 bit in groups of 64 (affine)\n") in output
 
 
-def test_chat_from_a_pipe(run: Run, tmp_path: Path):
+def test_chat_reads_questions_and_commands_from_a_pipe(run: Run, tmp_path: Path):
     lines = [
         QUESTION,
         "/think off",
@@ -301,13 +305,13 @@ def test_chat_from_a_pipe(run: Run, tmp_path: Path):
     done = run("chat", *ASK[1:], stdin="\n".join(lines))
     assert done.exit_code == 0, done.stderr
     assert "/retry" in done.stdout
-    talk = json.loads((tmp_path / "talk.json").read_text())
-    assert json.loads((tmp_path / "again.json").read_text()) == talk
-    assert [m["content"] for m in talk if m["role"] == "user"] == [QUESTION, "And 3 + 4?"]
-    assert all(m["content"] in done.stdout for m in talk if m["role"] == "assistant")
+    messages = json.loads((tmp_path / "talk.json").read_text())
+    assert json.loads((tmp_path / "again.json").read_text()) == messages
+    assert [m["content"] for m in messages if m["role"] == "user"] == [QUESTION, "And 3 + 4?"]
+    assert all(m["content"] in done.stdout for m in messages if m["role"] == "assistant")
 
 
-def test_what_goes_wrong_in_a_piped_chat_is_said(run: Run):
+def test_errors_in_a_piped_chat_are_reported_and_do_not_end_it(run: Run):
     lines = ["/load none.talk", "/save", "/budget much", "/export /", "/dance", "/undo"]
     lines += [
         "/export ~nobody-of-this-name/a",
@@ -317,34 +321,34 @@ def test_what_goes_wrong_in_a_piped_chat_is_said(run: Run):
     ]
     done = run("chat", *ASK[1:], stdin="\n".join(lines))
     assert (done.exit_code, done.stdout) == (0, "")
-    told = done.stderr.splitlines()
-    assert len(told) == 9
-    assert all("~nobody-of-this-name" in line for line in told[5:7])
-    assert told[7] == told[2]
-    assert "error: " in told[0]
-    assert "none.talk" in told[0]
-    assert [line.split(":")[0] for line in told[1:3]] == [
+    errors = done.stderr.splitlines()
+    assert len(errors) == 9
+    assert all("~nobody-of-this-name" in line for line in errors[5:7])
+    assert errors[7] == errors[2]
+    assert "error: " in errors[0]
+    assert "none.talk" in errors[0]
+    assert [line.split(":")[0] for line in errors[1:3]] == [
         "expected a file name",
         "expected a number of tokens",
     ]
-    assert told[3].endswith("/ exists and nothing is overwritten; choose another name")
-    assert told[4] == "no such command; /help lists them"
-    assert told[8] == "error: expected on or off, found 'maybe'"
+    assert errors[3].endswith("/ exists and nothing is overwritten; choose another name")
+    assert errors[4] == "no such command; /help lists them"
+    assert errors[8] == "error: expected on or off, found 'maybe'"
 
 
 class Terminal:
-    """A command in a real terminal: what is on its screen, and keys to press."""
+    """A command in a pseudo-terminal: its output, and keys to press."""
 
-    def __init__(self, *words: str, cwd: Path) -> None:
+    def __init__(self, *arguments: str, cwd: Path) -> None:
         self.pid, self.fd = pty.fork()
         if not self.pid:
             os.chdir(cwd)
             os.environ |= {"MAGISTRAL_MLX_CACHE": str(cwd), "HF_HUB_OFFLINE": "1", "TERM": "xterm-256color"}
-            os.execv(sys.executable, [sys.executable, "-m", "magistral_mlx", *words])
+            os.execv(sys.executable, [sys.executable, "-m", "magistral_mlx", *arguments])
         self.screen = ""
 
     def until(self, text: str, seconds: float = 40) -> str:
-        """Wait for `text` to appear after the text waited for last."""
+        """Wait until `text` appears after the text that was waited for last."""
         end = time.monotonic() + seconds
         while text not in self.screen:
             assert time.monotonic() < end, f"{text!r} is not in {self.screen!r}"
@@ -355,7 +359,7 @@ class Terminal:
     def press(self, keys: str) -> None:
         os.write(self.fd, keys.encode())
 
-    def ends(self) -> int:
+    def wait_for_exit(self) -> int:
         while self._read():
             pass
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
@@ -367,7 +371,7 @@ class Terminal:
             data = os.read(self.fd, 65536)
         except OSError:  # the process has ended
             return False
-        if b"\x1b[6n" in data:  # where is the cursor? prompt_toolkit asks, a terminal answers
+        if b"\x1b[6n" in data:  # prompt_toolkit asks for the position of the cursor
             self.press("\x1b[1;1R")
         self.screen += data.decode(errors="replace")
         return bool(data)
@@ -375,7 +379,7 @@ class Terminal:
 
 def test_in_a_terminal_thinking_is_dim_and_the_answer_is_not(tmp_path: Path):
     terminal = Terminal(*ASK, QUESTION, cwd=tmp_path)
-    assert terminal.ends() == 0
+    assert terminal.wait_for_exit() == 0
     dim = "".join(re.findall(r"\x1b\[2m(.*?)\x1b\[0m", terminal.screen, re.DOTALL))
     plain = re.sub(r"\x1b\[2m.*?\x1b\[0m", "", terminal.screen, flags=re.DOTALL)
     assert "48+37" in dim
@@ -386,57 +390,57 @@ def test_in_a_terminal_thinking_is_dim_and_the_answer_is_not(tmp_path: Path):
 
 
 def test_a_budget_ends_the_thinking(run: Run):
-    asked = [*ASK[:-2], "--json", "--think-budget", "5", "What is 12 + 34 + 56 + 78?"]
-    reply = json.loads(run(*asked).stdout)
+    arguments = [*ASK[:-2], "--json", "--think-budget", "5", "What is 12 + 34 + 56 + 78?"]
+    reply = json.loads(run(*arguments).stdout)
     assert reply["stats"]["forced_tokens"] > 0
     assert reply["answer"]
     assert "think>" not in reply["thinking"] + reply["answer"]
 
 
-def test_ctrl_c_in_thinking_asks_for_the_answer(tmp_path: Path):
+def test_ctrl_c_during_the_thinking_starts_the_answer(tmp_path: Path):
     terminal = Terminal("ask", "-m", "demo", "--seed", "1", "12 + 34 + 56 + 78 + 91 + 23 = ?", cwd=tmp_path)
     terminal.until("\x1b[1A\x1b[2K")
     terminal.press("\x03")
-    assert terminal.ends() == 0
+    assert terminal.wait_for_exit() == 0
     assert "ended early" in terminal.screen
 
 
-@pytest.mark.parametrize(("phases", "asked"), [(["thinking", "thinking"], 1), (["answer"], 0)])
-def test_the_first_interrupt_asks_for_the_answer_and_the_second_stops(phases: list[str], asked: int):
-    class Fake:
+@pytest.mark.parametrize(("phases", "stop_requests"), [(["thinking", "thinking"], 1), (["answer"], 0)])
+def test_the_first_interrupt_starts_the_answer_and_the_second_stops(phases: list[str], stop_requests: int):
+    class FakeStream:
         phase = "thinking"
-        asked = 0
+        stop_requests = 0
 
         def stop_thinking(self) -> None:
-            self.asked += 1
+            self.stop_requests += 1
 
-    def press(stream: Fake) -> None:
+    def interrupt(stream: FakeStream) -> None:
         with first_interrupt_stops_thinking(stream):  # type: ignore[arg-type]
             for stream.phase in phases:
                 signal.raise_signal(signal.SIGINT)
 
-    stream = Fake()
-    found = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    stream = FakeStream()
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may ignore it
     try:
         with pytest.raises(KeyboardInterrupt):
-            press(stream)
-        assert stream.asked == asked
+            interrupt(stream)
+        assert stream.stop_requests == stop_requests
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
-        signal.signal(signal.SIGINT, found)
+        signal.signal(signal.SIGINT, previous)
 
 
 def test_ctrl_c_ends_ask_cleanly(tmp_path: Path):
     terminal = Terminal("ask", "-m", "demo", "--top-p", "1", "--temperature", "9", QUESTION, cwd=tmp_path)
     terminal.until("\x1b[1A\x1b[2K")  # the spinner is gone: the first text is there
     terminal.press("\x03")
-    assert terminal.ends() == 130
+    assert terminal.wait_for_exit() == 130
     assert "interrupted" in terminal.screen
     assert "Traceback" not in terminal.screen
 
 
 @pytest.mark.parametrize(
-    ("problem", "code", "says"),
+    ("error", "code", "message"),
     [
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (click.Abort(), 130, "interrupted\n"),
@@ -444,16 +448,16 @@ def test_ctrl_c_ends_ask_cleanly(tmp_path: Path):
         (OSError(errno.ENOSPC, "full"), 1, "Error: the output cannot be written: the disk is full"),
     ],
 )
-def test_what_stops_any_command_is_one_line(
-    run: Run, monkeypatch: pytest.MonkeyPatch, problem: BaseException, code: int, says: str
+def test_interrupts_and_output_errors_are_reported_in_one_line(
+    run: Run, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, message: str
 ):
     def fail(*_: object, **__: object) -> None:
-        raise problem
+        raise error
 
     monkeypatch.setattr(hub, "resolve", fail)
     done = run("info", "demo")
     assert (done.exit_code, done.stdout) == (code, "")
-    assert done.stderr.startswith(says)
+    assert done.stderr.startswith(message)
 
 
 def test_standard_streams_may_be_closed(tmp_path: Path):
@@ -466,7 +470,7 @@ def test_standard_streams_may_be_closed(tmp_path: Path):
         assert "Traceback" not in done.stderr
 
 
-def test_half_an_export_is_not_left(run: Run, monkeypatch: pytest.MonkeyPatch):
+def test_a_failed_export_leaves_no_file(run: Run, monkeypatch: pytest.MonkeyPatch):
     def full(_: object, file: Any, **__: object) -> None:
         file.write("[")
         raise OSError(errno.ENOSPC, "full")
@@ -477,7 +481,7 @@ def test_half_an_export_is_not_left(run: Run, monkeypatch: pytest.MonkeyPatch):
     assert not Path("talk.json").exists()
 
 
-def test_a_chat_in_a_terminal(tmp_path: Path):
+def test_chat_in_a_terminal_handles_ctrl_c_commands_and_ctrl_d(tmp_path: Path):
     terminal = Terminal("chat", "-m", "demo", "--top-p", "1", "--temperature", "9", cwd=tmp_path)
     terminal.until("/help lists the commands")
     terminal.until("›")
@@ -486,17 +490,17 @@ def test_a_chat_in_a_terminal(tmp_path: Path):
     terminal.press("\x03")  # stops the reply
     terminal.until("stopped")
     terminal.until("›")
-    terminal.press("\x03")  # at the prompt: nothing
+    terminal.press("\x03")  # does nothing at the prompt
     terminal.until("›")
     terminal.press("/think off\r")
     terminal.until("thinking is off")
     terminal.until("›")
     terminal.press("\x04")
-    assert terminal.ends() == 0
+    assert terminal.wait_for_exit() == 0
     assert "Traceback" not in terminal.screen
 
 
-def test_a_model_cannot_steer_the_terminal(
+def test_model_output_cannot_send_control_sequences_to_the_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)

@@ -1,4 +1,4 @@
-"""The command plan, from a directory to a verdict."""
+"""`magistral-mlx plan`: whether a model fits into memory, without reading a weight."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,23 +23,23 @@ Run = Callable[..., Result]
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Run:
-    def read(*_: object, **__: object) -> None:
+    def refuse_read(*_: object, **__: object) -> None:
         raise AssertionError("a weight is read")
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(mx, "load", read)
-    monkeypatch.setattr(Entry, "read", read)
-    return lambda *words: CliRunner().invoke(plan, [str(word) for word in words])
+    monkeypatch.setattr(mx, "load", refuse_read)
+    monkeypatch.setattr(Entry, "read", refuse_read)
+    return lambda *arguments: CliRunner().invoke(plan, [str(argument) for argument in arguments])
 
 
 @pytest.fixture
-def big(tmp_path: Path) -> Path:
+def large_model(tmp_path: Path) -> Path:
     """614 MB of KV cache for 100,000 tokens: runs out of memory without large files."""
-    shape = replace(models.TINY, n_layers=3, n_kv_heads=8, n_heads=8, head_dim=64, max_context=10**6)
-    return models.write_hf(tmp_path / "big", shape)
+    config = replace(models.TINY, n_layers=3, n_kv_heads=8, n_heads=8, head_dim=64, max_context=10**6)
+    return models.write_hf(tmp_path / "big", config)
 
 
-def test_the_demo_fits_here(run: Run):
+def test_the_demo_fits_on_this_machine(run: Run):
     done = run("demo")
     assert done.exit_code == 0
     assert done.output.splitlines()[-1] == "It fits."
@@ -48,32 +48,34 @@ def test_the_demo_fits_here(run: Run):
     assert "4,096 tokens" in done.output  # its whole context: less than the usual
 
 
-def test_figures_are_the_librarys(run: Run, big: Path):
-    done = run(big, "--context", 100_000, "--memory", "16 GB", "--kv-bits", 8)
+def test_context_cache_bits_and_memory_are_as_given(run: Run, large_model: Path):
+    done = run(large_model, "--context", 100_000, "--memory", "16 GB", "--kv-bits", 8)
     assert done.exit_code == 0
     assert "100,000 tokens in 8 bit" in done.output
     assert "by a Mac with 16 GB, an estimate" in done.output
 
 
 @pytest.mark.parametrize(("after", "bits"), [(4095, 8), (4096, 16)])
-def test_a_cache_that_is_packed_later_is_named_by_what_it_is_at_the_end(run: Run, after: int, bits: int):
+def test_the_cache_is_shown_with_its_final_precision(run: Run, after: int, bits: int):
     done = run("demo", "--memory", "16GB", "--kv-bits", 8, "--quantize-after", after)
     assert f"4,096 tokens in {bits} bit\n" in done.output
 
 
-def test_what_does_not_fit_comes_with_what_would(run: Run, big: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_plan_that_does_not_fit_lists_what_would(
+    run: Run, large_model: Path, monkeypatch: pytest.MonkeyPatch
+):
     small = memory.Machine(memory=7 * 2**30, budget=1_300_000_000, estimated=True)
     monkeypatch.setattr(memory, "mac", lambda _: small)
-    done = run(big, "--context", 200_000, "--memory", "7GB")
+    done = run(large_model, "--context", 200_000, "--memory", "7GB")
     assert done.exit_code == 0
     assert "It does not fit as it is; what would fit: " in done.output
     assert "tokens with 16-bit KV cache" in done.output
     assert "tokens with 8-bit KV cache" in done.output
     assert "sudo sysctl iogpu.wired_limit_mb=" in done.output
-    assert f"magistral-mlx convert {big} --out DIR --bits 4" in done.output
+    assert f"magistral-mlx convert {large_model} --out DIR --bits 4" in done.output
 
 
-def test_refused_with_exit_code_1(run: Run, monkeypatch: pytest.MonkeyPatch):
+def test_a_model_that_cannot_fit_exits_with_code_1(run: Run, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(memory, "mac", lambda _: memory.Machine(memory=2**20, budget=2**20))
     done = run("demo", "--memory", "1GB")
     assert done.exit_code == 1
@@ -81,7 +83,7 @@ def test_refused_with_exit_code_1(run: Run, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "message"),
     [
         (("--context", "0"), "x>=1"),
         (("--context", "4097"), "the model's context is 4,096 tokens"),
@@ -91,14 +93,14 @@ def test_refused_with_exit_code_1(run: Run, monkeypatch: pytest.MonkeyPatch):
         (("--quantize-after", "9"), "give --kv-bits 8 too"),
     ],
 )
-def test_what_cannot_be_asked(run: Run, words: tuple[str, ...], said: str):
-    done = run("demo", *words)
+def test_impossible_requests_are_refused(run: Run, arguments: tuple[str, ...], message: str):
+    done = run("demo", *arguments)
     assert done.exit_code == 2
-    assert said in done.output
+    assert message in done.output
 
 
 @pytest.mark.parametrize("name", ["nowhere/at-all", "./nothing"])
-def test_an_unknown_model_is_the_usual_error(run: Run, name: str):
+def test_an_unknown_model_is_an_error(run: Run, name: str):
     assert isinstance(run(name).exception, MagistralError)
 
 
@@ -109,6 +111,6 @@ def test_all_macs_in_one_table(run: Run):
     assert lines[-1].startswith("| 128 GB | 103.1 GB |")
 
 
-def test_the_documents_table_is_the_functions():
+def test_the_table_in_the_docs_is_current():
     weights = plan_directory(MAGISTRAL, named("4bit"), mx.bfloat16).weight_bytes
     assert table(MAGISTRAL, weights) in DOCS.read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""`magistral-mlx serve` as a user sees it: one line with the address, Ctrl-C, mistakes."""
+"""`magistral-mlx serve` as a user sees it: one line with the address, Ctrl-C, errors."""
 
 import http.client
 import json
@@ -17,18 +17,18 @@ from tests.serving import ASK
 
 
 @pytest.fixture(autouse=True)
-def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MAGISTRAL_MLX_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("MAGISTRAL_API_KEY", raising=False)
     monkeypatch.chdir(tmp_path)
 
 
-def serve(*words: str, **environment: str) -> Result:
-    return CliRunner(env=environment).invoke(cli, ["serve", "--model", "demo", "--port", "0", *words])
+def serve(*arguments: str, **environment: str) -> Result:
+    return CliRunner(env=environment).invoke(cli, ["serve", "--model", "demo", "--port", "0", *arguments])
 
 
-@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
-def test_it_says_where_it_is_and_ends_when_told(ending: signal.Signals):
+@pytest.mark.parametrize("signal_sent", [signal.SIGINT, signal.SIGTERM])
+def test_serve_prints_its_address_and_ends_on_a_signal(signal_sent: signal.Signals):
     command = [sys.executable, "-m", "magistral_mlx", "serve", "-m", "demo", "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
         assert server.stdout
@@ -36,18 +36,18 @@ def test_it_says_where_it_is_and_ends_when_told(ending: signal.Signals):
         assert line.startswith("serving demo at http://127.0.0.1:")
         assert '/v1"' in line
         port = int(line.partition("http://127.0.0.1:")[2].split()[0])
-        asked = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         body = json.dumps(ASK | {"stream": True, "temperature": 50, "top_p": 1})
-        asked.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
-        answer = asked.getresponse()
-        answer.read(100)
-        server.send_signal(ending)
-        rest = answer.read().decode()  # it ends, and says why
+        connection.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        response.read(100)
+        server.send_signal(signal_sent)
+        rest = response.read().decode()  # it ends, and says why
         assert "shutting_down" in rest
-        told = server.communicate(timeout=60)
-        asked.close()
+        output = server.communicate(timeout=60)
+        connection.close()
     assert server.returncode == 0
-    assert told == ("", "ended\n")
+    assert output == ("", "ended\n")
 
 
 def test_other_machines_need_a_key():
@@ -57,11 +57,11 @@ def test_other_machines_need_a_key():
 
 
 @pytest.mark.parametrize("key", ["", "two\nlines", " padded", "Schlüssel"])
-def test_keys_that_are_none(key: str):
+def test_invalid_keys_are_refused(key: str):
     assert serve("--api-key", key).exit_code == 1
 
 
-def test_without_the_extra(monkeypatch: pytest.MonkeyPatch):
+def test_a_missing_server_extra_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(command, "find_spec", lambda _: None)
     refused = serve()
     assert refused.exit_code == 1
@@ -69,7 +69,7 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch):
     assert "Traceback" not in refused.stderr
 
 
-def test_an_address_that_is_none():
+def test_an_address_of_another_machine_is_refused():
     refused = serve("--host", "203.0.113.7", "--api-key", "k")
     assert refused.exit_code == 1
     assert "--host is an address of this machine" in refused.stderr
@@ -78,12 +78,12 @@ def test_an_address_that_is_none():
 @pytest.mark.parametrize(
     ("text", "size"), [("1GB", 10**9), ("500 mb", 5 * 10**8), ("1.5gb", 1_500_000_000), ("0", 0), ("7", 7)]
 )
-def test_sizes(text: str, size: int):
+def test_sizes_are_read(text: str, size: int):
     assert command._bytes(None, None, text) == size  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("text", ["", "1TB", "-1", "GB", "1e9", "٣GB"])
-def test_no_sizes(text: str):
+def test_invalid_sizes_are_refused(text: str):
     assert serve("--prefix-cache", text).exit_code == 2
 
 
@@ -99,7 +99,7 @@ def test_no_sizes(text: str):
         ("somebody/Else@main", ["somebody/Else", "somebody/Else@main"]),
     ],
 )
-def test_names_of_models(name: str, names: list[str]):
+def test_a_model_has_its_own_and_its_originals_name(name: str, names: list[str]):
     assert known_as(name) == names
 
 
