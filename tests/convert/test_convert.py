@@ -1,4 +1,4 @@
-"""Checkpoint → MLX directory: bit for bit mlx-lm's, whatever the size of blocks and shards, or nothing."""
+"""Checkpoint → MLX directory: bit for bit mlx-lm's with blocks and shards of any size; else no directory."""
 
 import errno
 import hashlib
@@ -103,7 +103,7 @@ def weights():
     return models.random_weights(FLAT, dtype=mx.bfloat16)
 
 
-# What is written ----------------------------------------------------------------------------------------
+# The result ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
@@ -116,7 +116,7 @@ def test_bit_for_bit_what_mlx_lm_writes(tmp_path, native, hf, weights, scheme):
 
 
 @pytest.mark.parametrize("name", ["4-bit-g64", "3-bit-g32", "nvfp4"])
-def test_mlx_lm_loads_it(tmp_path, native, name):
+def test_mlx_lm_loads_the_result(tmp_path, native, name):
     out = converted(native, tmp_path / "out", SCHEMES[name])
     model, config = load_model(out)
     assert_same(dict(tree_flatten(model.parameters())), mlx_lm_reference.read(out))
@@ -127,7 +127,7 @@ def test_mlx_lm_loads_it(tmp_path, native, name):
     assert list(mlx_lm_reference.config(out)) == sorted(config)
 
 
-def test_read_back(tmp_path, native):
+def test_the_result_is_read_back(tmp_path, native):
     checkpoint = open_checkpoint(converted(native, tmp_path / "out"))
     assert checkpoint.config == replace(FLAT, quantization=checkpoint.config.quantization)
     assert all(checkpoint.scheme(path) == Scheme() for path in rows(FLAT))
@@ -138,7 +138,7 @@ def test_hf_and_native_sources_give_the_same_directory(tmp_path, native, hf):
     assert hashes(converted(native, tmp_path / "a")) == hashes(converted(hf, tmp_path / "b"))
 
 
-def test_unquantized(tmp_path, native, weights):
+def test_an_unquantized_conversion_keeps_the_weights(tmp_path, native, weights):
     out = converted(native, tmp_path / "out", None)
     assert_same(mlx_lm_reference.read(out), weights)
     assert not {"quantization", "quantization_config"} & set(mlx_lm_reference.config(out))
@@ -146,22 +146,22 @@ def test_unquantized(tmp_path, native, weights):
     assert_same(dict(tree_flatten(model.parameters())), weights)
 
 
-def test_native_rows_against_a_loop(tmp_path, native):
+def test_native_rows_are_reordered_as_by_a_loop(tmp_path, native):
     """RoPE turns rows 2i and 2i + 1 of a native head together, i and i + head_dim / 2 of HF's."""
     out = mlx_lm_reference.read(converted(native, tmp_path / "out", None))
     raw = mlx_lm_reference.read(native)
     for ours, theirs, heads in (("q_proj", "wq", 8), ("k_proj", "wk", 2)):
-        there = np.array(raw[f"layers.1.attention.{theirs}.weight"].astype(mx.float32))
-        here = np.array(out[f"model.layers.1.self_attn.{ours}.weight"].astype(mx.float32))
+        source_rows = np.array(raw[f"layers.1.attention.{theirs}.weight"].astype(mx.float32))
+        result_rows = np.array(out[f"model.layers.1.self_attn.{ours}.weight"].astype(mx.float32))
         for row in range(heads * 32):
             head, i = divmod(row, 32)
             part, pair = divmod(i, 16)
-            assert (here[row] == there[head * 32 + 2 * pair + part]).all()
+            assert (result_rows[row] == source_rows[head * 32 + 2 * pair + part]).all()
 
 
 @pytest.mark.parametrize("target", [None, mx.float32, mx.float16, mx.bfloat16])
 @pytest.mark.parametrize("source", [mx.float32, mx.float16, mx.bfloat16])
-def test_dtypes(tmp_path, source, target):
+def test_weights_are_cast_before_they_are_quantized(tmp_path, source, target):
     path = models.write_native(tmp_path / "source", FLAT, dtype=source)
     out = converted(path, tmp_path / "out", dtype=target)
     cast = {
@@ -172,7 +172,7 @@ def test_dtypes(tmp_path, source, target):
 
 
 @pytest.mark.parametrize("name", ["4-bit-g128", "8-bit-g128"])
-def test_rows_that_no_group_divides(tmp_path, name):
+def test_rows_that_no_group_divides_stay_unquantized(tmp_path, name):
     """Rows of 192 are not quantized, and the config says so, as other readers need it."""
     scheme = SCHEMES[name]
     uneven = {path for path, columns in rows(models.TINY).items() if columns == 192}
@@ -187,7 +187,7 @@ def test_rows_that_no_group_divides(tmp_path, name):
     assert {path for path in rows(models.TINY) if checkpoint.scheme(path) is None} == uneven
 
 
-def test_tied(tmp_path):
+def test_tied_embeddings_give_no_head(tmp_path):
     source = models.write_hf(tmp_path / "source", replace(FLAT, tie_embeddings=True))
     out = converted(source, tmp_path / "out")
     assert mlx_lm_reference.config(out)["tie_word_embeddings"] is True
@@ -208,7 +208,7 @@ def test_block_size_does_not_matter(tmp_path, monkeypatch, native, name, size):
 
 
 @pytest.mark.parametrize("limit", [1, 20_000, 100_000])
-def test_shards(tmp_path, monkeypatch, native, limit):
+def test_shards_keep_to_the_limit_and_hold_the_same_weights(tmp_path, monkeypatch, native, limit):
     whole = mlx_lm_reference.read(converted(native, tmp_path / "whole"))
     monkeypatch.setattr(plan, "SHARD_BYTES", limit)
     out = converted(native, tmp_path / "shards")
@@ -245,7 +245,7 @@ def test_one_file_has_an_index_too(tmp_path, native):
     assert set(index["weight_map"].values()) == {"model.safetensors"}
 
 
-def test_progress(tmp_path, monkeypatch, native, weights):
+def test_progress_names_every_tensor_and_reaches_the_total(tmp_path, monkeypatch, native, weights):
     monkeypatch.setattr(quantize, "BLOCK_BYTES", 5000)
     seen = []
     converted(native, tmp_path / "out", progress=seen.append)
@@ -255,7 +255,7 @@ def test_progress(tmp_path, monkeypatch, native, weights):
     assert len(seen) > 2 * len(weights)
 
 
-def test_sidecars(tmp_path, native):
+def test_sidecars_are_written(tmp_path, native):
     out = converted(
         native, tmp_path / "a" / "b" / "out", sidecars={"README.md": b"#", "mistral/tekken.json": b"{}"}
     )
@@ -263,7 +263,7 @@ def test_sidecars(tmp_path, native):
     assert (out / "mistral" / "tekken.json").read_bytes() == b"{}"
 
 
-# What is refused, and what a failure leaves ----------------------------------------------------------------
+# Refusals and failures -------------------------------------------------------------------------------------
 
 
 def tree(path):
@@ -271,7 +271,7 @@ def tree(path):
 
 
 @pytest.mark.parametrize("target", ["out", "link", "dangling", "out/.", "."])
-def test_empty_directories_and_links_to_them(tmp_path, monkeypatch, native, target):
+def test_empty_directories_and_links_to_them_are_valid_targets(tmp_path, monkeypatch, native, target):
     (tmp_path / "out").mkdir()
     (tmp_path / "link").symlink_to("out")
     (tmp_path / "dangling").symlink_to("new")
@@ -298,7 +298,7 @@ def test_nothing_is_overwritten(tmp_path, native, existing):
     assert tree(tmp_path) == before
 
 
-def test_target_inside_the_source(tmp_path):
+def test_a_target_inside_the_source_is_refused(tmp_path):
     source = models.write_hf(tmp_path / "source", FLAT)
     (tmp_path / "link").symlink_to("source")
     before = tree(tmp_path)
@@ -310,14 +310,14 @@ def test_target_inside_the_source(tmp_path):
     assert tree(tmp_path) == before
 
 
-def test_a_quantized_source(tmp_path, native):
+def test_a_quantized_source_is_refused(tmp_path, native):
     once = converted(native, tmp_path / "once")
     with pytest.raises(ConversionError, match=f"{once} is already quantized"):
         converted(once, tmp_path / "twice")
     assert not (tmp_path / "twice").exists()
 
 
-def test_no_room(tmp_path, monkeypatch, native):
+def test_too_little_disk_space_is_refused_at_once(tmp_path, monkeypatch, native):
     usage = namedtuple("usage", "total used free")  # noqa: PYI024
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12, 1000))
     with pytest.raises(
@@ -332,8 +332,8 @@ def assert_unfinished(out):
     assert list(out.parent.iterdir()) == [work_directory(out)]
 
 
-def failing_read(monkeypatch, error):
-    """The reader fails in the middle of the conversion, when much is written."""
+def make_a_read_fail(monkeypatch, error):
+    """Make the twelfth read fail, in the middle of the conversion."""
     read, calls = Entry.raw, []
 
     def fail(entry, *rows):
@@ -356,8 +356,8 @@ def failing_read(monkeypatch, error):
     ],
     ids=repr,
 )
-def test_a_failure_in_the_middle(tmp_path, monkeypatch, native, error, expected):
-    failing_read(monkeypatch, error)
+def test_a_failed_conversion_resumes_with_the_same_result(tmp_path, monkeypatch, native, error, expected):
+    make_a_read_fail(monkeypatch, error)
     with pytest.raises(expected[0], match=expected[1]):
         converted(native, tmp_path / "out")
     assert_unfinished(tmp_path / "out")
@@ -365,7 +365,7 @@ def test_a_failure_in_the_middle(tmp_path, monkeypatch, native, error, expected)
     assert hashes(converted(native, tmp_path / "out")) == hashes(converted(native, tmp_path / "fresh"))
 
 
-def test_interrupted_while_drawing(tmp_path, native):
+def test_an_interrupt_in_the_progress_callback_leaves_no_result(tmp_path, native):
     def interrupt(step):
         if step.done > step.total / 2:
             raise KeyboardInterrupt
@@ -375,7 +375,7 @@ def test_interrupted_while_drawing(tmp_path, native):
     assert_unfinished(tmp_path / "out")
 
 
-def test_a_source_that_shrinks(tmp_path):
+def test_a_source_that_shrinks_is_an_error(tmp_path):
     source = models.write_native(tmp_path / "source", FLAT)
     checkpoint = open_checkpoint(source)
     file = source / "consolidated.safetensors"
@@ -386,7 +386,7 @@ def test_a_source_that_shrinks(tmp_path):
 
 
 @pytest.mark.parametrize("midway", [False, True])
-def test_a_source_that_goes(tmp_path, midway):
+def test_a_source_that_disappears_is_named_in_the_error(tmp_path, midway):
     """For example, its disk was unplugged: the error must not blame the target."""
     source = models.write_native(tmp_path / "source", FLAT)
     job = Job(checkpoint=open_checkpoint(source), out=tmp_path / "out")
@@ -401,7 +401,7 @@ def test_a_source_that_goes(tmp_path, midway):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_target_that_cannot_be_made(tmp_path, native):
+def test_a_target_that_cannot_be_created_is_an_error(tmp_path, native):
     (tmp_path / "file").touch()
     for out, reason in ((tmp_path / "file" / "out", "Not a directory"), (tmp_path / ("x" * 250), "too long")):
         with pytest.raises(ConversionError, match=f"writing {out} failed: .*{reason}"):

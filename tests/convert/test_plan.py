@@ -1,4 +1,4 @@
-"""An output directory known before a weight is read: the figures of the real 24B, from its config alone."""
+"""The plan of an output directory: the sizes of the real 24B model, from its config alone."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def _nothing_is_read(monkeypatch):
     monkeypatch.setattr(mx, "load", refuse)
 
 
-def test_parameters():
+def test_magistrals_parameters_are_counted():
     assert MAGISTRAL.parameters == planned(named("4bit")).config.parameters == 23_572_403_200
 
 
@@ -60,7 +60,7 @@ def test_magistrals_figures(name, size, bits, per_token, files):
     assert sum(map(found.file_bytes, found.heads)) == found.total_bytes
 
 
-def test_four_bits_to_the_byte():
+def test_sizes_in_4_bit_are_exact():
     """Half a byte a weight and two 16-bit numbers a group of 64; the norms; embeddings are not read."""
     vectors = 81 * 5120
     matrices = MAGISTRAL.parameters - vectors
@@ -147,17 +147,17 @@ def test_a_small_model_has_one_file():
 # What fits ------------------------------------------------------------------------------------------------
 
 
-def reply(name: str, context: int, gib: int) -> MemoryPlan:
+def plan_of_reply(name: str, context: int, gib: int) -> MemoryPlan:
     weights = planned(named(name)).weight_bytes
     return MemoryPlan(config=MAGISTRAL, weights=weights, context=context, machine=mac(gib))
 
 
-def test_what_a_reply_needs():
+def test_a_reply_needs_weights_cache_and_activations():
     """Weights, 160 KiB of KV cache per token, and less than 1.5 GB for a prefill chunk's activations."""
     assert MAGISTRAL.kv_bytes_per_token(2) == 160 * 1024
     assert pytest.approx(40960 * 163840 / GB, abs=0.02) == 6.7
     for context in (8192, 40960):
-        plan = reply("4bit", context, 32)
+        plan = plan_of_reply("4bit", context, 32)
         held = plan.weights + context * 163840
         assert held < plan.total < held + 1.5 * GB
 
@@ -173,5 +173,5 @@ def test_what_a_reply_needs():
         ("bf16", 40960, [False, False, False, False, False]),
     ],
 )
-def test_which_mac(name, context, fits):
-    assert [reply(name, context, gib).fits for gib in (16, 24, 32, 48, 64)] == fits
+def test_which_macs_fit_each_recipe(name, context, fits):
+    assert [plan_of_reply(name, context, gib).fits for gib in (16, 24, 32, 48, 64)] == fits

@@ -23,13 +23,13 @@ BITS = {
     mx.bfloat16: (np.uint16, "BF16"),
     mx.float16: (np.uint16, "F16"),
 }
-NOT_NUMBERS = {
+NONFINITE = {
     mx.float32: [0x7F800000, 0xFF800000, 0x7FC00000, 0xFFC00000, 0x7F800001, 0xFFFFFFFF],
     mx.bfloat16: [0x7F80, 0xFF80, 0x7FC0, 0xFFC0, 0x7F81, 0xFFFF],
     mx.float16: [0x7C00, 0xFC00, 0x7E00, 0xFE00, 0x7C01, 0xFFFF],
 }
 """Infinities, quiet and signalling NaNs, of both signs."""
-NUMBERS = {
+EXTREME = {
     mx.float32: [0x80000000, 0x00000001, 0x807FFFFF, 0x00800000, 0x7F7FFFFF],
     mx.bfloat16: [0x8000, 0x0001, 0x807F, 0x0080, 0x7F7F],
     mx.float16: [0x8000, 0x0001, 0x83FF, 0x0400, 0x7BFF],
@@ -55,17 +55,17 @@ def converted(source, out, **options):
 
 
 def as_bytes(array):
-    """The bits, by which a NaN equals itself."""
+    """The array's bytes, so that a NaN equals itself."""
     return bytes(memoryview(array.view(mx.uint8)))
 
 
-# Weights that are no numbers ---------------------------------------------------------------------------
+# Non-finite weights ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("dtype", "bits"), [(dtype, bits) for dtype, all_bits in NOT_NUMBERS.items() for bits in all_bits]
+    ("dtype", "bits"), [(dtype, bits) for dtype, all_bits in NONFINITE.items() for bits in all_bits]
 )
-def test_found_and_named(tmp_path, dtype, bits):
+def test_nonfinite_weights_are_refused_by_name(tmp_path, dtype, bits):
     source = with_bits(tmp_path / "source", dtype, "model.layers.0.mlp.down_proj.weight", bits)
     with pytest.raises(
         ConversionError,
@@ -79,15 +79,15 @@ def test_found_and_named(tmp_path, dtype, bits):
 @pytest.mark.parametrize("recipe", ["nvfp4", "bf16"])
 @pytest.mark.parametrize("name", [*(f"{path}.weight" for path in NAMES), "model.norm.weight"])
 @pytest.mark.parametrize("place", [0, -1])
-def test_found_in_every_tensor(tmp_path, monkeypatch, name, recipe, place):
-    """In the first row block as in the last."""
+def test_nonfinite_weights_are_found_in_every_tensor(tmp_path, monkeypatch, name, recipe, place):
+    """In the first row block and in the last."""
     monkeypatch.setattr(quantize, "BLOCK_BYTES", 2000)
     source = with_bits(tmp_path / "source", mx.bfloat16, name, 0x7FC0, place=place)
     with pytest.raises(ConversionError, match=f"{name} holds weights that are not finite"):
         converted(source, tmp_path / "out", recipe=named(recipe))
 
 
-def test_a_native_source_names_the_models_name(tmp_path):
+def test_errors_about_native_tensors_use_the_models_names(tmp_path):
     """q and k are reordered to HF's rows; the non-finite value is still found."""
     source = models.write_native(tmp_path / "source", SMALL, dtype=mx.bfloat16)
     file = source / "consolidated.safetensors"
@@ -98,7 +98,7 @@ def test_a_native_source_names_the_models_name(tmp_path):
         converted(source, tmp_path / "out")
 
 
-def test_the_quantizer_alone_would_hide_it():
+def test_the_quantizer_alone_would_hide_a_nan():
     """Why the source is checked: a NaN's group would get ordinary scales and codes."""
     weight = mx.zeros((1, 64)).at[0, 3].add(float("nan"))
     assert mx.isfinite(mx.dequantize(*mx.quantize(weight, bits=4))).sum() > 0
@@ -106,14 +106,14 @@ def test_the_quantizer_alone_would_hide_it():
 
 @pytest.mark.parametrize("recipe", ["4bit", "mxfp4", "bf16"])
 @pytest.mark.parametrize("bits", [0x7FC0, 0x7F80, 0xFF80])
-def test_allowed(tmp_path, recipe, bits):
+def test_nonfinite_weights_can_be_allowed(tmp_path, recipe, bits):
     """Bit for bit what the quantizer makes of it; the manifest stays JSON, and the matrix is the worst."""
     source = with_bits(tmp_path / "source", mx.bfloat16, "lm_head.weight", bits, place=0)
     made = converted(source, tmp_path / "out", recipe=named(recipe), allow_nonfinite=True)
     found, raw = mlx_lm_reference.read(tmp_path / "out"), mlx_lm_reference.read(source)["lm_head.weight"]
     scheme = named(recipe).default
-    how = {"group_size": scheme.group_size, "bits": scheme.bits, "mode": scheme.mode} if scheme else {}
-    expected = mx.quantize(raw, **how) if scheme else [raw]
+    options = {"group_size": scheme.group_size, "bits": scheme.bits, "mode": scheme.mode} if scheme else {}
+    expected = mx.quantize(raw, **options) if scheme else [raw]
     for part, array in zip(("weight", "scales", "biases"), expected, strict=False):
         assert as_bytes(found[f"lm_head.{part}"]) == as_bytes(array)
 
@@ -129,12 +129,14 @@ def test_allowed(tmp_path, recipe, bits):
         assert max(made.errors, key=lambda path: made.errors[path]) == "lm_head"
 
 
-# Numbers, if extreme ----------------------------------------------------------------------------------
+# Extreme finite weights --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("dtype", "bits"), [(kind, bits) for kind, some in NUMBERS.items() for bits in some])
+@pytest.mark.parametrize(
+    ("dtype", "bits"), [(dtype, bits) for dtype, all_bits in EXTREME.items() for bits in all_bits]
+)
 @pytest.mark.parametrize("recipe", ["4bit", "bf16"])
-def test_extreme_numbers_are_numbers(tmp_path, dtype, bits, recipe):
+def test_extreme_finite_weights_are_converted(tmp_path, dtype, bits, recipe):
     source = with_bits(tmp_path / "source", dtype, "lm_head.weight", bits)
     made = converted(source, tmp_path / "out", recipe=named(recipe))
     assert all(0 < error < 1 for error in made.errors.values())
@@ -158,7 +160,7 @@ def test_extreme_numbers_are_numbers(tmp_path, dtype, bits, recipe):
         (mx.float32, 0x7F7FFFFF, {"dtype": mx.bfloat16, "recipe": named("bf16")}),
     ],
 )
-def test_too_large_for_the_dtype(tmp_path, dtype, bits, options):
+def test_weights_too_large_for_the_dtype_are_refused(tmp_path, dtype, bits, options):
     """Infinities that were finite in the source: the target's dtype is too small."""
     source = with_bits(tmp_path / "source", dtype, "lm_head.weight", bits)
     with pytest.raises(
@@ -169,7 +171,7 @@ def test_too_large_for_the_dtype(tmp_path, dtype, bits, options):
     converted(source, tmp_path / "out", allow_nonfinite=True, **options)
 
 
-def test_too_large_for_a_scale(tmp_path):
+def test_weights_too_large_for_their_scale_are_refused(tmp_path):
     """The largest numbers of both signs in one group: their difference overflows 32 bits."""
     weights = models.random_weights(SMALL, dtype=mx.bfloat16)
     weights["lm_head.weight"][3, 4] = 3e38
@@ -183,7 +185,7 @@ def test_too_large_for_a_scale(tmp_path):
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-def test_zero_rows(tmp_path, recipe):
+def test_zero_rows_stay_exactly_zero(tmp_path, recipe):
     """A matrix of zeros, and rows of zeros in others: exact, without error, and finite logits."""
     weights = models.random_weights(SMALL)
     weights["model.layers.0.mlp.up_proj.weight"] *= 0

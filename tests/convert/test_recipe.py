@@ -1,4 +1,4 @@
-"""Recipes: the scheme of each matrix, and the same logits here and in mlx-lm for whatever they make."""
+"""Recipes: the scheme of each matrix, and the same logits here and in mlx-lm for every recipe."""
 
 from dataclasses import replace
 
@@ -32,19 +32,19 @@ def converted(source, out, recipe, **options):
     return out
 
 
-def ours(path):
+def our_logits(path):
     model = load(open_checkpoint(path), mx.float32)
     return np.array(model.logits(model(IDS, model.new_caches())))
 
 
-def mlx_lms(path):
+def mlx_lm_logits(path):
     model, _ = load_model(path)
     model.set_dtype(mx.float32)
     return np.array(model(IDS))
 
 
 def assert_same_logits(path):
-    found, expected = ours(path), mlx_lms(path)
+    found, expected = our_logits(path), mlx_lm_logits(path)
     assert np.abs(expected).max() > 0.5
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-3 * np.abs(expected).max())
 
@@ -54,7 +54,7 @@ def schemes(recipe, config=CONFIG):
     return {path: quantization.scheme(path) if quantization else None for path, _ in config.matrices()}
 
 
-# What each recipe does ----------------------------------------------------------------------------------
+# Each recipe ---------------------------------------------------------------------------------------------
 
 EXCEPTIONS = {
     "bf16 head": named("4bit").but([("lm_head", "bf16")]),
@@ -87,12 +87,12 @@ def test_the_same_logits_here_and_in_mlx_lm(source, tmp_path, recipe):
         ("bf16", None),
     ],
 )
-def test_every_matrix_alike(name, scheme):
+def test_uniform_recipes_have_one_scheme_for_every_matrix(name, scheme):
     assert set(schemes(named(name)).values()) == {scheme}
 
 
 @pytest.mark.parametrize("layers", [1, 7, 8, 9, 16, 24, 40])
-def test_mixed_is_mlx_lms(layers):
+def test_mixed_4_6_has_the_schemes_of_mlx_lm(layers):
     """Module by module, by mlx-lm's own predicate on its own model with as many layers."""
     config = replace(CONFIG, n_layers=layers)
     model = Model(ModelArgs.from_dict(config.to_json()))
@@ -106,8 +106,8 @@ def test_mixed_is_mlx_lms(layers):
     assert {scheme.bits for scheme in theirs.values()} == {4, 6}
 
 
-def test_mixed_at_forty_layers():
-    """As figures: v and down of layers 0 to 4, 35 to 39 and every third between; the head."""
+def test_mixed_4_6_at_forty_layers():
+    """In numbers: v and down of layers 0 to 4, 35 to 39 and every third between; the head."""
     found = schemes(named("mixed-4-6"), replace(CONFIG, n_layers=40))
     finer = {int(path.split(".")[2]) for path, s in found.items() if s.bits == 6 and path != "lm_head"}
     assert finer == {0, 1, 2, 3, 4, 7, 10, 13, 16, 19, 22, 25, 28, 31, 34, 35, 36, 37, 38, 39}
@@ -115,7 +115,7 @@ def test_mixed_at_forty_layers():
     assert sum(scheme.bits == 6 for scheme in found.values()) == 2 * 20 + 1
 
 
-def test_mixed_is_bit_for_bit_mlx_lms(tmp_path):
+def test_mixed_4_6_is_bit_for_bit_what_mlx_lm_writes(tmp_path):
     source = models.write_hf(tmp_path / "source", CONFIG)
     mixed = schemes(named("mixed-4-6"))
     theirs = mlx_lm_reference.quantized(source, tmp_path / "theirs", Scheme(), mixed)
@@ -140,26 +140,26 @@ def test_the_last_exception_wins():
     assert schemes(recipe.but([("*", "4bit")])) == schemes(named("4bit"))
 
 
-def test_exceptions_come_before_what_suffers():
+def test_exceptions_come_before_the_finer_scheme():
     found = schemes(named("mixed-4-6").but([("lm_head", "4bit"), ("*.v_proj", "bf16")]))
     assert found["lm_head"] == Scheme()
     assert found["model.layers.0.self_attn.v_proj"] is None
     assert found["model.layers.0.mlp.down_proj"] == Scheme(bits=6)
 
 
-def test_nothing_left_to_quantize():
+def test_a_recipe_that_quantizes_nothing_has_no_quantization():
     assert named("4bit").but([("*", "bf16")]).quantization(CONFIG) is None
     assert named("bf16").quantization(CONFIG) is None
 
 
-def test_rows_that_no_group_divides_stay():
+def test_rows_that_no_group_divides_stay_unquantized():
     found = schemes(uniform(Scheme(group_size=128)), replace(CONFIG, dim=192))
     whole = {path for path, (_, columns) in replace(CONFIG, dim=192).matrices() if columns % 128}
     assert whole == {path for path, scheme in found.items() if scheme is None} != set()
 
 
 @pytest.mark.parametrize(
-    ("pattern", "name", "said"),
+    ("pattern", "name", "message"),
     [
         ("lm_head", "5bit", "expected one of the recipes 4bit, .*, bf16, found '5bit'"),
         ("lm_head", "mixed-4-6", "'lm_head' needs a recipe of one precision; mixed-4-6 has two"),
@@ -172,8 +172,8 @@ def test_rows_that_no_group_divides_stay():
         ("", "6bit", "'' matches no matrix"),
     ],
 )
-def test_exceptions_that_cannot_be(pattern, name, said):
-    with pytest.raises(ConversionError, match=said):
+def test_invalid_exceptions_are_refused(pattern, name, message):
+    with pytest.raises(ConversionError, match=message):
         named("4bit").but([(pattern, name)]).quantization(CONFIG)
 
 
@@ -186,7 +186,7 @@ def test_an_exception_that_matches_nothing_writes_nothing(source, tmp_path):
 # Names ---------------------------------------------------------------------------------------------------
 
 
-def test_names():
+def test_recipes_are_found_by_name():
     assert list(RECIPES) == ["4bit", "4bit-g32", "mixed-4-6", "6bit", "8bit", "mxfp4", "nvfp4", "bf16"]
     assert all(named(name).name == str(named(name)) == name for name in RECIPES)
     with pytest.raises(
@@ -195,7 +195,7 @@ def test_names():
         named("4-bit")
 
 
-def test_uniform():
+def test_uniform_finds_a_named_recipe_or_makes_one():
     assert uniform(Scheme()) is RECIPES["4bit"]
     assert uniform(Scheme(group_size=32)) is RECIPES["4bit-g32"]
     assert uniform(Scheme.of_mode("nvfp4")) is RECIPES["nvfp4"]
@@ -205,7 +205,7 @@ def test_uniform():
         uniform(Scheme(bits=7))
 
 
-def test_two_recipes_never_read_alike():
+def test_different_recipes_have_different_strings():
     """The journal compares recipes by their strings."""
     affine = [Scheme(bits=bits, group_size=group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
     recipes = [*RECIPES.values(), *map(uniform, affine), *EXCEPTIONS.values()]
@@ -217,7 +217,7 @@ def test_two_recipes_never_read_alike():
 
 
 @pytest.mark.parametrize("name", ["mixed-4-6", "mxfp4", "nvfp4"])
-def test_dequantized(source, tmp_path, name):
+def test_dequantizing_gives_mlxs_dequantized_weights(source, tmp_path, name):
     packed = mlx_lm_reference.read(converted(source, tmp_path / "packed", named(name)))
     bf16 = converted(tmp_path / "packed", tmp_path / "bf16", named("bf16"), dequantize=True)
     found = mlx_lm_reference.read(bf16)
@@ -232,16 +232,16 @@ def test_dequantized(source, tmp_path, name):
     assert open_checkpoint(bf16).config.quantization is None
 
 
-def test_dequantized_and_quantized_again(source, tmp_path):
+def test_requantizing_is_dequantizing_and_quantizing(source, tmp_path):
     packed = converted(source, tmp_path / "packed", named("4bit"))
-    through = converted(packed, tmp_path / "bf16", named("bf16"), dequantize=True)
-    twice = mlx_lm_reference.read(converted(through, tmp_path / "a", named("8bit")))
-    once = converted(packed, tmp_path / "b", named("8bit"), dequantize=True)
-    found = mlx_lm_reference.read(once)
-    assert all(mlx_lm_reference.same(found[name], twice[name]) for name in twice)
-    assert_same_logits(once)
-    expected = ours(packed)
-    np.testing.assert_allclose(ours(once), expected, rtol=0, atol=0.05 * np.abs(expected).max())
+    unquantized = converted(packed, tmp_path / "bf16", named("bf16"), dequantize=True)
+    expected_weights = mlx_lm_reference.read(converted(unquantized, tmp_path / "a", named("8bit")))
+    requantized = converted(packed, tmp_path / "b", named("8bit"), dequantize=True)
+    found = mlx_lm_reference.read(requantized)
+    assert all(mlx_lm_reference.same(found[name], expected_weights[name]) for name in expected_weights)
+    assert_same_logits(requantized)
+    expected = our_logits(packed)
+    np.testing.assert_allclose(our_logits(requantized), expected, rtol=0, atol=0.05 * np.abs(expected).max())
     with pytest.raises(
         ConversionError, match=r"is already quantized, .* or give --dequantize to convert it anyway"
     ):

@@ -1,4 +1,4 @@
-"""A conversion that was killed or interrupted resumes, with the same bytes as its result, or says why not."""
+"""A killed or interrupted conversion resumes, with the same bytes as its result, or says why it cannot."""
 
 import errno
 import fcntl
@@ -34,7 +34,7 @@ from tests import models
 SMALL = replace(models.TINY, dim=64, n_layers=1, n_heads=4, n_kv_heads=2, hidden_dim=128, vocab_size=256)
 SIDECARS = {"README.md": b"# A card\n", "mistral/tekken.json": b"{}"}
 SHARD_BYTES, BLOCK_BYTES = 24_000, 12_000
-"""Several files, and several blocks in the larger tensors."""
+"""Small enough for several files, and for several blocks in the larger tensors."""
 
 CHILD = f"""
 import os, resource, signal, sys, time
@@ -43,12 +43,12 @@ from magistral_mlx.convert import conversion, plan, quantize
 from magistral_mlx.disk import journal
 from magistral_mlx.disk.checkpoint import open_checkpoint
 
-source, out, sidecars, then = Path(sys.argv[1]), Path(sys.argv[2]), eval(sys.argv[3]), sys.argv[4]
+source, out, sidecars, code = Path(sys.argv[1]), Path(sys.argv[2]), eval(sys.argv[3]), sys.argv[4]
 plan.SHARD_BYTES, quantize.BLOCK_BYTES = {SHARD_BYTES}, {BLOCK_BYTES}
 
 def kill(): os.kill(os.getpid(), signal.SIGKILL)
 
-exec(then)
+exec(code)
 conversion.convert(conversion.Job(checkpoint=open_checkpoint(source), out=out, sidecars=sidecars))
 """
 KILL_AT = """
@@ -59,7 +59,7 @@ def fault(point):
     left or kill()
 conversion.fault = journal.fault = fault
 """
-SLOWLY = """
+SLOW_DOWN = """
 conversion.fault = journal.fault = lambda point: time.sleep(0.004)
 print("begun", flush=True)
 """
@@ -81,7 +81,7 @@ def source(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(source, tmp_path_factory):
+def expected_hashes(source, tmp_path_factory):
     """The result of an uninterrupted conversion."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "SHARD_BYTES", SHARD_BYTES)
@@ -103,28 +103,28 @@ def hashes(directory):
     }
 
 
-def child(source, out, then, *, sidecars=SIDECARS):
-    arguments = [sys.executable, "-c", CHILD, str(source), str(out), repr(sidecars), then]
+def conversion_process(source, out, code, *, sidecars=SIDECARS):
+    arguments = [sys.executable, "-c", CHILD, str(source), str(out), repr(sidecars), code]
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def killed_at(source, out, point, n=1):
-    with child(source, out, KILL_AT.format(point=point, n=n)) as process:
-        _, said = process.communicate()
-    assert process.returncode == -signal.SIGKILL, said
+def run_until_killed_at(source, out, point, n=1):
+    with conversion_process(source, out, KILL_AT.format(point=point, n=n)) as process:
+        _, errors = process.communicate()
+    assert process.returncode == -signal.SIGKILL, errors
 
 
-def assert_goes_on(source, out, whole):
+def assert_resumes(source, out, expected_hashes):
     """The same call again: the same bytes, and no work directory left."""
     run(source, out)
-    assert hashes(out) == whole
+    assert hashes(out) == expected_hashes
     assert list(out.parent.iterdir()) == [out]
 
 
 # Killed -------------------------------------------------------------------------------------------------
 
 
-def points(source, out):
+def fault_points(source, out):
     """Every fault point of a run, in order."""
     passed = []
     with pytest.MonkeyPatch.context() as patch:
@@ -144,8 +144,8 @@ KILLS = [
 ]
 
 
-def test_the_points_are_where_they_should_be(source, tmp_path):
-    passed = points(source, tmp_path / "out")
+def test_every_fault_point_is_passed_and_tested(source, tmp_path):
+    passed = fault_points(source, tmp_path / "out")
     assert Counter(passed) == {
         "header": 2,
         "block": 21,
@@ -160,15 +160,15 @@ def test_the_points_are_where_they_should_be(source, tmp_path):
 
 
 @pytest.mark.parametrize(("point", "n"), KILLS)
-def test_killed(source, whole, tmp_path, point, n):
+def test_a_killed_conversion_resumes(source, expected_hashes, tmp_path, point, n):
     out = tmp_path / "out"
-    killed_at(source, out, point, n)
+    run_until_killed_at(source, out, point, n)
     assert out.exists() == (point == "renamed")
     assert work_directory(out).exists()
-    assert_goes_on(source, out, whole)
+    assert_resumes(source, out, expected_hashes)
 
 
-def test_killed_again_and_again(source, whole, tmp_path):
+def test_a_conversion_killed_again_and_again_resumes(source, expected_hashes, tmp_path):
     out = tmp_path / "out"
     for point, n in (
         ("journal", 4),
@@ -178,35 +178,35 @@ def test_killed_again_and_again(source, whole, tmp_path):
         ("file", 2),
         ("renamed", 1),
     ):
-        killed_at(source, out, point, n)
-    assert hashes(out) == whole
-    assert_goes_on(source, out, whole)
+        run_until_killed_at(source, out, point, n)
+    assert hashes(out) == expected_hashes
+    assert_resumes(source, out, expected_hashes)
 
 
-def test_what_is_done_is_not_done_again(source, whole, tmp_path):
+def test_finished_tensors_are_not_converted_again(source, expected_hashes, tmp_path):
     out, seen = tmp_path / "out", []
-    killed_at(source, out, "journal", 8)  # the fingerprint and seven of twelve tensors
+    run_until_killed_at(source, out, "journal", 8)  # the fingerprint and seven of twelve tensors
     run(source, out, progress=seen.append)
     assert len({step.tensor for step in seen}) == 5
     assert seen[-1].done == seen[-1].total
-    assert hashes(out) == whole
+    assert hashes(out) == expected_hashes
 
 
 @pytest.mark.parametrize("moments", [5, pytest.param(30, marks=pytest.mark.slow)])
-def test_killed_at_random_moments(source, whole, tmp_path, moments):
+def test_a_conversion_killed_at_random_moments_resumes(source, expected_hashes, tmp_path, moments):
     rng, latest = random.Random(moments), 0.3
     unfinished = 0
     for attempt in count():
         out = tmp_path / str(attempt) / "out"
-        with child(source, out, SLOWLY) as process:
+        with conversion_process(source, out, SLOW_DOWN) as process:
             assert process.stdout.readline() == "begun\n"
             time.sleep(rng.uniform(0, latest))
             process.kill()
         if out.exists() and not work_directory(out).exists():
-            latest /= 2  # it came too late: on a busy machine the test is slower than the conversion
-            assert hashes(out) == whole
+            latest /= 2  # killed too late: on a busy machine the test is slower than the conversion
+            assert hashes(out) == expected_hashes
             continue
-        assert_goes_on(source, out, whole)
+        assert_resumes(source, out, expected_hashes)
         unfinished += 1
         if unfinished == moments:
             break
@@ -217,7 +217,7 @@ def test_killed_at_random_moments(source, whole, tmp_path, moments):
 FINGERPRINT = {"recipe": "4bit", "source model.safetensors": "12 bytes"}
 
 
-def test_a_journal_cut_off_at_any_byte(tmp_path):
+def test_a_journal_cut_off_at_any_byte_keeps_its_complete_lines(tmp_path):
     target = tmp_path / "out"
     with Journal(target, FINGERPRINT) as written:
         for n in range(3):
@@ -226,22 +226,22 @@ def test_a_journal_cut_off_at_any_byte(tmp_path):
     content = file.read_bytes()
     for length in range(len(content) + 1):
         file.write_bytes(content[:length])
-        sound = max(content[:length].count(b"\n") - 1, 0)
-        with Journal(target, FINGERPRINT) as taken_up:
-            assert taken_up.done == {f"tensor {n}": n / 3 for n in range(sound)}
-            taken_up.record("more", None)
+        complete = max(content[:length].count(b"\n") - 1, 0)
+        with Journal(target, FINGERPRINT) as resumed:
+            assert resumed.done == {f"tensor {n}": n / 3 for n in range(complete)}
+            resumed.record("more", None)
         lines = [json.loads(line) for line in file.read_bytes().splitlines()]
         assert lines[0] == FINGERPRINT
         assert lines[-1] == {"tensor": "more", "value": None}
 
 
 @pytest.mark.parametrize("kept", [0.0, 0.4, 0.97])
-def test_cut_off_and_taken_up(source, whole, tmp_path, kept):
+def test_a_conversion_with_a_truncated_journal_resumes(source, expected_hashes, tmp_path, kept):
     out = tmp_path / "out"
-    killed_at(source, out, "rename")
+    run_until_killed_at(source, out, "rename")
     file = work_directory(out) / "journal.jsonl"
     os.truncate(file, int(file.stat().st_size * kept))
-    assert_goes_on(source, out, whole)
+    assert_resumes(source, out, expected_hashes)
 
 
 @pytest.mark.parametrize(
@@ -259,14 +259,14 @@ def test_cut_off_and_taken_up(source, whole, tmp_path, kept):
     ],
     ids=lambda line: repr(line[:20]),
 )
-def test_a_damaged_journal(tmp_path, line):
+def test_a_damaged_journal_is_refused(tmp_path, line):
     target = tmp_path / "out"
     work = work_directory(target)
     with Journal(target, FINGERPRINT) as journal:
         journal.record("a", 0.5)
     file = work / "journal.jsonl"
-    sound = file.read_bytes()
-    for damaged in (sound + line + b"\n", line + b"\n" + sound):
+    intact = file.read_bytes()
+    for damaged in (intact + line + b"\n", line + b"\n" + intact):
         file.write_bytes(damaged)
         with (
             pytest.raises(ConversionError, match=f"remove {work} to start over"),
@@ -274,14 +274,14 @@ def test_a_damaged_journal(tmp_path, line):
         ):
             pass
         assert file.read_bytes() == damaged
-    file.write_bytes(sound)
+    file.write_bytes(intact)
     with Journal(target, FINGERPRINT) as journal:
         assert journal.done == {"a": 0.5}
 
 
-def test_a_journal_of_another_version(source, whole, tmp_path):
+def test_a_journal_of_another_version_is_refused(source, expected_hashes, tmp_path):
     out = tmp_path / "out"
-    killed_at(source, out, "journal", 3)
+    run_until_killed_at(source, out, "journal", 3)
     file = work_directory(out) / "journal.jsonl"
     first, rest = file.read_bytes().split(b"\n", 1)
     file.write_bytes(first.replace(b'"version of mlx": "', b'"version of mlx": "0.') + b"\n" + rest)
@@ -295,39 +295,41 @@ def test_a_journal_of_another_version(source, whole, tmp_path):
     ):
         run(source, out)
     shutil.rmtree(work_directory(out))
-    assert_goes_on(source, out, whole)
+    assert_resumes(source, out, expected_hashes)
 
 
-def test_published_and_called_otherwise(source, whole, tmp_path):
+def test_other_arguments_after_publication_are_refused(source, expected_hashes, tmp_path):
     """Killed after the rename: with other arguments the result is neither accepted nor touched."""
     out = tmp_path / "out"
-    killed_at(source, out, "renamed")
+    run_until_killed_at(source, out, "renamed")
     with pytest.raises(ConversionError, match="the recipe was 4bit, is 8bit"):
         run(source, out, recipe=named("8bit"))
-    assert hashes(out) == whole
-    assert_goes_on(source, out, whole)
+    assert hashes(out) == expected_hashes
+    assert_resumes(source, out, expected_hashes)
     with pytest.raises(ConversionError, match="exists and nothing is overwritten"):
         run(source, out)
 
 
-@pytest.mark.parametrize("harm", [Path.unlink, lambda file: os.truncate(file, 3000)], ids=["gone", "cut off"])
-def test_a_written_file_is_lost(source, whole, tmp_path, harm):
-    """The journal is no longer true of the file; zeros would be taken for its weights."""
+@pytest.mark.parametrize(
+    "damage", [Path.unlink, lambda file: os.truncate(file, 3000)], ids=["gone", "cut off"]
+)
+def test_a_lost_output_file_is_noticed(source, expected_hashes, tmp_path, damage):
+    """The journal lists tensors that the file no longer has; zeros would be taken for weights."""
     out = tmp_path / "out"
-    killed_at(source, out, "journal", 9)
-    harm(work_directory(out) / "out" / "model-00001-of-00002.safetensors")
+    run_until_killed_at(source, out, "journal", 9)
+    damage(work_directory(out) / "out" / "model-00001-of-00002.safetensors")
     with pytest.raises(
         ConversionError, match=r"model-00001-of-.* is missing or was cut off since; remove .*partial"
     ):
         run(source, out)
     shutil.rmtree(work_directory(out))
-    assert_goes_on(source, out, whole)
+    assert_resumes(source, out, expected_hashes)
 
 
-def test_something_else_takes_the_place(source, tmp_path):
+def test_a_target_that_appeared_since_is_refused_at_once(source, tmp_path):
     """Between a kill and the next run: noticed at once, not at the rename."""
     out, seen = tmp_path / "out", []
-    killed_at(source, out, "journal", 5)
+    run_until_killed_at(source, out, "journal", 5)
     out.mkdir()
     (out / "precious").touch()
     with pytest.raises(ConversionError, match="exists and nothing is overwritten"):
@@ -335,37 +337,37 @@ def test_something_else_takes_the_place(source, tmp_path):
     assert not seen
 
 
-def test_published_and_removed(source, whole, tmp_path):
+def test_a_removed_result_is_noticed(source, expected_hashes, tmp_path):
     """What the journal lists as finished is gone: that must not count as success."""
     out = tmp_path / "out"
-    killed_at(source, out, "renamed")
+    run_until_killed_at(source, out, "renamed")
     shutil.rmtree(out)
     with pytest.raises(
         ConversionError, match=f"is missing or was cut off since; remove {work_directory(out)}"
     ):
         run(source, out)
     shutil.rmtree(work_directory(out))
-    assert_goes_on(source, out, whole)
+    assert_resumes(source, out, expected_hashes)
 
 
-def test_the_root_is_no_target(source):
+def test_the_root_directory_is_refused(source):
     with pytest.raises(ConversionError, match="/ exists and nothing is overwritten"):
         run(source, Path("/"))
 
 
-def test_two_at_once(source, whole, tmp_path):
+def test_a_second_conversion_to_the_same_target_is_refused(source, expected_hashes, tmp_path):
     out, refused = tmp_path / "out", []
 
-    def second(_):
+    def start_second(_):
         with pytest.raises(
             ConversionError, match=r"another conversion to .*out is running; wait for it"
         ) as caught:
             run(source, out)
         refused.append(caught)
 
-    run(source, out, progress=second)
+    run(source, out, progress=start_second)
     assert len(refused) == 21
-    assert hashes(out) == whole
+    assert hashes(out) == expected_hashes
 
 
 # Other arguments, another source ------------------------------------------------------------------------
@@ -387,26 +389,26 @@ def test_two_at_once(source, whole, tmp_path):
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
 )
-def test_other_arguments(source, whole, tmp_path, options, change):
+def test_other_arguments_are_refused(source, expected_hashes, tmp_path, options, change):
     out = tmp_path / "out"
-    killed_at(source, out, "journal", 9)
+    run_until_killed_at(source, out, "journal", 9)
     before = hashes(tmp_path)
     with pytest.raises(ConversionError, match=change) as caught:
         run(source, out, **options)
     assert "resume it with the same source and arguments, or remove" in str(caught.value)
     assert str(work_directory(out)) in str(caught.value)
     assert hashes(tmp_path) == before
-    assert_goes_on(source, out, whole)
+    assert_resumes(source, out, expected_hashes)
 
 
-def rewrite(file):
+def change_a_weight(file):
     """A weight changes; the size does not."""
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
 
 
-def other_heads(file):
+def change_the_heads(file):
     """The same shapes with another number of heads: rows of q and k would be permuted differently."""
     params = json.loads((file.parent / "params.json").read_text())
     params |= {"n_heads": 2 * params["n_heads"], "n_kv_heads": 2 * params["n_kv_heads"]}
@@ -415,10 +417,10 @@ def other_heads(file):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (
-            rewrite,
+            change_a_weight,
             r"the source consolidated.safetensors was (\d+) bytes of time \d+, is \1 bytes of time \d+",
         ),
         (
@@ -429,7 +431,7 @@ def other_heads(file):
             lambda file: models.write_native(file.parent, SMALL),
             r"was (\d+) bytes of time \d+, is (?!\1)\d+ bytes",
         ),
-        (other_heads, "the source's configuration was"),
+        (change_the_heads, "the source's configuration was"),
         (
             lambda file: file.rename(file.with_name("consolidated.0.safetensors")),
             r"is not there, .* was not there",
@@ -437,30 +439,32 @@ def other_heads(file):
     ],
     ids=["content", "time", "size", "configuration", "name"],
 )
-def test_the_source_changed_between_runs(source, tmp_path, change, said):
-    here = shutil.copytree(source, tmp_path / "source")
+def test_a_source_that_changed_between_runs_is_refused(source, tmp_path, change, message):
+    copy = shutil.copytree(source, tmp_path / "source")
     out = tmp_path / "made" / "out"
-    killed_at(here, out, "journal", 6)
+    run_until_killed_at(copy, out, "journal", 6)
     before = hashes(work_directory(out))
-    change(here / "consolidated.safetensors")
-    with pytest.raises(ConversionError, match=said):
-        run(here, out)
+    change(copy / "consolidated.safetensors")
+    with pytest.raises(ConversionError, match=message):
+        run(copy, out)
     assert hashes(work_directory(out)) == before
 
 
-def test_the_source_changes_during_a_run(source, tmp_path):
-    here = shutil.copytree(source, tmp_path / "source")
+def test_a_source_that_changes_during_a_run_is_refused(source, tmp_path):
+    copy = shutil.copytree(source, tmp_path / "source")
     out = tmp_path / "made" / "out"
     with pytest.raises(ConversionError, match="changed while it was converted"):
         run(
-            here,
+            copy,
             out,
-            progress=lambda step: step.done == step.total and rewrite(here / "consolidated.safetensors"),
+            progress=lambda step: (
+                step.done == step.total and change_a_weight(copy / "consolidated.safetensors")
+            ),
         )
     assert not out.exists()
 
 
-def test_weights_that_are_no_numbers_may_be_allowed_later(tmp_path):
+def test_nonfinite_weights_can_be_allowed_in_a_later_run(tmp_path):
     """What was converted before the non-finite tensor is kept; the result is as if allowed at once."""
     weights = models.random_weights(SMALL, dtype=mx.bfloat16)
     weights["lm_head.weight"][7, 7] = float("nan")
@@ -479,7 +483,7 @@ def test_weights_that_are_no_numbers_may_be_allowed_later(tmp_path):
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.norm.weight"])
 @pytest.mark.parametrize("options", [{}, {"verify": False}, {"recipe": named("bf16")}], ids=str)
 @pytest.mark.parametrize("killed", ["before its end", "published"])
-def test_weights_that_are_no_numbers_are_not_taken_unasked(tmp_path, monkeypatch, name, options, killed):
+def test_nonfinite_weights_must_be_allowed_in_every_run(tmp_path, monkeypatch, name, options, killed):
     """A later run needs the same permission as the earlier one, wherever the weights are."""
     weights = models.random_weights(SMALL, dtype=mx.bfloat16)
     weights[name][-1] = float("nan")
@@ -509,16 +513,16 @@ def test_weights_that_are_no_numbers_are_not_taken_unasked(tmp_path, monkeypatch
 
 
 def test_everything_is_flushed_before_it_is_relied_on(source, tmp_path, monkeypatch):
-    """By inodes: everything that a rename or a journal line relies on is flushed before it."""
+    """Files are told apart by inode: all that a rename or a journal line relies on is flushed before it."""
     out, work, events = tmp_path / "out", work_directory(tmp_path / "out"), []
     fsync, pwrite, rename = os.fsync, os.pwrite, os.rename
 
-    def logged(kind, do):
-        def call(fd, *rest):
+    def logged(kind, call):
+        def logged_call(fd, *rest):
             events.append((kind, os.fstat(fd).st_ino))
-            return do(fd, *rest)
+            return call(fd, *rest)
 
-        return call
+        return logged_call
 
     def renamed(old, new):
         events.append(("rename", Path(old).stat().st_ino))
@@ -556,7 +560,7 @@ def last(events, event):
     return max((place for place, found in enumerate(events) if found == event), default=-1)
 
 
-def test_full_fsync_where_there_is_one(tmp_path, monkeypatch):
+def test_full_fsync_is_used_where_it_is_supported(tmp_path, monkeypatch):
     """On macOS fsync only reaches the drive's cache; some file systems there refuse the full one."""
     calls, refuse = [], []
 
@@ -579,7 +583,7 @@ def test_full_fsync_where_there_is_one(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
-def test_system_calls(source, whole, tmp_path):
+def test_system_calls_flush_before_the_rename_and_only_read_the_source(source, expected_hashes, tmp_path):
     """Traced from outside: each file's last write, its fsync, the rename, the directory's fsync; the source
     is only read.
     """
@@ -598,45 +602,47 @@ def test_system_calls(source, whole, tmp_path):
     if (done := subprocess.run(command, capture_output=True, text=True, check=False)).returncode:
         pytest.skip(f"strace may not trace here: {done.stderr[-200:]}")
     calls = log.read_text().splitlines()
-    assert hashes(out) == whole
+    assert hashes(out) == expected_hashes
     opened = [call for call in calls if f'openat(AT_FDCWD<{Path.cwd()}>, "{source}' in call]
     assert opened
     assert all("O_RDONLY" in call for call in opened)
     assert not [call for call in calls if re.search(rf"(write|pwrite64|ftruncate)\(\d+<{source}", call)]
     published = next(n for n, call in enumerate(calls) if re.search(rf'rename\(".*/out", "{out}"\)', call))
-    for name in whole:
+    for name in expected_hashes:
         written = [n for n, call in enumerate(calls) if re.search(rf"write(64)?\(\d+<[^>]*out/{name}>", call)]
         flushed = [n for n, call in enumerate(calls) if re.search(rf"fsync\(\d+<[^>]*out/{name}>", call)]
         assert max(written) < max(flushed) < published, name
     assert any(re.search(rf"fsync\(\d+<{tmp_path}>\)", call) for call in calls[published:])
 
 
-# No room, no permission ---------------------------------------------------------------------------------
+# Full disks and missing permissions ---------------------------------------------------------------------
 
 
-def test_a_file_may_not_grow(source, whole, tmp_path):
+def test_a_conversion_resumes_after_the_file_size_limit_was_reached(source, expected_hashes, tmp_path):
     """EFBIG, as from a quota: each file gets its full size first."""
     out = tmp_path / "out"
-    with child(source, out, "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))") as process:
-        _, said = process.communicate()
+    with conversion_process(
+        source, out, "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))"
+    ) as process:
+        _, errors = process.communicate()
     assert re.search(
-        r"ConversionError: writing .*out failed: File too large; fix that and run it again", said
+        r"ConversionError: writing .*out failed: File too large; fix that and run it again", errors
     )
     assert not out.exists()
-    assert_goes_on(source, out, whole)
+    assert_resumes(source, out, expected_hashes)
 
 
-def test_the_journal_may_not_grow(source, tmp_path):
+def test_a_half_written_journal_line_is_ignored(source, tmp_path):
     """A half-written line, as on a full disk, does not count; nothing is written after it."""
     many = SIDECARS | {f"{n:0200}": b"" for n in range(120)}  # the journal is larger than any weight file
     out = tmp_path / "out"
-    with child(source, out, KILL_AT.format(point="journal", n=5), sidecars=many) as process:
+    with conversion_process(source, out, KILL_AT.format(point="journal", n=5), sidecars=many) as process:
         process.communicate()
     size = (work_directory(out) / "journal.jsonl").stat().st_size
     limit = f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size + 90}, {size + 90}))"
-    with child(source, out, limit, sidecars=many) as process:
-        _, said = process.communicate()
-    assert re.search(r"ConversionError: writing .*out failed: File too large", said)
+    with conversion_process(source, out, limit, sidecars=many) as process:
+        _, errors = process.communicate()
+    assert re.search(r"ConversionError: writing .*out failed: File too large", errors)
     assert (work_directory(out) / "journal.jsonl").stat().st_size == size + 90
     run(source, out, sidecars=many)
     assert hashes(out) == hashes(run(source, tmp_path / "fresh", sidecars=many))
@@ -654,7 +660,7 @@ def mounted(place, options):
         subprocess.run(["umount", str(place)], check=True)
 
 
-def test_the_disk_is_full(source, whole, tmp_path):
+def test_a_conversion_resumes_after_the_disk_was_full(source, expected_hashes, tmp_path):
     with mounted(tmp_path / "disk", "size=1m") as disk:
         out, filler = disk / "out", disk / "filler"
 
@@ -674,11 +680,11 @@ def test_the_disk_is_full(source, whole, tmp_path):
         ):
             run(source, out)
         filler.unlink()
-        assert_goes_on(source, out, whole)
+        assert_resumes(source, out, expected_hashes)
 
 
 @pytest.mark.parametrize("n", [1, 8, 30])
-def test_a_write_fails_half_way(source, whole, tmp_path, monkeypatch, n):
+def test_a_conversion_resumes_after_a_partial_write_failed(source, expected_hashes, tmp_path, monkeypatch, n):
     pwrite, calls = os.pwrite, []
 
     def failing(fd, data, offset):
@@ -693,10 +699,10 @@ def test_a_write_fails_half_way(source, whole, tmp_path, monkeypatch, n):
     ):
         run(source, tmp_path / "out")
     monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: pwrite(fd, data[: len(data) // 2 + 1], offset))
-    assert_goes_on(source, tmp_path / "out", whole)
+    assert_resumes(source, tmp_path / "out", expected_hashes)
 
 
-def test_a_flush_fails(source, whole, tmp_path, monkeypatch):
+def test_a_conversion_resumes_after_a_flush_failed(source, expected_hashes, tmp_path, monkeypatch):
     """Where only the flush reports a full disk: the tensor must not be recorded as finished."""
     calls, fsync = [], os.fsync
 
@@ -710,10 +716,10 @@ def test_a_flush_fails(source, whole, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", failing)
     with pytest.raises(ConversionError, match=r"Input/output error; fix that"):
         run(source, tmp_path / "out")
-    assert_goes_on(source, tmp_path / "out", whole)
+    assert_resumes(source, tmp_path / "out", expected_hashes)
 
 
-def test_a_read_only_target(source, tmp_path):
+def test_a_read_only_target_is_an_error(source, tmp_path):
     with (
         mounted(tmp_path / "disk", "ro") as disk,
         pytest.raises(ConversionError, match=rf"writing {disk}/out failed: Read-only file system; fix that"),
@@ -721,7 +727,7 @@ def test_a_read_only_target(source, tmp_path):
         run(source, disk / "out")
 
 
-def test_a_target_without_leave(source, tmp_path, monkeypatch):
+def test_a_target_without_write_permission_is_an_error(source, tmp_path, monkeypatch):
     def refuse(path, *_):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
 
@@ -733,12 +739,12 @@ def test_a_target_without_leave(source, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_truncated_source_is_taken_up_when_it_is_whole_again(source, whole, tmp_path):
-    """The same file is back with its time (a disk that came loose): what was converted is kept."""
-    here = shutil.copytree(source, tmp_path / "source")
-    file, out = here / "consolidated.safetensors", tmp_path / "made" / "out"
+def test_a_conversion_resumes_once_a_truncated_source_is_restored(source, expected_hashes, tmp_path):
+    """The file is back with its old time, as when a disk is reconnected: what was converted is kept."""
+    copy = shutil.copytree(source, tmp_path / "source")
+    file, out = copy / "consolidated.safetensors", tmp_path / "made" / "out"
     content, stat = file.read_bytes(), file.stat()
-    checkpoint = open_checkpoint(here)
+    checkpoint = open_checkpoint(copy)
     job = Job(checkpoint=checkpoint, out=out, sidecars=SIDECARS, source_name=source.name)
 
     def cut(step):
@@ -748,10 +754,10 @@ def test_a_truncated_source_is_taken_up_when_it_is_whole_again(source, whole, tm
     with pytest.raises(CheckpointError, match=r"ends inside .*: it was cut off; get it again"):
         convert(job, cut)
     with pytest.raises(CheckpointError, match="was cut off"):
-        open_checkpoint(here)
+        open_checkpoint(copy)
     file.write_bytes(content)
     os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     seen = []
     convert(job, seen.append)
     assert len({step.tensor for step in seen}) < 12
-    assert hashes(out) == whole
+    assert hashes(out) == expected_hashes

@@ -1,4 +1,4 @@
-"""The tool that makes a checkpoint of the true shape: header, disk space, and that errors are found."""
+"""The script that makes a sparse checkpoint of the true shape, and conversions of its results."""
 
 import subprocess
 import sys
@@ -26,7 +26,7 @@ NARROW = replace(
 @pytest.mark.parametrize(
     ("layout", "file"), [("native", "consolidated.safetensors"), ("hf", "model.safetensors")]
 )
-def test_the_true_shape(tmp_path, layout, file):
+def test_the_sparse_checkpoint_has_magistrals_shape(tmp_path, layout, file):
     """As a user calls it: 47 GB with its header, in seconds and with almost no disk space."""
     script = Path(__file__).parents[2] / "scripts" / "sparse_checkpoint.py"
     out = tmp_path / "sparse"
@@ -52,8 +52,8 @@ def header_bytes(file):
 
 
 @pytest.mark.parametrize("layout", ["native", "hf"])
-def test_real_tensors_are_spread_and_tell_each_other_apart(tmp_path, layout):
-    """Every norm and one matrix of each kind of attention; no two hold the same numbers."""
+def test_real_tensors_are_spread_and_all_different(tmp_path, layout):
+    """Every norm and one matrix of each of q, k, v and o have weights, no two the same; the rest is zero."""
     make(tmp_path / "sparse", layout=layout, layers=4, config=NARROW)
     real = real_names(replace(NARROW, n_layers=4))
     tensors = open_checkpoint(tmp_path / "sparse").tensors
@@ -66,7 +66,7 @@ def test_real_tensors_are_spread_and_tell_each_other_apart(tmp_path, layout):
     assert {name.split(".")[2] for name in real if "self_attn" in name} == {"0", "1", "2", "3"}
 
 
-def test_names_are_those_of_the_layout(tmp_path):
+def test_tensor_names_are_those_of_the_layout(tmp_path):
     """Against the table that the tests wrote for themselves."""
     make(tmp_path / "sparse", layers=4, config=NARROW)
     found = read_header(tmp_path / "sparse" / "consolidated.safetensors")
@@ -81,7 +81,7 @@ def test_nothing_is_overwritten(tmp_path):
         make(tmp_path, layers=1)
 
 
-def oracle(weight, bits=4, group=64):
+def quantized_by_numpy(weight, bits=4, group=64):
     """Affine quantization in numpy: codes, scales and biases as MLX's quantizer gives them.
 
     By the format's definition: in each group the end of its range that is farther from zero becomes a
@@ -103,10 +103,14 @@ def oracle(weight, bits=4, group=64):
     shifts = np.arange(32 // bits, dtype=np.uint32) * np.uint32(bits)
     packed = (codes.reshape(-1, 32 // bits) << shifts).sum(axis=1, dtype=np.uint32)
     shape = (weight.shape[0], -1)
-    return packed.reshape(shape), rounded(scale).reshape(shape), rounded(bias).reshape(shape)
+    return (
+        packed.reshape(shape),
+        to_bfloat16_bits(scale).reshape(shape),
+        to_bfloat16_bits(bias).reshape(shape),
+    )
 
 
-def rounded(x):
+def to_bfloat16_bits(x):
     """float32 → the bits of the nearest bfloat16, ties to even."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
@@ -116,7 +120,7 @@ def as_floats(bits):
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-def rotated(bits, heads):
+def in_hf_row_order(bits, heads):
     """Rows in the order that HF gives them, by a loop over rows: 2i → i, 2i + 1 → half a head + i."""
     size = bits.shape[0] // heads
     order = [
@@ -144,8 +148,8 @@ def assert_converted(source, out, config, layout):
         bits = random_bits(name, (rows, columns))
         kind = path.rpartition(".")[2]
         if layout == "native" and kind in heads:
-            bits = rotated(bits, heads[kind])
-        packed, scales, biases = oracle(as_floats(bits))
+            bits = in_hf_row_order(bits, heads[kind])
+        packed, scales, biases = quantized_by_numpy(as_floats(bits))
         assert (np.array(found[name]) == packed).all(), name
         assert (np.array(found[f"{path}.scales"].view(mx.uint16)) == scales).all(), name
         assert (np.array(found[f"{path}.biases"].view(mx.uint16)) == biases).all(), name
@@ -155,23 +159,23 @@ def assert_converted(source, out, config, layout):
 
 
 @pytest.mark.parametrize("layout", ["native", "hf"])
-def test_converted(tmp_path, layout):
+def test_a_sparse_checkpoint_is_converted_exactly(tmp_path, layout):
     make(tmp_path / "sparse", layout=layout, layers=4, config=NARROW)
     assert_converted(tmp_path / "sparse", tmp_path / "out", NARROW, layout)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["native", "hf"])
-def test_converted_at_the_true_width(tmp_path, layout):
+def test_a_sparse_checkpoint_of_the_true_width_is_converted_exactly(tmp_path, layout):
     make(tmp_path / "sparse", layout=layout, layers=1)
     assert_converted(tmp_path / "sparse", tmp_path / "out", replace(MAGISTRAL, n_layers=1), layout)
 
 
 @pytest.mark.slow
-def test_memory(tmp_path):
+def test_the_memory_of_a_conversion_is_bounded(tmp_path):
     """At most 300 MB above a process that has imported mlx, with a tokenizer of the published size."""
-    words = published_tekken(tmp_path / "words", "v11").parent
-    make(tmp_path / "sparse", layers=1, config=replace(MAGISTRAL, vocab_size=8192), words=words)
+    tokenizer = published_tekken(tmp_path / "words", "v11").parent
+    make(tmp_path / "sparse", layers=1, config=replace(MAGISTRAL, vocab_size=8192), words=tokenizer)
     script = Path(__file__).parents[2] / "scripts" / "convert.py"
     _, idle = run("-c", "import mlx.core as mx; mx.eval(mx.zeros(1))")
     _, peak = run(script, tmp_path / "sparse", "--out", tmp_path / "out")
