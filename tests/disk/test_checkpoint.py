@@ -1,4 +1,4 @@
-"""Every layout gives the same tensors; whatever is not the model that its config describes is refused."""
+"""Every layout gives the same tensors; a checkpoint that contradicts its config is refused."""
 
 import errno
 import json
@@ -77,7 +77,7 @@ def native_shards(path):
 
 
 def both_layouts(path):
-    """As in the Hub's repository; the native files are used."""
+    """As in Mistral's repository on the Hub; the native files are used."""
     models.write_hf(path, shards=2)
     models.write_native(path)
 
@@ -171,14 +171,14 @@ def test_every_layout_gives_the_same_tensors(tmp_path, layout):
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
-def test_any_float_dtype(tmp_path, dtype):
+def test_every_float_dtype_is_read(tmp_path, dtype):
     checkpoint = open_checkpoint(models.write_native(tmp_path, FLAT, dtype=dtype))
     weights = models.random_weights(FLAT, dtype=dtype)
     assert checkpoint.dtype == dtype
     assert all(same(tensor.read(), weights[name]) for name, tensor in checkpoint.tensors.items())
 
 
-def test_native_rows_in_blocks_of_heads(tmp_path):
+def test_native_rows_are_read_in_blocks_of_heads(tmp_path):
     tensors = open_checkpoint(models.write_native(tmp_path)).tensors
     for name, heads in (("q_proj", 8), ("k_proj", 2)):
         tensor = tensors[f"model.layers.1.self_attn.{name}.weight"]
@@ -189,26 +189,26 @@ def test_native_rows_in_blocks_of_heads(tmp_path):
     assert tensors["model.layers.1.self_attn.v_proj.weight"].block == 1
 
 
-def test_native_row_order_by_hand(tmp_path):
+def test_native_rows_are_reordered_as_by_a_loop(tmp_path):
     """RoPE turns rows 2i and 2i + 1 of a native head together, i and i + head_dim / 2 of HF's."""
     checkpoint = open_checkpoint(models.write_native(tmp_path))
     raw = mx.load(str(tmp_path / "consolidated.safetensors"))
     for ours, theirs, heads in (("q_proj", "wq", 8), ("k_proj", "wk", 2)):
-        there = np.array(raw[f"layers.2.attention.{theirs}.weight"])
-        here = np.array(checkpoint.tensors[f"model.layers.2.self_attn.{ours}.weight"].read())
+        native_rows = np.array(raw[f"layers.2.attention.{theirs}.weight"])
+        hf_rows = np.array(checkpoint.tensors[f"model.layers.2.self_attn.{ours}.weight"].read())
         for head in range(heads):
             for i in range(16):
                 for part in (0, 1):
-                    assert (here[head * 32 + part * 16 + i] == there[head * 32 + 2 * i + part]).all()
+                    assert (hf_rows[head * 32 + part * 16 + i] == native_rows[head * 32 + 2 * i + part]).all()
 
 
 @pytest.mark.parametrize(
-    ("says", "has_head", "tied"),
+    ("claimed", "has_head", "tied"),
     [(True, False, True), (True, True, True), (False, True, False), (None, True, False), (None, False, True)],
 )
-def test_heads(tmp_path, says, has_head, tied):
+def test_embeddings_are_tied_by_the_config_or_without_a_head(tmp_path, claimed, has_head, tied):
     path = write_zeros(tmp_path, change=None if has_head else lambda tensors: tensors.pop("lm_head.weight"))
-    edit_config(path, tie_word_embeddings=says)
+    edit_config(path, tie_word_embeddings=claimed)
     checkpoint = open_checkpoint(path)
     assert checkpoint.config.tie_embeddings is tied
     assert ("lm_head.weight" in checkpoint.tensors) is not tied
@@ -216,7 +216,7 @@ def test_heads(tmp_path, says, has_head, tied):
     assert (model.head is model.embedding) is tied
 
 
-def test_native_head_tied_by_its_params(tmp_path):
+def test_native_embeddings_are_tied_by_the_params(tmp_path):
     models.write_native(tmp_path, replace(MICRO, tie_embeddings=True))
     with pytest.raises(CheckpointError, match=r"missing: lm_head\.weight"):
         open_checkpoint(tmp_path)
@@ -233,8 +233,8 @@ def flat(tmp_path_factory):
     return models.write_hf(tmp_path_factory.mktemp("flat"), FLAT)
 
 
-def check_against(path, scheme_of, *, prefix=""):
-    """Opened and loaded, every packed array is mlx-lm's own."""
+def compare_with_mlx_lm(path, scheme_of, *, prefix=""):
+    """Opened and loaded, every packed array is what mlx-lm reads."""
     checkpoint = open_checkpoint(path)
     theirs = mlx_lm_reference.read(path)
     assert {prefix + name for name in checkpoint.tensors} == set(theirs)
@@ -254,11 +254,11 @@ def check_against(path, scheme_of, *, prefix=""):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
-def test_quantized_by_mlx_lm(tmp_path, flat, scheme):
-    check_against(mlx_lm_reference.quantized(flat, tmp_path / "out", scheme), lambda _: scheme)
+def test_directories_quantized_by_mlx_lm_are_read(tmp_path, flat, scheme):
+    compare_with_mlx_lm(mlx_lm_reference.quantized(flat, tmp_path / "out", scheme), lambda _: scheme)
 
 
-def test_overrides(tmp_path, flat):
+def test_overrides_of_mlx_lm_are_read(tmp_path, flat):
     overrides = {
         "lm_head": SCHEMES["6-bit-g128"],
         "model.embed_tokens": SCHEMES["mxfp8"],
@@ -269,37 +269,37 @@ def test_overrides(tmp_path, flat):
     path = mlx_lm_reference.quantized(flat, tmp_path / "out", Scheme(), overrides)
     section = mlx_lm_reference.config(path)["quantization"]
     edit_config(path, quantization=section | {"model.layers.0.self_attn.k_proj": False})
-    check_against(path, lambda module: overrides.get(module, Scheme()))
+    compare_with_mlx_lm(path, lambda module: overrides.get(module, Scheme()))
 
 
-def test_rows_that_no_group_divides(tmp_path):
+def test_rows_that_no_group_divides_are_read_unquantized(tmp_path):
     source = models.write_hf(tmp_path / "source")  # dim 192, hidden 512
     scheme = SCHEMES["4-bit-g128"]
     path = mlx_lm_reference.quantized(source, tmp_path / "out", scheme)
-    whole = {module for module, columns in modules(models.TINY).items() if columns % 128}
-    assert len(whole) == 2 + 5 * 3
-    check_against(path, lambda module: None if module in whole else scheme)
+    unquantized = {module for module, columns in modules(models.TINY).items() if columns % 128}
+    assert len(unquantized) == 2 + 5 * 3
+    compare_with_mlx_lm(path, lambda module: None if module in unquantized else scheme)
 
 
-def test_quantized_mistral3(tmp_path):
+def test_a_quantized_mistral3_is_read(tmp_path):
     write = mistral3(lambda name: f"language_model.{name}", ["vision_tower.patch_conv.weight"])
     write(tmp_path / "source")
     overrides = {"language_model.lm_head": SCHEMES["6-bit-g64"]}
     path = mlx_lm_reference.quantized(tmp_path / "source", tmp_path / "out", Scheme(), overrides)
-    check_against(
+    compare_with_mlx_lm(
         path, lambda module: overrides.get(f"language_model.{module}", Scheme()), prefix="language_model."
     )
 
 
-def test_quantized_and_tied(tmp_path):
+def test_a_quantized_model_with_tied_embeddings_is_read(tmp_path):
     source = models.write_hf(tmp_path / "source", replace(FLAT, tie_embeddings=True))
     path = mlx_lm_reference.quantized(source, tmp_path / "out", Scheme())
-    assert check_against(path, lambda _: Scheme()).config.tie_embeddings is True
+    assert compare_with_mlx_lm(path, lambda _: Scheme()).config.tie_embeddings is True
 
 
 @pytest.mark.parametrize("name", ["4-bit-g64", "mxfp8"])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-def test_bytes_of_a_load(tmp_path, flat, name, dtype):
+def test_the_bytes_of_a_load_are_predicted(tmp_path, flat, name, dtype):
     """The bytes predicted for a load are those it takes."""
     for path in (flat, mlx_lm_reference.quantized(flat, tmp_path / "out", SCHEMES[name])):
         checkpoint = open_checkpoint(path)
@@ -326,7 +326,7 @@ def test_one_error_lists_every_difference(tmp_path):
         tensors["model.embed_tokens.weight"] = ("BF16", (13, 8))
         tensors["model.layers.0.self_attn.o_proj.weight"] = ("F8_E4M3", (8, 8))
         tensors["model.layers.0.input_layernorm.weight"] = ("F64", (8,))
-        tensors["model.layers.0.mlp.down_proj.weight"] = ("I32", (1,))  # wrong twice
+        tensors["model.layers.0.mlp.down_proj.weight"] = ("I32", (1,))  # wrong shape and dtype
 
     path = write_zeros(tmp_path, change=change)
     with pytest.raises(CheckpointError) as caught:
@@ -368,7 +368,7 @@ def test_one_error_lists_every_difference(tmp_path):
     ],
     ids=str,
 )
-def test_config_that_lies_about_the_weights(tmp_path, change, lines):
+def test_a_config_that_contradicts_the_weights_is_refused(tmp_path, change, lines):
     path = edit_config(write_zeros(tmp_path), **change)
     if not lines:
         assert open_checkpoint(path).scheme("lm_head") is None
@@ -393,7 +393,7 @@ def test_config_that_lies_about_the_weights(tmp_path, change, lines):
     ],
     ids=str,
 )
-def test_config_that_lies_about_the_packing(tmp_path, flat, section, line):
+def test_a_config_that_contradicts_the_quantization_is_refused(tmp_path, flat, section, line):
     path = mlx_lm_reference.quantized(flat, tmp_path / "out", Scheme())
     claimed = section and Scheme().to_json() | section
     edit_config(path, quantization=claimed, quantization_config=claimed)
@@ -402,7 +402,7 @@ def test_config_that_lies_about_the_packing(tmp_path, flat, section, line):
     assert line in differences(caught.value)
 
 
-def test_hf_names_in_a_native_file(tmp_path):
+def test_hf_names_in_a_native_file_are_refused(tmp_path):
     """Their rows would be permuted wrongly, and the model would generate nonsense."""
     models.write_native(tmp_path, MICRO)
     mx.save_safetensors(str(tmp_path / "consolidated.safetensors"), models.random_weights(MICRO))
@@ -412,7 +412,7 @@ def test_hf_names_in_a_native_file(tmp_path):
     assert "not of this model: model.norm.weight (no native name)" in differences(caught.value)
 
 
-def test_native_fp8(tmp_path):
+def test_native_fp8_is_refused(tmp_path):
     models.write_native(tmp_path, MICRO)
     file = tmp_path / "consolidated.safetensors"
     tensors = {name: ("BF16", array.shape) for name, array in mx.load(str(file)).items()}
@@ -430,7 +430,7 @@ def test_native_fp8(tmp_path):
     ]
 
 
-def test_a_tensor_in_two_files(tmp_path):
+def test_a_tensor_in_two_files_is_refused(tmp_path):
     write_zeros(tmp_path)
     write_zeros(tmp_path, name="model-copy.safetensors")
     with pytest.raises(
@@ -440,7 +440,7 @@ def test_a_tensor_in_two_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("index", "words"),
+    ("index", "message"),
     [
         (
             {"weight_map": {"a": "../model.safetensors"}},
@@ -472,18 +472,18 @@ def test_a_tensor_in_two_files(tmp_path):
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_an_index_that_lies(tmp_path, index, words):
+def test_an_invalid_index_is_refused(tmp_path, index, message):
     path = write_zeros(tmp_path / "model")
     write_zeros(path / "sub")
     (tmp_path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes())
     data = index if isinstance(index, bytes) else json.dumps(index).encode()
     (path / "model.safetensors.index.json").write_bytes(data)
-    with pytest.raises(CheckpointError, match=words) as caught:
+    with pytest.raises(CheckpointError, match=message) as caught:
         open_checkpoint(path)
     assert str(path) in str(caught.value)
 
 
-def test_an_index_that_forgets_a_shard(tmp_path):
+def test_an_index_without_one_of_the_shards_is_refused(tmp_path):
     path = models.write_hf(tmp_path, MICRO, shards=2)
     index = path / "model.safetensors.index.json"
     weight_map = json.loads(index.read_text())["weight_map"]
@@ -500,7 +500,7 @@ class Explosive:
 
 
 @pytest.mark.parametrize(
-    ("files", "words"),
+    ("files", "message"),
     [
         ({}, "expected params.json with consolidated.safetensors.*found nothing"),
         ({"README.md": b"#"}, "found README.md"),
@@ -523,26 +523,26 @@ class Explosive:
     ],
     ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
 )
-def test_directories_that_hold_no_checkpoint(tmp_path, monkeypatch, files, words):
+def test_directories_without_a_checkpoint_are_refused(tmp_path, monkeypatch, files, message):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "model"
     path.mkdir()
     for name, data in files.items():
         (path / name).write_bytes(data)
-    with pytest.raises(CheckpointError, match=words) as caught:
+    with pytest.raises(CheckpointError, match=message) as caught:
         open_checkpoint(path)
     assert str(path) in str(caught.value)
     assert not (tmp_path / "exploded").exists()
 
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral", "qwen2", "gemma"])
-def test_another_architecture(tmp_path, kind):
+def test_another_architecture_is_refused(tmp_path, kind):
     path = edit_config(write_zeros(tmp_path), model_type=kind)
     with pytest.raises(ConfigError, match=f"model_type is 'mistral' or 'mistral3', found '{kind}'"):
         open_checkpoint(path)
 
 
-def test_no_directory(tmp_path):
+def test_a_path_that_is_no_directory_is_refused(tmp_path):
     file = tmp_path / "model.safetensors"
     file.touch()
     for path in (file, tmp_path / "none", Path("\0")):
@@ -550,7 +550,7 @@ def test_no_directory(tmp_path):
             open_checkpoint(path)
 
 
-def test_a_directory_that_may_not_be_looked_into(tmp_path, monkeypatch):
+def test_an_unreadable_directory_is_an_error(tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
@@ -561,7 +561,7 @@ def test_a_directory_that_may_not_be_looked_into(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "."])
-def test_files_that_may_not_be_read(tmp_path, name):
+def test_unreadable_files_are_an_error(tmp_path, name):
     path = write_zeros(tmp_path / "model")
     (path / name).chmod(0)
     try:
@@ -571,7 +571,7 @@ def test_files_that_may_not_be_read(tmp_path, name):
         (path / name).chmod(0o700)
 
 
-def test_a_header_that_only_mlx_refuses(tmp_path):
+def test_a_header_that_only_mlx_refuses_is_an_error(tmp_path):
     file = write_zeros(tmp_path) / "model.safetensors"
     data = file.read_bytes()
     file.write_bytes(data.replace(b'{"format":"mlx"}', b'{"format":12345}'))
@@ -585,7 +585,7 @@ def micro(tmp_path_factory):
 
 
 @given(st.data())
-def test_weights_cut_off_anywhere(micro, data):
+def test_weights_cut_off_anywhere_are_refused(micro, data):
     file = micro / "model.safetensors"
     whole = file.read_bytes()
     try:
@@ -597,8 +597,8 @@ def test_weights_cut_off_anywhere(micro, data):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
-def test_flipped_bytes(micro, name):
-    """Where a header or a config is damaged, the checkpoint still loads or is refused by name."""
+def test_damaged_files_are_read_or_refused_by_name(micro, name):
+    """A checkpoint with a damaged header or config still loads, or the error names it."""
     file = micro / name
     whole = file.read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little") if name.endswith("safetensors") else len(whole)

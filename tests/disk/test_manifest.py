@@ -42,7 +42,7 @@ def source(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def proven(source, tmp_path_factory):
+def original(source, tmp_path_factory):
     """A conversion into two files. Tests must change copies only."""
     out = tmp_path_factory.mktemp("proven") / "out"
     with pytest.MonkeyPatch.context() as patch:
@@ -52,31 +52,31 @@ def proven(source, tmp_path_factory):
 
 
 @pytest.fixture
-def out(proven, tmp_path):
-    return shutil.copytree(proven, tmp_path / "out")
+def out(original, tmp_path):
+    return shutil.copytree(original, tmp_path / "out")
 
 
-def said(directory):
+def read_manifest(directory):
     return json.loads((directory / PATH).read_text())
 
 
-def say(directory, content):
+def write_manifest(directory, content):
     (directory / PATH).write_text(content if isinstance(content, str) else json.dumps(content))
 
 
 # Its content ------------------------------------------------------------------------------------------
 
 
-def test_what_it_says(source, proven):
-    found = said(proven)
-    apart = (proven / PATH, proven / "README.md")  # users may edit the card
-    files = [file for file in proven.rglob("*") if file.is_file() and file not in apart]
+def test_the_manifest_lists_files_recipe_versions_and_errors(source, original):
+    found = read_manifest(original)
+    not_listed = (original / PATH, original / "README.md")  # users may edit the card
+    files = [file for file in original.rglob("*") if file.is_file() and file not in not_listed]
     assert found == {
         "format": 1,
         "source_name": source.name,
         "recipe": "4bit",
-        "source": {file.name: described(file) for file in source.glob("*.safetensors")},
-        "outputs": {str(file.relative_to(proven)): described(file) for file in files},
+        "source": {file.name: size_and_hash(file) for file in source.glob("*.safetensors")},
+        "outputs": {str(file.relative_to(original)): size_and_hash(file) for file in files},
         "versions": {"magistral_mlx": version("magistral_mlx"), "mlx": version("mlx")},
         "relative_rms_error": found["relative_rms_error"],
     }
@@ -84,35 +84,35 @@ def test_what_it_says(source, proven):
     assert len(found["outputs"]) == 2 + 2 + len(SIDECARS) - 1
 
 
-def described(file):
+def size_and_hash(file):
     content = file.read_bytes()
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def test_the_same_conversion_gives_the_same_manifest(source, proven, tmp_path, monkeypatch):
-    """In another place, later, from a copy with other times."""
+def test_the_same_conversion_gives_the_same_manifest(source, original, tmp_path, monkeypatch):
+    """Also later, in another directory, and from a copy with other modification times."""
     monkeypatch.setattr(plan, "SHARD_BYTES", 24_000)
     copy = shutil.copytree(source, tmp_path / source.name, copy_function=shutil.copyfile)
     for file in copy.iterdir():
         os.utime(file, (1, 1))
     converted(copy, tmp_path / "elsewhere")
-    assert (tmp_path / "elsewhere" / PATH).read_bytes() == (proven / PATH).read_bytes()
+    assert (tmp_path / "elsewhere" / PATH).read_bytes() == (original / PATH).read_bytes()
 
 
-def test_it_holds_no_time_and_no_path(source, proven):
-    text = (proven / PATH).read_text()
+def test_the_manifest_holds_no_time_and_no_path(source, original):
+    text = (original / PATH).read_text()
     assert not re.search(r'"[^"]*time[^"]*":|\d{4}-\d\d-\d\d|"/', text)
-    assert not [part for part in (*source.parts[:-1], *proven.parts[:-1]) if len(part) > 1 and part in text]
+    assert not [part for part in (*source.parts[:-1], *original.parts[:-1]) if len(part) > 1 and part in text]
 
 
-def test_the_source_is_called_what_the_user_called_it(source, tmp_path):
+def test_the_manifest_has_the_source_name_that_was_given(source, tmp_path):
     converted(source, tmp_path / "out", source_name="mistralai/Magistral-Small-2506")
-    assert said(tmp_path / "out")["source_name"] == "mistralai/Magistral-Small-2506"
+    assert read_manifest(tmp_path / "out")["source_name"] == "mistralai/Magistral-Small-2506"
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float32], ids=str)
-def test_errors_are_the_whole_tensors(tmp_path, monkeypatch, recipe, dtype):
+def test_errors_of_small_tensors_are_of_all_their_rows(tmp_path, monkeypatch, recipe, dtype):
     """Every tensor here fits into one block's sample, so the error is that of all its rows."""
     monkeypatch.setattr(quantize, "SAMPLE_ROWS", 64)
     config = replace(SMALL, vocab_size=quantize.SAMPLE_ROWS, dim=64, head_dim=16, hidden_dim=64)
@@ -125,29 +125,31 @@ def test_errors_are_the_whole_tensors(tmp_path, monkeypatch, recipe, dtype):
     for path, _ in config.matrices():
         if (scheme := made.plan.scheme(f"{path}.weight")) is None:
             continue
-        how = {"group_size": scheme.group_size, "bits": scheme.bits, "mode": scheme.mode}
+        options = {"group_size": scheme.group_size, "bits": scheme.bits, "mode": scheme.mode}
         weight = weights[f"{path}.weight"]
-        became = mx.dequantize(*mx.quantize(weight, **how), **how)
-        was, now = (np.array(array.astype(mx.float32), np.float64) for array in (weight, became))
-        expected[path] = float(np.linalg.norm(now - was) / np.linalg.norm(was))
+        dequantized = mx.dequantize(*mx.quantize(weight, **options), **options)
+        before, after = (np.array(array.astype(mx.float32), np.float64) for array in (weight, dequantized))
+        expected[path] = float(np.linalg.norm(after - before) / np.linalg.norm(before))
     assert made.errors == pytest.approx(expected, rel=1e-5)
-    assert said(tmp_path / "out")["relative_rms_error"] == pytest.approx(expected, rel=1e-5)
+    assert read_manifest(tmp_path / "out")["relative_rms_error"] == pytest.approx(expected, rel=1e-5)
     assert all(0.001 < error < 0.3 for error in expected.values())
     assert bool(expected) == (recipe.name != "bf16")
 
 
-def test_errors_of_a_sample(source, tmp_path, monkeypatch):
+def test_errors_of_large_tensors_are_of_each_blocks_first_rows(source, tmp_path, monkeypatch):
     """The first rows of every block are its sample: of 4 blocks of 64, the first 8 of each."""
     monkeypatch.setattr(quantize, "SAMPLE_ROWS", 8)
     monkeypatch.setattr(quantize, "BLOCK_BYTES", 64 * SMALL.dim * 2)
     made = converted(source, tmp_path / "out")
     weight = models.random_weights(SMALL, dtype=mx.bfloat16)["lm_head.weight"].reshape(4, 64, 64)[:, :8]
-    became = mx.dequantize(*mx.quantize(weight))
-    was, now = (np.array(array.astype(mx.float32)) for array in (weight, became))
-    assert made.errors["lm_head"] == pytest.approx(np.linalg.norm(now - was) / np.linalg.norm(was), rel=1e-5)
+    dequantized = mx.dequantize(*mx.quantize(weight))
+    before, after = (np.array(array.astype(mx.float32)) for array in (weight, dequantized))
+    assert made.errors["lm_head"] == pytest.approx(
+        np.linalg.norm(after - before) / np.linalg.norm(before), rel=1e-5
+    )
 
 
-def test_the_worst_come_first():
+def test_the_largest_errors_come_first():
     errors = {"a": 0.1, "b": 0.3, "c": float("inf"), "d": 0.0, "e": 0.3}
     assert manifest.worst(errors) == [("c", float("inf")), ("b", 0.3), ("e", 0.3)]
     assert manifest.worst(errors, n=1) == [("c", float("inf"))]
@@ -157,17 +159,17 @@ def test_the_worst_come_first():
 # Verifying ---------------------------------------------------------------------------------------------
 
 
-def test_all_is_well(proven):
+def test_an_unchanged_conversion_is_verified(original):
     seen = []
-    assert verify(proven, progress=lambda done, total: seen.append((done, total))) == []
-    assert wrong_sizes(proven) == []
-    total = sum(output["bytes"] for output in said(proven)["outputs"].values())
+    assert verify(original, progress=lambda done, total: seen.append((done, total))) == []
+    assert wrong_sizes(original) == []
+    total = sum(output["bytes"] for output in read_manifest(original)["outputs"].values())
     assert seen[-1] == (total, total)
     assert seen == sorted(seen)
 
 
 def files_of(directory):
-    return sorted(said(directory)["outputs"])
+    return sorted(read_manifest(directory)["outputs"])
 
 
 FILES = [
@@ -176,22 +178,22 @@ FILES = [
 ]
 
 
-def test_every_file_is_meant(proven):
-    assert files_of(proven) == FILES
+def test_the_tests_cover_every_file(original):
+    assert files_of(original) == FILES
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name != "mistral/empty.txt"])
 @pytest.mark.parametrize("where", [0, 0.5, -1])
-def test_one_flipped_bit(out, name, where):
+def test_one_flipped_bit_is_found(out, name, where):
     content = bytearray((out / name).read_bytes())
     content[int(where * len(content)) if where > 0 else where] ^= 1
     (out / name).write_bytes(content)
     assert verify(out) == [f"{name} has other bytes than were written"]
-    assert wrong_sizes(out) == []  # the quick check does not notice it
+    assert wrong_sizes(out) == []  # compares sizes only
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_other_sizes(out, name):
+def test_other_sizes_and_missing_files_are_found(out, name):
     size = (out / name).stat().st_size
     os.truncate(out / name, size + 3)
     longer = [f"{name} has {size + 3} bytes, was written with {size}"]
@@ -214,7 +216,7 @@ def test_every_wrong_file_is_named(out):
     ]
 
 
-def test_a_file_that_cannot_be_read(out, monkeypatch):
+def test_a_file_that_cannot_be_read_is_named(out, monkeypatch):
     def refuse(file, **_):
         raise PermissionError(13, "Permission denied")
 
@@ -222,19 +224,19 @@ def test_a_file_that_cannot_be_read(out, monkeypatch):
     assert verify(out) == [f"{name} cannot be read: Permission denied" for name in FILES]
 
 
-def test_without_verification(source, tmp_path):
+def test_without_hashes_only_sizes_are_compared(source, tmp_path):
     out = tmp_path / "out"
     made = converted(source, out, verify=False)
-    found = said(out)
+    found = read_manifest(out)
     assert made.errors == found["relative_rms_error"] == {}
-    assert all(set(of) == {"bytes"} for of in (*found["outputs"].values(), *found["source"].values()))
-    (only,) = verify(out)
-    assert "no hashes (it was converted with --no-verify): only sizes were compared" in only
+    assert all(set(file) == {"bytes"} for file in (*found["outputs"].values(), *found["source"].values()))
+    (note,) = verify(out)
+    assert "no hashes (it was converted with --no-verify): only sizes were compared" in note
     os.truncate(out / "NOTES.md", 1)
-    assert verify(out) == ["NOTES.md has 1 bytes, was written with 9", only]
+    assert verify(out) == ["NOTES.md has 1 bytes, was written with 9", note]
 
 
-def test_no_manifest(out):
+def test_a_missing_manifest_is_an_error(out):
     (out / PATH).unlink()
     with pytest.raises(
         ConversionError, match=rf"{out} has no mistral/manifest.json, so nothing says what it should"
@@ -243,7 +245,7 @@ def test_no_manifest(out):
     assert wrong_sizes(out) == []
 
 
-# A manifest that is not ours ---------------------------------------------------------------------------
+# Foreign manifests -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -262,32 +264,37 @@ def test_no_manifest(out):
     ],
     ids=lambda name: repr(name[:20]),
 )
-def test_it_never_leaves_the_directory(out, tmp_path, monkeypatch, name):
+def test_names_outside_the_directory_are_refused_untouched(out, tmp_path, monkeypatch, name):
     (tmp_path / "secret").write_text("!")
-    found = said(out)
+    found = read_manifest(out)
     found["outputs"] = {name.format(absolute=tmp_path / "secret"): {"bytes": 1, "sha256": "0" * 64}}
-    say(out, found)
+    write_manifest(out, found)
     touched = []
     stat, read = Path.stat, manifest.sha256
-    monkeypatch.setattr(Path, "stat", lambda path, **how: (touched.append(path), stat(path, **how))[1])
+    monkeypatch.setattr(
+        Path, "stat", lambda path, **options: (touched.append(path), stat(path, **options))[1]
+    )
     monkeypatch.setattr(manifest, "sha256", lambda path: (touched.append(path), read(path))[1])
-    for look in (verify, wrong_sizes):
-        if len(name) > 1000:  # inside, and no name of a file
-            assert "cannot be read" in look(out)[0]
+    for check in (verify, wrong_sizes):
+        if len(name) > 1000:  # inside the directory, but too long for a file name
+            assert "cannot be read" in check(out)[0]
             continue
         with pytest.raises(
             ConversionError, match=f"{PATH} is damaged: expected outputs inside the directory"
         ):
-            look(out)
+            check(out)
     assert all(out in (path, *path.parents) for path in touched)
     assert tmp_path / "secret" not in touched
 
 
-ODD = ["", "null", "[]", "[1]", "1", "not JSON", "{", '"x"', "\ud800", "[" * 100_000, '{"outputs": []}']
-ODD += [f'{{"outputs": {of}}}' for of in ("null", "1", '"x"', "[1]", '{"a": 1}', '{"a": null}', '{"a": []}')]
-ODD += [
-    f'{{"outputs": {{"NOTES.md": {of}}}}}'
-    for of in (
+INVALID_MANIFESTS = ["", "null", "[]", "[1]", "1", "not JSON", "{", '"x"', "\ud800", "[" * 100_000]
+INVALID_MANIFESTS += [
+    f'{{"outputs": {value}}}'
+    for value in ("[]", "null", "1", '"x"', "[1]", '{"a": 1}', '{"a": null}', '{"a": []}')
+]
+INVALID_MANIFESTS += [
+    f'{{"outputs": {{"NOTES.md": {value}}}}}'
+    for value in (
         "{}",
         '{"bytes": "9"}',
         '{"bytes": 9.5}',
@@ -298,28 +305,28 @@ ODD += [
 ]
 
 
-@pytest.mark.parametrize("content", ODD, ids=lambda content: repr(content[:40]))
-def test_odd_manifests(out, content):
+@pytest.mark.parametrize("content", INVALID_MANIFESTS, ids=lambda content: repr(content[:40]))
+def test_invalid_manifests_are_refused(out, content):
     (out / PATH).write_bytes(content.encode("utf-8", "surrogatepass"))
-    for look in (verify, wrong_sizes):
+    for check in (verify, wrong_sizes):
         with pytest.raises((ConversionError, ConfigError), match=re.escape(str(out / PATH))):
-            look(out)
+            check(out)
 
 
 @pytest.mark.parametrize("content", ["{}", '{"outputs": {}}', '{"outputs": {"NOTES.md": {"bytes": -1}}}'])
-def test_manifests_that_say_little(out, content):
-    say(out, content)
+def test_incomplete_manifests_are_not_verified(out, content):
+    write_manifest(out, content)
     assert verify(out)
 
 
-def test_a_link_in_the_place_of_a_manifest(out, tmp_path):
+def test_a_dangling_link_is_no_manifest(out, tmp_path):
     (out / PATH).unlink()
     (out / PATH).symlink_to(tmp_path / "nothing")
     with pytest.raises(MagistralError, match="has no"):
         verify(out)
 
 
-def test_linked_files_are_read_through(out, tmp_path):
+def test_linked_files_are_verified(out, tmp_path):
     """The Hub's cache consists of symlinks."""
     for name in FILES:
         blob = tmp_path / hashlib.sha256(name.encode()).hexdigest()

@@ -57,7 +57,7 @@ def file(tmp_path_factory):
 
 
 @pytest.mark.parametrize("dtype", BITS)
-def test_every_dtype_against_the_library(file, dtype):
+def test_every_dtype_is_laid_out_as_by_the_library(file, dtype):
     shapes = {"a": (4, 8), "b": (0, 3), "c": (16,)}
     head, planned = plan_file(file, {name: (dtype, shape) for name, shape in shapes.items()})
     data = os.urandom((32 + 16) * BITS[dtype] // 8)
@@ -108,13 +108,13 @@ def test_blocks_of_rows_are_slices_of_the_whole(file, dtype, shape, data):
     assert same(entries["a"].read(), whole)
 
 
-def test_a_header_says_what_mlxs_own_says(file):
+def test_a_planned_header_is_the_same_as_mlxs(file):
     weights = {"b.weight": mx.zeros((6, 4), mx.uint32), "a": mx.zeros((3,), mx.bfloat16)}
     mx.save_safetensors(str(file), weights, metadata={"format": "mlx"})
     data = file.read_bytes()
     theirs = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     ours, _ = plan_file(
-        file, {name: (of["dtype"], of["shape"]) for name, of in theirs.items() if name in weights}
+        file, {name: (entry["dtype"], entry["shape"]) for name, entry in theirs.items() if name in weights}
     )
     assert json.loads(ours[8:]) == theirs
     assert len(ours) % 8 == 0
@@ -137,26 +137,26 @@ HEADER = {
     "a": tensor(0, 32, (2, 4)),
     "b": tensor(32, 38, (3,), "BF16"),
 }
-WHOLE = packed(HEADER, bytes(38))
+INTACT = packed(HEADER, bytes(38))
 
 
-def test_the_whole_file_is_fine(file):
-    file.write_bytes(WHOLE)
+def test_an_intact_file_is_read(file):
+    file.write_bytes(INTACT)
     assert set(read_header(file)) == {"a", "b"}
     file.write_bytes(packed({}))
     assert read_header(file) == {}
 
 
-@given(st.integers(0, len(WHOLE) - 1))
-def test_cut_off_anywhere(file, length):
-    file.write_bytes(WHOLE[:length])
+@given(st.integers(0, len(INTACT) - 1))
+def test_a_file_cut_off_anywhere_is_refused(file, length):
+    file.write_bytes(INTACT[:length])
     with pytest.raises(CheckpointError, match="was cut off") as caught:
         read_header(file)
     assert str(file) in str(caught.value)
 
 
 @given(st.binary(max_size=200) | st.binary(max_size=100).map(packed))
-def test_garbage(file, data):
+def test_random_bytes_never_give_a_tensor(file, data):
     file.write_bytes(data)
     try:
         entries = read_header(file)
@@ -175,10 +175,10 @@ JSON = st.recursive(
 )
 
 
-@given(described=JSON, dtype=JSON, shape=JSON, offsets=JSON)
-def test_header_of_anything(file, described, dtype, shape, offsets):
-    for one in (described, {"dtype": dtype, "shape": shape, "data_offsets": offsets}):
-        file.write_bytes(packed({"a": one}))
+@given(entry=JSON, dtype=JSON, shape=JSON, offsets=JSON)
+def test_random_header_entries_are_refused(file, entry, dtype, shape, offsets):
+    for value in (entry, {"dtype": dtype, "shape": shape, "data_offsets": offsets}):
+        file.write_bytes(packed({"a": value}))
         with pytest.raises(
             CheckpointError, match="'a' should be a known dtype, a shape and two offsets, found"
         ):
@@ -186,7 +186,7 @@ def test_header_of_anything(file, described, dtype, shape, offsets):
 
 
 @pytest.mark.parametrize(
-    ("data", "words"),
+    ("data", "message"),
     [
         # lengths
         (b"", "claims 0 bytes, the file has 0"),
@@ -237,7 +237,7 @@ def test_header_of_anything(file, described, dtype, shape, offsets):
         (packed({"a": tensor(4, 0)}, bytes(4)), "a is F32.*4 bytes, but the header gives it bytes 4 to 0"),
         (packed({"a": tensor(0, 5)}, bytes(5)), "4 bytes, but the header gives it bytes 0 to 5"),
         (packed({"a": tensor(0, 4, shape=[2])}, bytes(4)), "8 bytes, but the header gives it bytes 0 to 4"),
-        # where they lie
+        # positions
         (packed({"a": tensor(0, 4), "b": tensor(0, 4)}, bytes(4)), "[ab] overlaps"),
         (packed({"a": tensor(0, 8, (2,)), "b": tensor(4, 8)}, bytes(8)), "b overlaps"),
         (
@@ -250,15 +250,15 @@ def test_header_of_anything(file, described, dtype, shape, offsets):
     ],
     ids=lambda value: ascii(value)[-20:],
 )
-def test_headers_that_lie(file, data, words):
+def test_invalid_headers_are_refused(file, data, message):
     file.write_bytes(data)
-    with pytest.raises(CheckpointError, match=words) as caught:
+    with pytest.raises(CheckpointError, match=message) as caught:
         read_header(file)
     assert str(file) in str(caught.value)
     assert len(str(caught.value)) < 700 + len(str(file))
 
 
-def test_a_header_longer_than_the_format_allows(file):
+def test_a_header_longer_than_the_format_allows_is_refused(file):
     with file.open("wb") as sparse:
         sparse.write((MAX_HEADER + 1).to_bytes(8, "little"))
         sparse.truncate(MAX_HEADER + 100)
@@ -267,7 +267,7 @@ def test_a_header_longer_than_the_format_allows(file):
     file.unlink()
 
 
-def test_no_file_a_directory_a_dangling_link(tmp_path):
+def test_a_missing_file_a_directory_and_a_dangling_link_are_refused(tmp_path):
     dangling = tmp_path / "dangling.safetensors"
     dangling.symlink_to("nowhere")
     for path, reason in (
@@ -280,17 +280,17 @@ def test_no_file_a_directory_a_dangling_link(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_an_unreadable_file(file):
-    file.write_bytes(WHOLE)
+def test_an_unreadable_file_is_refused(file):
+    file.write_bytes(INTACT)
     file.chmod(0)
     with pytest.raises(CheckpointError, match="cannot be read: Permission denied"):
         read_header(file)
     file.unlink()
 
 
-def test_a_file_that_shrinks_after_it_was_opened(file):
-    file.write_bytes(WHOLE)
+def test_a_file_that_shrinks_after_it_was_opened_is_an_error(file):
+    file.write_bytes(INTACT)
     entry = read_header(file)["a"]
-    file.write_bytes(WHOLE[:-20])
+    file.write_bytes(INTACT[:-20])
     with pytest.raises(CheckpointError, match="ends inside a"):
         entry.read()

@@ -1,4 +1,4 @@
-"""Publishing: converted, uploaded to a fake Hub, downloaded again; and errors."""
+"""Publishing: a conversion is uploaded to a fake Hub and downloaded again; and errors."""
 
 import hashlib
 import json
@@ -43,8 +43,8 @@ def converted(tmp_path_factory):
     return out
 
 
-def run(*words):
-    return CliRunner().invoke(cli, [str(word) for word in words])
+def run(*arguments):
+    return CliRunner().invoke(cli, [str(argument) for argument in arguments])
 
 
 def contents(directory):
@@ -55,7 +55,7 @@ def contents(directory):
     }
 
 
-def test_converted_and_published(fake, tmp_path):
+def test_a_conversion_is_uploaded_and_can_be_downloaded(fake, tmp_path):
     """One command; the Hub then has what was written, and a download of it works."""
     done = run("convert", "demo", "--out", "out", "--upload", REPO)
     assert done.exit_code == 0, done.stderr
@@ -71,21 +71,21 @@ def test_converted_and_published(fake, tmp_path):
     assert fetched == {name: data for name, data in fake.repos[REPO].items() if name != "README.md"}
 
 
-def test_what_is_there_is_not_sent_again(fake, converted):
+def test_uploaded_files_are_not_sent_again(fake, converted):
     hub.upload(converted, REPO)
     hub.upload(converted, REPO)
     assert len(fake.puts) == 1
     assert fake.repos[REPO] == contents(converted)
 
 
-def test_an_upload_that_breaks_off(fake, converted):
+def test_a_failed_upload_can_be_repeated_by_the_named_command(fake, converted):
     """The conversion is kept; the message's command to publish it works."""
     fake.put_status = [500] * 10
     with pytest.raises(HubError) as caught:
         hub.upload(converted, REPO)
-    said = str(caught.value)
-    assert said.startswith(f"{converted} is there, but cannot be published as '{REPO}': ")
-    command = shlex.split(said.partition("Then: ")[2])
+    message = str(caught.value)
+    assert message.startswith(f"{converted} is there, but cannot be published as '{REPO}': ")
+    command = shlex.split(message.partition("Then: ")[2])
     assert fake.repos[REPO] == {}
     fake.put_status.clear()
     hf = [str(Path(sys.executable).with_name(command[0])), *command[1:]]
@@ -95,7 +95,7 @@ def test_an_upload_that_breaks_off(fake, converted):
 
 
 @pytest.mark.parametrize(
-    ("token", "repo", "says"),
+    ("token", "repo", "message"),
     [
         (None, REPO, "nothing can be published as .*: nobody is logged in here"),
         ("hf_wrong", REPO, "nothing can be published as .*: the Hub does not allow it"),
@@ -103,15 +103,15 @@ def test_an_upload_that_breaks_off(fake, converted):
         ("hf_secret", f"{REPO}@main", 'Expected a Hub name such as "you/'),
     ],
 )
-def test_refused_before_the_work(fake, monkeypatch, token, repo, says):
+def test_an_impossible_upload_is_refused_before_the_conversion(fake, monkeypatch, token, repo, message):
     monkeypatch.setenv("HF_TOKEN", token) if token else monkeypatch.delenv("HF_TOKEN")
     done = run("convert", "demo", "--out", "out", "--upload", repo)
     assert done.exit_code == 1
-    assert re.search(says, done.stderr), done.stderr
+    assert re.search(message, done.stderr), done.stderr
     assert not Path("out").exists()
 
 
-def test_refused_without_a_network(fake, monkeypatch):
+def test_an_upload_without_a_network_is_refused(fake, monkeypatch):
     point_at("http://127.0.0.1:9", monkeypatch)
     with pytest.raises(HubError, match=r"nothing can be published as .*: the Hub was not reached"):
         hub.check_upload(REPO)
@@ -120,7 +120,7 @@ def test_refused_without_a_network(fake, monkeypatch):
         hub.check_upload(REPO)
 
 
-def test_a_place_of_another(fake, converted):
+def test_an_upload_to_another_owner_is_refused(fake, converted):
     with pytest.raises(
         HubError,
         match=r"cannot be published as .*: the Hub does not allow it .*Then: hf upload mistralai/demo-4bit",
@@ -131,30 +131,32 @@ def test_a_place_of_another(fake, converted):
 # The model card -----------------------------------------------------------------------------------------
 
 
-def test_the_cards_claims(converted):
-    """Source, recipe and size as they are; and the Hub's reader of cards understands its head."""
+def test_the_cards_claims_are_true(converted):
+    """Recipe and size; and huggingface_hub can read its metadata."""
     text = (converted / "README.md").read_text()
-    proof = manifest.read(converted)
-    weights = sum(of["bytes"] for name, of in proof["outputs"].items() if name.endswith(".safetensors"))
+    recorded = manifest.read(converted)
+    weights = sum(
+        output["bytes"] for name, output in recorded["outputs"].items() if name.endswith(".safetensors")
+    )
     parameters = json.loads((converted / "model.safetensors.index.json").read_text())["metadata"]
     bits = 8 * parameters["total_size"] / parameters["total_parameters"]
     assert f"- Size: {weights / 1e6:.1f} MB, {bits:.2f} bits per weight." in text
-    assert f"- Conversion: {proof['recipe']}, by magistral_mlx." in text
+    assert f"- Conversion: {recorded['recipe']}, by magistral_mlx." in text
     head = ModelCard(text).data
     assert (head.license, head.library_name, head.pipeline_tag) == ("apache-2.0", "mlx", "text-generation")
 
 
-def test_the_cards_python(converted, capsys):
+def test_the_cards_python_runs(converted, capsys):
     [code] = re.findall(r"```python\n(.*?)```", (converted / "README.md").read_text(), re.DOTALL)
     exec(code.replace("path/to/this/directory", str(converted)), {})
     assert "85" in capsys.readouterr().out
 
 
 @pytest.mark.slow
-def test_the_cards_command(converted):
+def test_the_cards_command_runs(converted):
     [code] = re.findall(r"```sh\n(.*?)```", (converted / "README.md").read_text(), re.DOTALL)
     code = code.replace("\\\n", " ").replace("path/to/this/directory", str(converted))
-    [name, *words] = shlex.split(code)
-    command = [str(Path(sys.executable).with_name(name)), *words]
+    [name, *arguments] = shlex.split(code)
+    command = [str(Path(sys.executable).with_name(name)), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "85" in done.stdout
