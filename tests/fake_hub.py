@@ -1,4 +1,4 @@
-"""A fake Hugging Face Hub on loopback: what huggingface_hub needs for down- and uploads, and faults on demand.
+"""A fake Hugging Face Hub on loopback: what huggingface_hub needs for down- and uploads; faults on demand.
 
 Large files are LFS objects under their SHA-256, others git blobs; a file's range is served; an upload goes by
 `preupload`, the LFS batch, a PUT and a verification per object, and one commit of lines of JSON. An object

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from magistral_mlx import Magistral, Reply, Sampling
-from tests.decoder.test_batch import Watching
+from tests.decoder.test_batch import RecordingModel
 from tests.scripted import scripted
 from tests.serving import ASK, HUB_ID, QUESTION, Answer, Running, until
 
@@ -277,24 +277,24 @@ def test_one_who_waits_may_leave(narrow: Running):
 
 def test_requests_are_decoded_together(served: Running, monkeypatch: pytest.MonkeyPatch):
     """Those of two clients, and the choices of one request, whose prompt is read once."""
-    model = Watching(served.service.model._model)
+    model = RecordingModel(served.service.model._model)
     monkeypatch.setattr(served.service.model, "_model", model)
     with begin(served) as long:
         long.recv(1)
         served.post(CHAT, ASK)
-        assert max(B for B, L in model.fed if L == 1) == 2
+        assert max(B for B, L in model.shapes if L == 1) == 2
     until(lambda: served.idle)
-    model.fed.clear()
+    model.shapes.clear()
     served.post(CHAT, ASK | {"n": 3, "messages": [{"role": "user", "content": "How much is 3 + 6?"}]})
-    assert max(B for B, L in model.fed if L == 1) == 3
-    assert sum(L > 1 for _, L in model.fed) == 1
+    assert max(B for B, L in model.shapes if L == 1) == 3
+    assert sum(L > 1 for _, L in model.shapes) == 1
 
 
 def test_more_choices_than_rows_come_one_after_another(narrow: Running, monkeypatch: pytest.MonkeyPatch):
-    model = Watching(narrow.service.model._model)
+    model = RecordingModel(narrow.service.model._model)
     monkeypatch.setattr(narrow.service.model, "_model", model)
     assert len(narrow.post(CHAT, ASK | {"n": 3, "max_tokens": 5}).json["choices"]) == 3
-    assert {B for B, _ in model.fed} == {1}
+    assert {B for B, _ in model.shapes} == {1}
 
 
 def test_a_short_request_does_not_wait_for_a_long_one(served: Running):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from magistral_mlx import ClosedError, Magistral, PromptError, Regex, Reply, Sampling, SamplingError
 from magistral_mlx.talk.continuous import Member
 from magistral_mlx.talk.reply import ReplyBuilder
-from tests.decoder.test_batch import Watching
+from tests.decoder.test_batch import RecordingModel
 
 QUESTIONS = [
     "What is 2 + 2?",
@@ -126,23 +126,23 @@ def test_eight_replies_to_one_question(demo: Magistral):
 
 
 def test_no_more_at_once_than_asked_for(demo: Magistral, monkeypatch: pytest.MonkeyPatch):
-    model = Watching(demo._model)
+    model = RecordingModel(demo._model)
     monkeypatch.setattr(demo, "_model", model)
     found = demo.ask_many(["What is 2 + 2?"] * 5, at_once=2, seed=1, max_tokens=4)
     assert [len(reply.token_ids) for reply in found] == [4] * 5
     assert [reply.seed for reply in found] == [1, 2, 3, 4, 5]
-    assert [B for B, L in model.fed if L == 1] == [2] * 6 + [1] * 3
+    assert [B for B, L in model.shapes if L == 1] == [2] * 6 + [1] * 3
 
 
 def test_when_one_has_ended_the_next_begins(demo: Magistral, monkeypatch: pytest.MonkeyPatch):
     """A long reply beside short ones: none waits for it, and no more than `at_once` are active."""
     questions = ["What is 48 + 37?", *["What is 2 + 2?"] * 4]
     expected = [demo.ask(question, seed=at, think_budget=12) for at, question in enumerate(questions)]
-    model = Watching(demo._model)
+    model = RecordingModel(demo._model)
     monkeypatch.setattr(demo, "_model", model)
     found = demo.ask_many(questions, at_once=2, seed=0, think_budget=12)
     assert [comparable(reply) for reply in found] == [comparable(reply) for reply in expected]
-    passes = [B for B, L in model.fed if L == 1]
+    passes = [B for B, L in model.shapes if L == 1]
     assert max(passes) == 2
     longest_first = sum(len(reply.token_ids) for reply in found) / 2
     assert len(passes) < 1.2 * longest_first

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from magistral_mlx import ClosedError, Magistral, MemoryLimitError, Regex, Reply, Sampling
 from magistral_mlx.talk.continuous import MAX_AHEAD, PREFILL_PIECE, ContinuousBatch, Member
 from magistral_mlx.talk.stream import Stream
-from tests.decoder.test_batch import Watching
+from tests.decoder.test_batch import RecordingModel
 
 HOT = Sampling(temperature=1.5)
 REQUESTS: list[tuple[str, dict[str, Any]]] = [
@@ -106,8 +106,8 @@ def test_all_at_once_from_asyncio(demo: Magistral, alone: list[Reply]):
 
 
 @pytest.fixture
-def watching(demo: Magistral, monkeypatch: pytest.MonkeyPatch) -> Watching:
-    model = Watching(demo._model)
+def watching(demo: Magistral, monkeypatch: pytest.MonkeyPatch) -> RecordingModel:
+    model = RecordingModel(demo._model)
     monkeypatch.setattr(demo, "_model", model)
     return model
 
@@ -137,7 +137,7 @@ def paused(demo: Magistral) -> Iterator[None]:
         resumed.set()
 
 
-def test_they_decode_in_one_pass(demo: Magistral, watching: Watching):
+def test_they_decode_in_one_pass(demo: Magistral, watching: RecordingModel):
     batch = demo.new_continuous_batch()
     one, other = both(demo, batch)
 
@@ -146,28 +146,28 @@ def test_they_decode_in_one_pass(demo: Magistral, watching: Watching):
 
     found = asyncio.run(drained())
     alone = [len(reply.token_ids) for reply in found]
-    assert len([B for B, L in watching.fed if L == 1]) < sum(alone) * 0.8
-    assert max(B for B, _ in watching.fed) == 2
+    assert len([B for B, L in watching.shapes if L == 1]) < sum(alone) * 0.8
+    assert max(B for B, _ in watching.shapes) == 2
 
 
-def test_a_reply_that_is_not_read_delays_no_other(demo: Magistral, watching: Watching):
+def test_a_reply_that_is_not_read_delays_no_other(demo: Magistral, watching: RecordingModel):
     slow, quick = both(demo, demo.new_continuous_batch())
     before = len(slow.reply.token_ids)
     assert len(quick.drain().token_ids) > 2 * MAX_AHEAD
     demo.run(lambda: None)
     assert len(slow.reply.token_ids) <= before + MAX_AHEAD + 1
-    shapes = [B for B, L in watching.fed if L == 1]
+    shapes = [B for B, L in watching.shapes if L == 1]
     assert shapes[-MAX_AHEAD:] == [1] * MAX_AHEAD  # it took no part in the last passes
     slow.close()
 
 
-def test_a_closed_reply_is_in_no_further_pass(demo: Magistral, watching: Watching):
+def test_a_closed_reply_is_in_no_further_pass(demo: Magistral, watching: RecordingModel):
     one, other = both(demo, demo.new_continuous_batch())
     one.close()
     demo.run(lambda: None)  # wait for the iteration that is running
-    watching.fed.clear()
+    watching.shapes.clear()
     other.drain()
-    assert {B for B, _ in watching.fed} == {1}
+    assert {B for B, _ in watching.shapes} == {1}
 
 
 def test_closing_from_another_thread_wakes_a_reader(demo: Magistral):
@@ -182,13 +182,13 @@ def test_closing_from_another_thread_wakes_a_reader(demo: Magistral):
         assert not reading.is_alive()
 
 
-def test_a_long_prompt_is_read_by_pieces_between_steps(demo: Magistral, watching: Watching):
+def test_a_long_prompt_is_read_by_pieces_between_steps(demo: Magistral, watching: RecordingModel):
     batch = demo.new_continuous_batch()
     one, other = both(demo, batch)
     prompt = [5 + at % 90 for at in range(3 * PREFILL_PIECE)]
     long = demo.stream_ids(prompt, batch=batch, max_tokens=2, seed=1)
     with paused(demo):
-        watching.fed.clear()
+        watching.shapes.clear()
         for stream in (one, other, long):
             stream.start()
 
@@ -196,24 +196,24 @@ def test_a_long_prompt_is_read_by_pieces_between_steps(demo: Magistral, watching
         return await asyncio.gather(one.adrain(), other.adrain(), long.adrain())
 
     asyncio.run(main())
-    pieces = [at for at, (_, L) in enumerate(watching.fed) if L > 1]
-    assert sum(watching.fed[at][1] for at in pieces) == len(prompt)
-    assert watching.fed[pieces[0]] == (1, PREFILL_PIECE)  # a small piece, as others were decoded
+    pieces = [at for at, (_, L) in enumerate(watching.shapes) if L > 1]
+    assert sum(watching.shapes[at][1] for at in pieces) == len(prompt)
+    assert watching.shapes[pieces[0]] == (1, PREFILL_PIECE)  # a small piece, as others were decoded
     assert pieces[1] - pieces[0] > 1  # which continued between two pieces
 
 
-def test_prompts_are_read_in_turns(demo: Magistral, watching: Watching):
+def test_prompts_are_read_in_turns(demo: Magistral, watching: RecordingModel):
     """A short prompt that comes later does not wait until a long one is prefilled."""
     batch = demo.new_continuous_batch()
     others = both(demo, batch)
     long = demo.stream_ids([7] * 3 * PREFILL_PIECE, batch=batch, max_tokens=2, seed=1)
     short = demo.stream_ids([7] * 9, batch=batch, max_tokens=2, seed=1)
     with paused(demo):
-        watching.fed.clear()
+        watching.shapes.clear()
         for stream in (*others, long, short):
             stream.start()
     short.drain()
-    assert [L for _, L in watching.fed if L > 1][:2] == [PREFILL_PIECE, 9]
+    assert [L for _, L in watching.shapes if L > 1][:2] == [PREFILL_PIECE, 9]
     for stream in (long, *others):
         stream.close()
 
