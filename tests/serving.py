@@ -102,7 +102,7 @@ class Running:
     def idle(self) -> bool:
         return not (self.service.slots.running or self.service.slots.waiting)
 
-    def rest(self) -> int:
+    def idle_memory(self) -> int:
         """Wait until nothing runs; returns active memory in bytes, without what the prefix cache declares."""
         until(lambda: self.idle)
         self.service.model.run(lambda: None)  # wait for what was queued after the last step

@@ -63,7 +63,7 @@ def test_no_drafts_before_plain_passes_are_measured():
     assert pace.best(1.0) > 0
 
 
-def test_unmeasured_counts_are_tried_stepwise_and_only_if_drafts_are_likely_right():
+def test_unmeasured_counts_are_tried_stepwise_and_only_at_a_high_chance():
     pace = measured_pace({0: 1.0})
     assert pace.best(0.5) == 0
     tried = list[int]()

@@ -219,10 +219,10 @@ def test_ten_turns_with_reasoning_equal_fresh_runs(tiny_tokenizer: Open, keep: b
     """Dropped reasoning lies after the point to which the cache is trimmed; kept reasoning is cached."""
     tokenizer = tiny_tokenizer(version)
     thought = "and so on " * 6
-    said = tokenizer.encode(f"<think>\n{thought}\n</think>\n한 answer.")
+    reply_ids = tokenizer.encode(f"<think>\n{thought}\n</think>\n한 answer.")
     if version == "v13":
-        said = [34, *tokenizer.encode(thought), 35, *tokenizer.encode("한 answer.")]
-    with scripted(tokenizer, said) as model:
+        reply_ids = [34, *tokenizer.encode(thought), 35, *tokenizer.encode("한 answer.")]
+    with scripted(tokenizer, reply_ids) as model:
         replies = ask_turns(model, model.conversation(keep_thinking=keep), 10)
         assert {reply.answer for reply in replies} == {"한 answer."}
 

@@ -73,11 +73,11 @@ async def crowd(server: Running, clients: int, requests: int, right: Right) -> l
 
 def serve(server: Running, right: Right, clients: int, requests: int) -> None:
     asyncio.run(crowd(server, clients, clients, right))  # everything that is allocated once exists now
-    before = server.rest()
+    before = server.idle_memory()
     went = asyncio.run(crowd(server, clients, requests, right))
     assert len(went) == requests
     assert set(went) == {"right", "left"}
-    assert server.rest() - before <= MEGABYTE
+    assert server.idle_memory() - before <= MEGABYTE
     assert server.service.prefixes.nbytes <= server.service.prefixes.limit
     assert (server.service.slots.running, server.service.slots.waiting) == (0, 0)
 
@@ -99,7 +99,7 @@ def test_a_soak(loaded: Running):
     seconds = float(os.environ.get("SOAK_SECONDS", "600"))
     right = answers(loaded, think=(True, False))
     asyncio.run(crowd(loaded, 20, 40, right))
-    before, end = loaded.rest(), time.monotonic() + seconds
+    before, end = loaded.idle_memory(), time.monotonic() + seconds
     while time.monotonic() < end:
         assert set(asyncio.run(crowd(loaded, 20, 100, right))) == {"right", "left"}
-        assert loaded.rest() - before <= MEGABYTE
+        assert loaded.idle_memory() - before <= MEGABYTE

@@ -196,7 +196,7 @@ def test_a_second_prompt_with_the_same_beginning_is_not_read_again(served: Runni
     long = "Remember: " + " ".join(f"{n}," for n in range(100, 160))
     talk = [{"role": "user", "content": long}]
     first = served.post(CHAT, {"messages": talk, "max_tokens": 5}).json["usage"]
-    served.rest()  # the prefix is stored only after the answer was sent
+    served.idle_memory()  # the prefix is stored only after the answer was sent
     again = served.post(CHAT, {"messages": talk, "max_tokens": 5}).json["usage"]
     assert first["prompt_tokens_details"]["cached_tokens"] < first["prompt_tokens"] / 2
     assert again["prompt_tokens_details"]["cached_tokens"] == again["prompt_tokens"] - 1

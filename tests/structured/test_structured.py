@@ -47,7 +47,7 @@ class Noise(Script):
         )
 
 
-def random_model(tokenizer: Tokenizer, seed: int) -> Magistral:
+def random_logits_model(tokenizer: Tokenizer, seed: int) -> Magistral:
     checkpoint = open_checkpoint(Path(DEMO))
     config = replace(checkpoint.config, max_context=100_000, vocab_size=tokenizer.vocab_size)
     checkpoint = replace(checkpoint, config=config)
@@ -86,7 +86,7 @@ def test_answers_of_the_demo_model_are_valid(demo: Magistral):
 @pytest.mark.parametrize("version", ["v7", "v11", "v13"])
 def test_answers_from_random_logits_are_valid(tiny_tokenizer: Callable[[str], Tokenizer], version: str):
     for seed in range(5):
-        with random_model(tiny_tokenizer(version), seed) as model:
+        with random_logits_model(tiny_tokenizer(version), seed) as model:
             check_valid(model, seed)
 
 
@@ -101,7 +101,7 @@ def test_300_answers_are_valid(
         tokenizer = (
             full_tokenizer("v11") if seed % 10 == 0 else tiny_tokenizer(["v7", "v11", "v13"][seed % 3])
         )
-        with random_model(tokenizer, seed) as model:
+        with random_logits_model(tokenizer, seed) as model:
             check_valid(model, seed)
 
 

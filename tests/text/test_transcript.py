@@ -226,7 +226,7 @@ def test_ids_after_the_last_text_are_left_over(tiny_tokenizer: Open):
     assert transcript.flush() == ([], (EOS,))
 
 
-def test_the_phase(tiny_tokenizer: Open):
+def test_phase_after_each_id(tiny_tokenizer: Open):
     transcript, phases = Transcript(tiny_tokenizer("v11")), []
     for i in as_bytes("<think>a</think>b"):
         transcript.feed(i)
