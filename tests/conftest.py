@@ -1,4 +1,4 @@
-"""Fixtures that several test files share. What they build is in plain helper modules beside this one."""
+"""Fixtures that several test files share; what they build is in the helper modules beside this one."""
 
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -13,14 +13,14 @@ from tests.fake_hub import point_at
 from tests.serving import QUESTION, Running
 from tests.tokenizers import full_tekken, tiny_tekken
 
-# A busy machine is not a failure.
+# A test must not fail because the machine is busy.
 settings.register_profile("magistral", deadline=None)
 settings.load_profile("magistral")
 
 
 @pytest.fixture
 def no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty cache, and a Hub at a port where nobody listens."""
+    """An empty Hub cache, and a Hub address at which nothing listens."""
     from huggingface_hub import constants  # noqa: PLC0415 -- half a second, and not in every test
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -45,12 +45,12 @@ def full_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
 
 @pytest.fixture(scope="session")
 def served() -> Iterator[Running]:
-    """The demo model behind HTTP, started once a session; for tests that leave it as it was."""
+    """The demo model behind HTTP, started once a session; for tests that do not change it."""
     with Magistral.load("demo") as model, Running(model) as running:
         yield running
 
 
 @pytest.fixture(scope="session")
 def reply(served: Running) -> Reply:
-    """What the library says to the server's usual question."""
+    """The library's own reply to `QUESTION`, for comparison with the server's."""
     return served.service.model.ask(QUESTION, seed=1)

@@ -1,9 +1,9 @@
-"""A Hub on the loopback: as much of it as huggingface_hub asks for, down and up, with its faults on order.
+"""A fake Hugging Face Hub on loopback: what huggingface_hub needs for down- and uploads; faults on demand.
 
 Large files are LFS objects under their SHA-256, others git blobs; a file's range is served; an upload goes by
 `preupload`, the LFS batch, a PUT and a verification per object, and one commit of lines of JSON. An object
-whose bytes are not its hash is refused, and so is a commit that names an object that never came. Not here:
-Xet storage, multipart uploads, redirects to a CDN.
+whose bytes do not match its hash is refused, and so is a commit that names an object that was not uploaded.
+Not implemented: Xet storage, multipart uploads, redirects to a CDN.
 """
 
 import base64
@@ -22,9 +22,9 @@ SHA = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class Hub:
-    """Its content, what was asked of it, and what is to go wrong.
+    """Its content, the requests it received, and the faults to inject.
 
-    cuts: file name → how many bytes of it each next request gets before the line breaks.
+    cuts: file name → how many bytes each further request gets before the connection is closed.
     """
 
     repos: dict[str, dict[str, bytes]]
@@ -48,13 +48,13 @@ def is_lfs(name: str, size: int) -> bool:
 
 
 def etag(name: str, data: bytes) -> str:
-    """As the Hub has it: the SHA-256 of an LFS object, git's hash of a blob."""
+    """As on the Hub: the SHA-256 of an LFS object, git's hash of a blob."""
     if is_lfs(name, len(data)):
         return hashlib.sha256(data).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
-def described(name: str, data: bytes) -> dict[str, Any]:
+def file_info(name: str, data: bytes) -> dict[str, Any]:
     lfs = {"sha256": etag(name, data), "size": len(data), "pointerSize": 134}
     git = hashlib.sha1(data).hexdigest()
     return {"size": len(data), "blobId": git, "lfs": lfs} if is_lfs(name, len(data)) else {
@@ -62,11 +62,15 @@ def described(name: str, data: bytes) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def listed(name: str, data: bytes) -> dict[str, Any]:
-    """A file as the tree has it."""
-    of = described(name, data)
-    lfs = {"lfs": {"oid": of["lfs"]["sha256"], "size": len(data), "pointerSize": 134}} if "lfs" in of else {}
-    return {"type": "file", "path": name, "size": len(data), "oid": of["blobId"]} | lfs
+def tree_entry(name: str, data: bytes) -> dict[str, Any]:
+    """A file as the Hub's tree endpoint lists it."""
+    info = file_info(name, data)
+    lfs = (
+        {"lfs": {"oid": info["lfs"]["sha256"], "size": len(data), "pointerSize": 134}}
+        if "lfs" in info
+        else {}
+    )
+    return {"type": "file", "path": name, "size": len(data), "oid": info["blobId"]} | lfs
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -84,10 +88,10 @@ class Handler(BaseHTTPRequestHandler):
             return self._send(404, b"", {"X-Error-Code": "RevisionNotFound"})
         files = self.hub.repos[repo]
         if rest.startswith("tree/"):
-            return self._json([listed(name, data) for name, data in files.items()])
+            return self._json([tree_entry(name, data) for name, data in files.items()])
         if rest.startswith("resolve/"):
             return self.file(repo, rest.split("/", 2)[2])
-        siblings = [{"rfilename": name} | described(name, data) for name, data in files.items()]
+        siblings = [{"rfilename": name} | file_info(name, data) for name, data in files.items()]
         return self._json({"id": repo, "sha": SHA, "siblings": siblings})
 
     do_HEAD = do_GET  # noqa: N815 -- the name that http.server calls
@@ -141,7 +145,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def file(self, repo: str, name: str) -> None:
-        """A file, or what of it is asked for, or as much as the line lets through."""
+        """Send a file, the requested range of it, or as much as `cuts` allows."""
         data = self.hub.repos[repo][name]
         start, status = 0, 200
         headers = {"ETag": f'"{etag(name, data)}"', "X-Repo-Commit": SHA, "Accept-Ranges": "bytes"}
@@ -219,7 +223,7 @@ def running(repos: dict[str, dict[str, bytes]]):
 
 
 def point_at(endpoint: str, monkeypatch) -> None:
-    """Make huggingface_hub ask there."""
+    """Make huggingface_hub use this endpoint."""
     from huggingface_hub import constants  # noqa: PLC0415 -- half a second, and not in every test
 
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)

@@ -37,7 +37,7 @@ def quantized(
 
 
 def read(path: Path) -> dict[str, mx.array]:
-    """Every array of a directory's weight files, by the name that stands there."""
+    """Every array of a directory's weight files, by its stored name."""
     return {
         name: array
         for file in sorted(path.glob("*.safetensors"))

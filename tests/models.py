@@ -21,13 +21,13 @@ TINY = ModelConfig(
     rope_theta=1e9,
     max_context=4096,
 )
-"""head_dim is not dim / heads, four query heads share one of keys, theta 1e9: what readers trip over."""
+"""head_dim is not dim / heads, four query heads share one key head, theta is 1e9: easily misread."""
 
 
 def random_weights(
     config: ModelConfig = TINY, *, seed: int = 0, dtype: mx.Dtype = mx.float32
 ) -> dict[str, mx.array]:
-    """Weights by model name, scaled so that activations neither die nor explode."""
+    """Weights by model name, scaled so that activations neither vanish nor explode."""
     rng = np.random.default_rng(seed)
     weights = {
         f"{path}.weight": rng.normal(size=shape).astype(np.float32) * shape[1] ** -0.5 * 1.5
@@ -88,7 +88,7 @@ def write_native(path: Path, config: ModelConfig = TINY, **weights: object) -> P
 
 
 def native_name(name: str) -> str:
-    """The name table the other way round, from the format's description and not from the package."""
+    """HF name → native name, from the format's description and not from the package."""
     for ours, theirs in (
         ("model.embed_tokens", "tok_embeddings"),
         ("model.layers", "layers"),

@@ -1,13 +1,13 @@
-"""JSON schemas drawn at random, each with the length of the longest text that it allows."""
+"""Random JSON schemas, each with the length of the longest text that it allows."""
 
 from collections.abc import Callable
 from random import Random
 from typing import Any
 
 GAP = 33
-"""White space that may stand between two parts of JSON."""
+"""Bytes of white space, at most, between two parts of JSON."""
 CHARACTER = 6
-"""Bytes of one in a string, at most: `\\u0000`."""
+"""Bytes of one character of a string, at most: `\\u0000`."""
 NAMES = ["a", "b b", "é", "한", 'q"', "x\\y", "n\n", "total", "<think>", "</think>"]
 VALUES: list[Any] = [None, True, 1, -2.5, "", "한글", "</think>", [1, "a"], {"k": []}, "<think>"]
 
@@ -15,7 +15,7 @@ Drawn = tuple[dict[str, Any], int]
 
 
 def schema(draw: Random, depth: int = 3) -> Drawn:
-    """A schema that bounds every string, number and array, and the bytes of the longest text of its kind."""
+    """A schema that bounds every string, number and array, and the bytes of the longest text allowed."""
     flat: list[Callable[[Random], Drawn]] = [_string, _pattern, _enum, _integer, _date, _simple]
     deep: list[Callable[[Random, int], Drawn]] = [_array, _tuple, _object, _object, _either]
     if depth and draw.random() < 0.7:

@@ -1,4 +1,4 @@
-"""A model that says what a test tells it to, behind the same door as the real one."""
+"""A `Magistral` that generates given ids, whatever the prompt."""
 
 import time
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ ENDS_OF_PROMPT = (4, 8)
 
 
 class Script:
-    """Stands where a `Transformer` stands: after any prompt it is sure of `ids`, then of `</s>`."""
+    """A fake `Transformer`: after any prompt its logits select `ids`, then `</s>`."""
 
     def __init__(self, ids: Sequence[int], tokenizer: Tokenizer, step_seconds: float) -> None:
         self.ids = list(ids)
@@ -33,7 +33,7 @@ class Script:
         return [KVCache()]
 
     def __call__(self, ids: mx.array, caches: Sequence[KVCache], *, last: bool = False) -> mx.array:
-        """Hidden states `(1, L, 1)`: how many ids stand behind the last prompt."""
+        """Hidden states `(1, L, 1)`: the number of ids after the last prompt."""
         time.sleep(self.step_seconds)
         self.steps += 1
         cache, L = caches[0], ids.shape[1]
@@ -44,8 +44,8 @@ class Script:
         return mx.arange(len(fed) - L, len(fed)).reshape(1, L, 1) + 1 - end_of_prompt
 
     def logits(self, h: mx.array) -> mx.array:
-        said = mx.clip(h[..., 0].astype(mx.int32), 0, len(self.ids))
-        tokens = mx.array([*self.ids, self.tokenizer.eos_id])[said]  # (1, L)
+        generated = mx.clip(h[..., 0].astype(mx.int32), 0, len(self.ids))
+        tokens = mx.array([*self.ids, self.tokenizer.eos_id])[generated]  # (1, L)
         return mx.where(mx.arange(self.tokenizer.vocab_size) == tokens[..., None], 100.0, 0.0)
 
 
@@ -57,7 +57,7 @@ def scripted(
     step_seconds: float = 0.0,
     kind: type[Script] = Script,
 ) -> Magistral:
-    """A `Magistral` with the demo's shape, this tokenizer, and one thing to say."""
+    """A `Magistral` with the demo's shape, this tokenizer, and one fixed reply."""
     ids = tokenizer.encode(reply) if isinstance(reply, str) else reply
     checkpoint = open_checkpoint(Path(DEMO))
     config = replace(checkpoint.config, max_context=max_context, vocab_size=tokenizer.vocab_size)

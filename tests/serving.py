@@ -1,4 +1,4 @@
-"""A server in this process, on any free port of loopback, and plain ways to call it."""
+"""A server in this process, on a free port of loopback, and helpers to call it."""
 
 import gc
 import http.client
@@ -43,7 +43,7 @@ class Answer:
 
     @property
     def events(self) -> list[Any]:
-        """Server-sent events but the last, which says that it is the last."""
+        """The server-sent events before the final `[DONE]`."""
         *events, last = [
             e for e in self.body.decode().replace("\r", "").split("\n\n") if e.startswith("data")
         ]
@@ -52,7 +52,7 @@ class Answer:
 
 
 class Running:
-    """A server from its beginning to its end; `with` ends it."""
+    """A running server; leaving the `with` block ends it."""
 
     def __init__(
         self,
@@ -87,13 +87,13 @@ class Running:
         return self.call("POST", path, data, {"Content-Type": "application/json"} | headers)
 
     def call(self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]) -> Answer:
-        line = http.client.HTTPConnection("127.0.0.1", self.port, timeout=150)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=150)
         try:
-            line.request(method, path, body, dict(headers))
-            got = line.getresponse()
-            return Answer(got.status, dict(got.getheaders()), got.read())
+            connection.request(method, path, body, dict(headers))
+            response = connection.getresponse()
+            return Answer(response.status, dict(response.getheaders()), response.read())
         finally:
-            line.close()
+            connection.close()
 
     def socket(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=60)
@@ -102,11 +102,11 @@ class Running:
     def idle(self) -> bool:
         return not (self.service.slots.running or self.service.slots.waiting)
 
-    def rest(self) -> int:
-        """Wait until nothing runs; bytes of active memory then, without what the prefix cache declares."""
+    def idle_memory(self) -> int:
+        """Wait until nothing runs; returns active memory in bytes, without what the prefix cache declares."""
         until(lambda: self.idle)
-        self.service.model.run(lambda: None)  # what was queued behind the last step is done
-        gc.collect()  # frames of cancelled tasks hold one another
+        self.service.model.run(lambda: None)  # wait for what was queued after the last step
+        gc.collect()  # frames of cancelled tasks refer to one another
         return mx.get_active_memory() - self.service.prefixes.nbytes
 
     def end(self) -> None:
@@ -121,8 +121,8 @@ class Running:
         self.end()
 
 
-def until(true: Callable[[], bool], seconds: float = 60) -> None:
+def until(condition: Callable[[], bool], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it did not come to pass"
+    while not condition():
+        assert time.monotonic() < end, "the condition did not become true"
         time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""A loaded model through its public interface: streams, replies, conversations, threads, asyncio, endings."""
+"""A loaded model through its public interface: streams, replies, conversations, threads, asyncio, exit."""
 
 import asyncio
 import gc
@@ -50,12 +50,12 @@ def demo() -> Iterator[Magistral]:
 
 
 @pytest.fixture
-def script(tiny_tokenizer: Callable[[str], Tokenizer]) -> Iterator[Callable[..., Magistral]]:
+def make_model(tiny_tokenizer: Callable[[str], Tokenizer]) -> Iterator[Callable[..., Magistral]]:
     """Makes models with a scripted reply; closed when the test ends."""
     models: list[Magistral] = []
 
-    def make(reply: Any = REPLY, **how: Any) -> Magistral:
-        models.append(scripted(tiny_tokenizer("v11"), reply, **how))
+    def make(reply: Any = REPLY, **options: Any) -> Magistral:
+        models.append(scripted(tiny_tokenizer("v11"), reply, **options))
         return models[-1]
 
     yield make
@@ -70,8 +70,8 @@ def texts(events: list[Event], kind: type[ThinkToken] | type[AnswerToken]) -> st
 # ------------------------------------------------------------------ one reply
 
 
-def test_events_then_finished_then_the_same_reply(script: Callable[..., Magistral]):
-    with script().stream(QUESTION) as stream:
+def test_stream_ends_with_finished_and_its_text_is_the_replys(make_model: Callable[..., Magistral]):
+    with make_model().stream(QUESTION) as stream:
         events = list(stream)
     reply, finished = stream.reply, events[-1]
     assert isinstance(finished, Finished)
@@ -82,29 +82,29 @@ def test_events_then_finished_then_the_same_reply(script: Callable[..., Magistra
     assert reply.stats == finished.stats
 
 
-def test_every_id_is_on_one_event(script: Callable[..., Magistral]):
-    stream = script().stream(QUESTION)
+def test_events_carry_every_token_id_once(make_model: Callable[..., Magistral]):
+    stream = make_model().stream(QUESTION)
     joined = tuple(token for event in stream for token in event.token_ids)
     assert joined == stream.reply.token_ids
-    assert joined[-1] == 2, "the end of text is counted"
+    assert joined[-1] == 2, "the end-of-text id is counted"
 
 
-def test_ids_are_counted_in_the_phase_they_lead_to(script: Callable[..., Magistral]):
-    stats = (reply := script().ask(QUESTION)).stats
+def test_stats_count_prompt_thinking_and_answer_tokens(make_model: Callable[..., Magistral]):
+    stats = (reply := make_model().ask(QUESTION)).stats
     assert stats.prompt_tokens == len(reply.prompt_ids)
     assert stats.thinking_tokens + stats.answer_tokens == len(reply.token_ids)
     assert min(stats.thinking_tokens, stats.answer_tokens, stats.prefill_seconds, stats.decode_seconds) > 0
 
 
-def test_the_reply_so_far_can_be_read_at_any_time(script: Callable[..., Magistral]):
-    stream = script().stream(QUESTION)
-    said = ""
+def test_partial_reply_is_readable_while_streaming(make_model: Callable[..., Magistral]):
+    stream = make_model().stream(QUESTION)
+    text = ""
     for event in stream:
-        said += event.text if isinstance(event, ThinkToken | AnswerToken) else ""
-        assert stream.reply.thinking + stream.reply.answer == said
+        text += event.text if isinstance(event, ThinkToken | AnswerToken) else ""
+        assert stream.reply.thinking + stream.reply.answer == text
 
 
-def test_peak_memory_is_that_of_a_replys_own_steps(demo: Magistral):
+def test_peak_memory_covers_only_the_replys_own_steps(demo: Magistral):
     weights = demo._guard.weights
     long = "Add up 12, 34, 56. " * 15
     short_, long_ = demo.ask(QUESTION, max_tokens=5), demo.ask(long, max_tokens=5)
@@ -120,15 +120,15 @@ def test_peak_memory_is_that_of_a_replys_own_steps(demo: Magistral):
     assert all(reply.stats.peak_memory > peaks[0] for reply in together)
 
 
-def test_past_the_advised_context_a_reply_says_so_once(
-    script: Callable[..., Magistral], monkeypatch: pytest.MonkeyPatch
+def test_warns_once_past_the_advised_context(
+    make_model: Callable[..., Magistral], monkeypatch: pytest.MonkeyPatch
 ):
-    model = script("word " * 40)
+    model = make_model("word " * 40)
     monkeypatch.setattr("magistral_mlx.talk.guard.USUAL_CONTEXT", len(model.encode(QUESTION)) + 20)
-    with pytest.warns(MagistralWarning, match="tokens of context the model's quality drops") as said:
+    with pytest.warns(MagistralWarning, match="tokens of context the model's quality drops") as warnings:
         first = model.ask(QUESTION)
     model.ask(QUESTION)  # warned before: another warning would be an error here
-    assert (len(said), first.finish_reason, first.answer) == (1, "stop", "word " * 40)
+    assert (len(warnings), first.finish_reason, first.answer) == (1, "stop", "word " * 40)
 
 
 def test_demo_thinks_and_answers(demo: Magistral):
@@ -138,7 +138,7 @@ def test_demo_thinks_and_answers(demo: Magistral):
     assert "**" in reply.answer
 
 
-def test_a_cache_may_be_packed_late():
+def test_cache_is_not_quantized_before_quantize_after():
     """Up to `quantize_after` a reply is the same as without `kv_bits`."""
     with Magistral.load("demo") as plain, Magistral.load("demo", kv_bits=8, quantize_after=10**4) as late:
         options = {"seed": 5, "max_tokens": 40}
@@ -148,37 +148,37 @@ def test_a_cache_may_be_packed_late():
 
 
 @pytest.mark.parametrize(("kv_bits", "after"), [(None, 1), (8, -1), (8, 1.5)])
-def test_a_threshold_needs_a_packed_cache(kv_bits, after):
+def test_invalid_quantize_after_is_refused(kv_bits, after):
     with pytest.raises(SamplingError, match="quantize_after"):
         Magistral.load("demo", kv_bits=kv_bits, quantize_after=after)
 
 
-def test_a_seed_is_a_reply(demo: Magistral):
+def test_same_seed_gives_the_same_reply(demo: Magistral):
     first, again, other = (
         demo.ask(QUESTION, seed=seed, sampling=Sampling(temperature=2)) for seed in (5, 5, 6)
     )
     assert first.token_ids == again.token_ids != other.token_ids
-    drawn = demo.ask(QUESTION, max_tokens=8)
-    assert demo.ask(QUESTION, max_tokens=8, seed=drawn.seed).token_ids == drawn.token_ids
+    unseeded = demo.ask(QUESTION, max_tokens=8)
+    assert demo.ask(QUESTION, max_tokens=8, seed=unseeded.seed).token_ids == unseeded.token_ids
 
 
-def test_a_loop_is_ended_if_it_is_asked_for(script: Callable[..., Magistral]):
-    circles = "round and round it goes, where it stops. " * 16
-    asked = script("<think>\n" + circles).ask(QUESTION, loop_guard=True)
-    assert (asked.stats.forced_tokens > 0, asked.finish_reason) == (True, "loop")
-    assert len(asked.token_ids) < len(script(circles).ask(QUESTION).token_ids)
-    answered = script(circles).ask(QUESTION, loop_guard=True)
-    assert (answered.finish_reason, answered.stats.forced_tokens) == ("loop", 0)
-    assert script(circles).ask(QUESTION).finish_reason == "stop"
+def test_loop_guard_ends_loops_only_if_enabled(make_model: Callable[..., Magistral]):
+    loop = "round and round it goes, where it stops. " * 16
+    in_thinking = make_model("<think>\n" + loop).ask(QUESTION, loop_guard=True)
+    assert (in_thinking.stats.forced_tokens > 0, in_thinking.finish_reason) == (True, "loop")
+    assert len(in_thinking.token_ids) < len(make_model(loop).ask(QUESTION).token_ids)
+    in_answer = make_model(loop).ask(QUESTION, loop_guard=True)
+    assert (in_answer.finish_reason, in_answer.stats.forced_tokens) == ("loop", 0)
+    assert make_model(loop).ask(QUESTION).finish_reason == "stop"
 
 
-def test_messages_and_a_string_are_the_same(demo: Magistral):
+def test_string_prompt_equals_one_user_message(demo: Magistral):
     assert demo.encode(QUESTION) == demo.encode([{"role": "user", "content": QUESTION}])
     assert demo.ask(QUESTION, max_tokens=1).prompt_ids == tuple(demo.encode(QUESTION))
 
 
-def test_a_stop_string_ends_the_answer_only(script: Callable[..., Magistral]):
-    model = script("<think>\nSTOP here? no.\n</think>\nOne STOP two")
+def test_stop_string_applies_to_the_answer_only(make_model: Callable[..., Magistral]):
+    model = make_model("<think>\nSTOP here? no.\n</think>\nOne STOP two")
     reply = model.ask(QUESTION, stop=["never", "STOP"])
     assert (reply.stop_string, model.ask(QUESTION).stop_string) == ("STOP", None)
     assert model.ask(QUESTION, stop="STOP").answer == reply.answer
@@ -186,20 +186,20 @@ def test_a_stop_string_ends_the_answer_only(script: Callable[..., Magistral]):
 
 
 @pytest.mark.parametrize("limit", [1, 5, 9])
-def test_max_tokens_is_a_clean_length(script: Callable[..., Magistral], limit: int):
-    events = list(script().stream(QUESTION, max_tokens=limit))
+def test_max_tokens_ends_a_reply_with_reason_length(make_model: Callable[..., Magistral], limit: int):
+    events = list(make_model().stream(QUESTION, max_tokens=limit))
     assert events[-1].reason == "length"  # type: ignore[union-attr]
     assert sum(len(event.token_ids) for event in events) == limit
 
 
-def test_the_context_ends_a_reply_as_length(script: Callable[..., Magistral]):
-    model = script("word " * 500)
+def test_full_context_ends_a_reply_with_reason_length(make_model: Callable[..., Magistral]):
+    model = make_model("word " * 500)
     room = len(model.encode(QUESTION)) + 20
-    short = script("word " * 500, max_context=room)
+    short = make_model("word " * 500, max_context=room)
     reply = short.ask(QUESTION)
     assert (len(reply.token_ids), reply.finish_reason) == (20, "length")
     with pytest.raises(ContextError, match=f"context {room - 20}"):
-        script(max_context=room - 20).stream(QUESTION)
+        make_model(max_context=room - 20).stream(QUESTION)
 
 
 @pytest.mark.parametrize(
@@ -218,99 +218,98 @@ def test_the_context_ends_a_reply_as_length(script: Callable[..., Magistral]):
         (QUESTION, {"speculate": "x"}, SamplingError),
     ],
 )
-def test_mistakes_are_told_before_anything_runs(
-    script: Callable[..., Magistral], messages: Any, options: Any, error: type[Exception]
+def test_invalid_arguments_raise_before_generation(
+    make_model: Callable[..., Magistral], messages: Any, options: Any, error: type[Exception]
 ):
     with pytest.raises(error):
-        script().stream(messages, **options)
+        make_model().stream(messages, **options)
     with pytest.raises(error):
-        script().ask_many([messages], **options)
+        make_model().ask_many([messages], **options)
 
 
 @pytest.mark.parametrize("prompt", [[], [-1], [2024], ["1"]])
-def test_ids_that_are_not_the_models_are_refused(demo: Magistral, prompt: list[int]):
+def test_invalid_prompt_ids_are_refused(demo: Magistral, prompt: list[int]):
     """MLX would read other memory, or crash."""
     with pytest.raises(PromptError, match="ids from 0 to 2023, and one at least"):
         demo.stream_ids(prompt)
 
 
-@pytest.mark.parametrize("how", [{"dtype": "int8"}, {"kv_bits": 4}])
-def test_what_a_model_cannot_be_loaded_with(how: Any):
+@pytest.mark.parametrize("options", [{"dtype": "int8"}, {"kv_bits": 4}])
+def test_invalid_load_options_are_refused(options: Any):
     with pytest.raises(SamplingError, match="or is left out; found"):
-        Magistral.load("demo", **how)
+        Magistral.load("demo", **options)
 
 
-def test_what_cannot_be_loaded_says_why():
+def test_loading_a_missing_directory_raises():
     with pytest.raises(CheckpointError, match="no directory"):
         Magistral.load("./no-such-directory")
 
 
-def test_a_file_of_another_size_than_was_written_is_told(tmp_path: Path):
-    words = files(DEMO, name="demo", recipe="4bit", context=4096)
-    convert(Job(checkpoint=open_checkpoint(DEMO), out=tmp_path / "out", sidecars=words))
+def test_changed_file_size_warns_on_load(tmp_path: Path):
+    sidecar_files = files(DEMO, name="demo", recipe="4bit", context=4096)
+    convert(Job(checkpoint=open_checkpoint(DEMO), out=tmp_path / "out", sidecars=sidecar_files))
     with (tmp_path / "out" / "mistral" / "SYSTEM_PROMPT.txt").open("a") as file:
         file.write("Be brief.")
     with pytest.warns(MagistralWarning, match="SYSTEM_PROMPT.txt has 241 bytes, was written with 232"):
         Magistral.load(tmp_path / "out").close()
 
 
-# ------------------------------------------------------------------ endings
+# ------------------------------------------------------------------ close, errors, exit
 
 
-def test_close_stops_at_once_and_keeps_what_was_said(script: Callable[..., Magistral]):
-    model = script("<think>\n" + "word " * 300)
+def test_close_stops_generation_and_keeps_the_text_so_far(make_model: Callable[..., Magistral]):
+    model = make_model("<think>\n" + "word " * 300)
     with model.stream(QUESTION) as stream:
-        said = texts(list(islice(stream, 7)), ThinkToken)
+        text = texts(list(islice(stream, 7)), ThinkToken)
         stream.close()
         assert list(stream) == []
-    assert (stream.reply.finish_reason, stream.reply.thinking) == ("cancelled", said)
+    assert (stream.reply.finish_reason, stream.reply.thinking) == ("cancelled", text)
     assert model._model.steps < 40  # type: ignore[union-attr]
 
 
-def test_leaving_the_with_by_an_error_stops_too(demo: Magistral):
-    def broken(stream: Stream) -> None:
+def test_exception_inside_with_closes_the_stream(demo: Magistral):
+    def raise_inside(stream: Stream) -> None:
         with stream:
             next(stream)
             raise ZeroDivisionError
 
     stream = demo.stream(QUESTION)
     with pytest.raises(ZeroDivisionError):
-        broken(stream)
+        raise_inside(stream)
     assert stream.reply.finish_reason == "cancelled"
     assert demo.ask(QUESTION, max_tokens=3).token_ids
 
 
-def test_a_finished_stream_stays_finished(script: Callable[..., Magistral]):
-    stream = script().stream(QUESTION)
+def test_a_finished_stream_stays_finished(make_model: Callable[..., Magistral]):
+    stream = make_model().stream(QUESTION)
     list(stream)
     stream.close()
     assert stream.reply.finish_reason == "stop"
     assert list(stream) == []
 
 
-def test_nothing_leaks(demo: Magistral):
-    """Closed, abandoned and failed streams free their caches."""
+def test_closed_and_abandoned_streams_free_their_caches(demo: Magistral):
     prompt = "Add 12 and 13. " * 8
 
-    def level() -> int:
+    def active_memory() -> int:
         gc.collect()
         return demo._worker.run(mx.get_active_memory)
 
     demo.ask(QUESTION, max_tokens=2)
-    before = level()
+    before = active_memory()
     for at in range(0, 36, 3):
         stream = demo.stream(prompt)
         list(islice(stream, at))
         if at % 2:
             stream.close()
         del stream
-    assert level() - before < 100_000
+    assert active_memory() - before < 100_000
 
 
-def test_an_interrupted_wait_loses_no_token(script: Callable[..., Magistral]):
+def test_an_interrupted_wait_loses_no_token(make_model: Callable[..., Magistral]):
     """Ctrl-C while waiting, caught: the next `next` waits for the same step."""
-    expected = script().ask(QUESTION)
-    stream, events, interrupts = script(step_seconds=0.02).stream(QUESTION), [], 0
+    expected = make_model().ask(QUESTION)
+    stream, events, interrupts = make_model(step_seconds=0.02).stream(QUESTION), [], 0
     signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     try:
         while True:
@@ -328,10 +327,10 @@ def test_an_interrupted_wait_loses_no_token(script: Callable[..., Magistral]):
     assert texts(events, AnswerToken) == expected.answer
 
 
-def test_an_error_in_the_model_ends_the_stream_and_not_the_model(
-    script: Callable[..., Magistral], monkeypatch: pytest.MonkeyPatch
+def test_model_remains_usable_after_an_error_in_a_stream(
+    make_model: Callable[..., Magistral], monkeypatch: pytest.MonkeyPatch
 ):
-    model = script()
+    model = make_model()
     stream = model.stream(QUESTION)
     next(stream)
     with monkeypatch.context() as patch:
@@ -342,7 +341,7 @@ def test_an_error_in_the_model_ends_the_stream_and_not_the_model(
     assert model.ask(QUESTION).answer == "An answer, 한국어."
 
 
-def test_a_closed_model_says_so(tiny_tokenizer: Callable[[str], Tokenizer]):
+def test_closed_model_raises(tiny_tokenizer: Callable[[str], Tokenizer]):
     model = scripted(tiny_tokenizer("v11"), REPLY)
     stream = model.stream(QUESTION)
     next(stream)
@@ -390,14 +389,14 @@ def test_the_interpreter_exits_cleanly_fifty_times():
     assert [exits_cleanly(ending) for ending in ENDINGS * 10] == [True] * 50
 
 
-# ------------------------------------------------------------------ several at once
+# ------------------------------------------------------------------ concurrency
 
 
 def replies(model: Magistral, seeds: range) -> list[Reply]:
     return [model.ask(QUESTION, seed=seed, max_tokens=20) for seed in seeds]
 
 
-def test_open_streams_take_turns(demo: Magistral):
+def test_interleaved_streams_equal_single_replies(demo: Magistral):
     alone = replies(demo, range(3))
     streams = [demo.stream(QUESTION, seed=seed, max_tokens=20) for seed in range(3)]
     open_streams = list(streams)
@@ -406,26 +405,26 @@ def test_open_streams_take_turns(demo: Magistral):
     assert [stream.reply.token_ids for stream in streams] == [reply.token_ids for reply in alone]
 
 
-def test_ten_threads_ask_one_model(demo: Magistral):
+def test_replies_in_ten_threads_equal_single_replies(demo: Magistral):
     alone = replies(demo, range(10))
     with ThreadPoolExecutor(10) as pool:
         together = list(pool.map(lambda seed: demo.ask(QUESTION, seed=seed, max_tokens=20), range(10)))
     assert [reply.token_ids for reply in together] == [reply.token_ids for reply in alone]
 
 
-def test_close_from_another_thread(script: Callable[..., Magistral]):
-    stream = script("word " * 2000, step_seconds=0.005).stream(QUESTION)
+def test_close_from_another_thread(make_model: Callable[..., Magistral]):
+    stream = make_model("word " * 2000, step_seconds=0.005).stream(QUESTION)
     threading.Timer(0.2, stream.close).start()
     list(stream)
     assert stream.reply.finish_reason == "cancelled"
     assert 0 < len(stream.reply.token_ids) < 500
 
 
-def test_asyncio_asks_and_streams(demo: Magistral):
+def test_concurrent_asyncio_replies_equal_single_replies(demo: Magistral):
     alone = replies(demo, range(4))
 
     async def main() -> list[Reply]:
-        asked = [demo.aask(QUESTION, seed=seed, max_tokens=20) for seed in range(3)]
+        asks = [demo.aask(QUESTION, seed=seed, max_tokens=20) for seed in range(3)]
         stream = demo.astream(QUESTION, seed=3, max_tokens=20)
 
         async def streamed() -> Reply:
@@ -433,13 +432,13 @@ def test_asyncio_asks_and_streams(demo: Magistral):
             assert isinstance(events[-1], Finished)
             return stream.reply
 
-        return [*await asyncio.gather(*asked, streamed())]
+        return [*await asyncio.gather(*asks, streamed())]
 
     assert [reply.token_ids for reply in asyncio.run(main())] == [reply.token_ids for reply in alone]
 
 
-def test_the_event_loop_is_never_blocked(script: Callable[..., Magistral]):
-    model = script("word " * 20, step_seconds=0.02)
+def test_the_event_loop_is_never_blocked(make_model: Callable[..., Magistral]):
+    model = make_model("word " * 20, step_seconds=0.02)
 
     async def main() -> int:
         ticks = 0
@@ -452,8 +451,8 @@ def test_the_event_loop_is_never_blocked(script: Callable[..., Magistral]):
     assert asyncio.run(main()) > 50
 
 
-def test_cancelling_the_task_closes_the_stream(script: Callable[..., Magistral]):
-    model = script("word " * 2000, step_seconds=0.005)
+def test_cancelling_the_task_closes_the_stream(make_model: Callable[..., Magistral]):
+    model = make_model("word " * 2000, step_seconds=0.005)
 
     async def main() -> Reply:
         async with model.astream(QUESTION) as stream:
@@ -474,8 +473,8 @@ def test_cancelling_the_task_closes_the_stream(script: Callable[..., Magistral])
 # ------------------------------------------------------------------ conversations
 
 
-def test_a_conversation_drops_reasoning_from_history(script: Callable[..., Magistral]):
-    model = script()
+def test_a_conversation_drops_reasoning_from_history(make_model: Callable[..., Magistral]):
+    model = make_model()
     talk = model.conversation()
     talk.ask("one")
     second = talk.ask("two")
@@ -488,8 +487,8 @@ def test_a_conversation_drops_reasoning_from_history(script: Callable[..., Magis
     assert talk.messages[1] == history[1] | {"thinking": "Two words."}
 
 
-def test_kept_reasoning_goes_on_from_the_sampled_ids(script: Callable[..., Magistral]):
-    model = script()
+def test_keep_thinking_continues_from_the_sampled_ids(make_model: Callable[..., Magistral]):
+    model = make_model()
     talk = model.conversation(keep_thinking=True)
     first, second = talk.ask("one"), talk.ask("two")
     assert second.prompt_ids == (*first.prompt_ids, *first.token_ids, *model.tokenizer.encode_turn("two"))
@@ -502,8 +501,8 @@ def test_kept_reasoning_goes_on_from_the_sampled_ids(script: Callable[..., Magis
     )
 
 
-def test_a_closed_reply_is_remembered_as_far_as_it_came(script: Callable[..., Magistral]):
-    talk = script().conversation()
+def test_partial_answer_of_a_closed_stream_stays_in_the_history(make_model: Callable[..., Magistral]):
+    talk = make_model().conversation()
     with talk.stream("one") as stream:
         for event in stream:
             if isinstance(event, AnswerToken):
@@ -513,14 +512,14 @@ def test_a_closed_reply_is_remembered_as_far_as_it_came(script: Callable[..., Ma
     assert [message["content"] for message in talk.messages] == ["one", stream.reply.answer]
 
 
-def test_a_reply_of_reasoning_alone_can_be_followed(script: Callable[..., Magistral]):
-    talk = script("<think>\nand on and on").conversation()
+def test_reply_without_an_answer_can_be_followed(make_model: Callable[..., Magistral]):
+    talk = make_model("<think>\nand on and on").conversation()
     assert talk.ask("one").answer == ""
     assert talk.ask("two").finish_reason == "stop"
 
 
-def test_undo_and_reset(script: Callable[..., Magistral]):
-    talk = script().conversation()
+def test_undo_and_reset(make_model: Callable[..., Magistral]):
+    talk = make_model().conversation()
     talk.ask("one")
     before = talk.messages
     talk.ask("two")
@@ -530,16 +529,16 @@ def test_undo_and_reset(script: Callable[..., Magistral]):
     assert (talk.messages, talk.undo()) == ([], None)
 
 
-def test_a_failed_question_changes_nothing(script: Callable[..., Magistral]):
-    talk = script().conversation()
+def test_refused_question_leaves_the_history_unchanged(make_model: Callable[..., Magistral]):
+    talk = make_model().conversation()
     with pytest.raises(PromptError):
         talk.ask("")
     assert talk.messages == []
 
 
-def test_an_async_conversation(script: Callable[..., Magistral]):
+def test_an_async_conversation(make_model: Callable[..., Magistral]):
     async def main() -> list[str]:
-        talk = script().conversation()
+        talk = make_model().conversation()
         await talk.aask("one")
         async for _ in talk.astream("two"):
             pass
@@ -548,8 +547,8 @@ def test_an_async_conversation(script: Callable[..., Magistral]):
     assert asyncio.run(main()) == ["one", "two"]
 
 
-def test_options_of_one_reply_win(script: Callable[..., Magistral]):
-    model = script()
+def test_options_of_a_reply_override_the_conversations(make_model: Callable[..., Magistral]):
+    model = make_model()
     talk = model.conversation(system="Be brief.", max_tokens=3)
     assert list(talk.ask("one").prompt_ids) == model.encode("one", system="Be brief.")
     assert len(talk.ask("two", max_tokens=4).token_ids) == 4

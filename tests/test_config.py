@@ -39,7 +39,7 @@ HF = MAGISTRAL.to_json() | {"rope_parameters": None}
 MLX = {"group_size": 64, "bits": 4, "mode": "affine"}
 
 
-def written(path, document, name="config.json"):
+def write_file(path, document, name="config.json"):
     """`document` (bytes as they are, anything else as JSON) in a file."""
     data = document if isinstance(document, bytes) else json.dumps(document).encode()
     (path / name).write_bytes(data)
@@ -50,8 +50,8 @@ def without(document, *names):
     return {name: value for name, value in document.items() if name not in names}
 
 
-def test_magistrals_own_params(tmp_path):
-    assert read_params(written(tmp_path, PARAMS, "params.json")) == MAGISTRAL
+def test_params_of_magistral(tmp_path):
+    assert read_params(write_file(tmp_path, PARAMS, "params.json")) == MAGISTRAL
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_magistrals_own_params(tmp_path):
     ],
 )
 def test_params_fields(tmp_path, change, field, value):
-    assert getattr(read_params(written(tmp_path, PARAMS | change)), field) == value
+    assert getattr(read_params(write_file(tmp_path, PARAMS | change)), field) == value
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_params_fields(tmp_path, change, field, value):
     ],
 )
 def test_config_fields(tmp_path, config, field, value):
-    assert getattr(read_config(written(tmp_path, config)), field) == value
+    assert getattr(read_config(write_file(tmp_path, config)), field) == value
 
 
 def test_config_as_transformers_writes_it(tmp_path):
@@ -136,9 +136,9 @@ def test_config_as_transformers_writes_it(tmp_path):
         ),
     ],
 )
-def test_what_is_written_is_read_back(tmp_path, quantization, tied):
+def test_written_config_is_read_back(tmp_path, quantization, tied):
     config = replace(MAGISTRAL, quantization=quantization, tie_embeddings=tied)
-    assert read_config(written(tmp_path, config.to_json())) == config
+    assert read_config(write_file(tmp_path, config.to_json())) == config
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_what_is_written_is_read_back(tmp_path, quantization, tied):
 )
 @pytest.mark.parametrize("name", ["quantization", "quantization_config"])
 def test_quantization_section(tmp_path, section, path, scheme, name):
-    quantization = read_config(written(tmp_path, HF | {name: section})).quantization
+    quantization = read_config(write_file(tmp_path, HF | {name: section})).quantization
     assert quantization is not None
     assert quantization.scheme(path) == scheme
     assert quantization.scheme("model.embed_tokens") == Scheme()
@@ -168,7 +168,7 @@ def test_quantization_section(tmp_path, section, path, scheme, name):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        # numbers that lie
+        # invalid numbers
         *[({name: value}, [name, str(value)]) for name in PARAMS for value in (0, -1)],
         *[({name: "40"}, [name, "'40'"]) for name in PARAMS],
         *[({name: True}, [name, "True"]) for name in PARAMS],
@@ -185,7 +185,7 @@ def test_quantization_section(tmp_path, section, path, scheme, name):
         ({"n_kv_heads": 64}, ["multiple of n_kv_heads", "32 and 64"]),
         ({"head_dim": 127}, ["head_dim", "even", "127"]),
         ({"tied_embeddings": "no"}, ["tied_embeddings", "true or false", "'no'"]),
-        # other models
+        # unsupported models
         ({"moe": {"num_experts": 8}}, ["moe", "experts"]),
         ({"sliding_window": 4096}, ["sliding_window"]),
         ({"sliding_window": [4096, None]}, ["sliding_window"]),
@@ -193,8 +193,8 @@ def test_quantization_section(tmp_path, section, path, scheme, name):
         ({"quantization": {"qformat_weight": "fp8_e4m3"}}, ["quantization", "bf16"]),
     ],
 )
-def test_params_that_lie(tmp_path, change, words):
-    path = written(tmp_path, PARAMS | change, "params.json")
+def test_invalid_params_are_refused(tmp_path, change, words):
+    path = write_file(tmp_path, PARAMS | change, "params.json")
     with pytest.raises(ConfigError) as caught:
         read_params(path)
     assert all(word in str(caught.value) for word in [str(path), *words]), str(caught.value)
@@ -241,8 +241,8 @@ def test_params_that_lie(tmp_path, change, words):
         (HF | {"quantization": MLX | {"lm_head": {"bits": 4}}}, ["group_size is missing"]),
     ],
 )
-def test_config_that_lies(tmp_path, config, words):
-    path = written(tmp_path, config)
+def test_invalid_configs_are_refused(tmp_path, config, words):
+    path = write_file(tmp_path, config)
     with pytest.raises(ConfigError) as caught:
         read_config(path)
     assert all(word in str(caught.value) for word in [str(path), *words]), str(caught.value)
@@ -265,15 +265,15 @@ def test_config_that_lies(tmp_path, config, words):
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_a_file_that_is_no_config(tmp_path, read, data, words):
-    path = written(tmp_path, data)
+def test_file_that_is_no_config_is_refused(tmp_path, read, data, words):
+    path = write_file(tmp_path, data)
     with pytest.raises(ConfigError, match=words) as caught:
         read(path)
     assert str(path) in str(caught.value)
 
 
 @pytest.mark.parametrize("read", [read_params, read_config])
-def test_no_file_at_all(tmp_path, read):
+def test_missing_file_and_directory_are_refused(tmp_path, read):
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         read(tmp_path / "config.json")
     with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
@@ -293,7 +293,7 @@ def test_text_name(found, name):
     assert text_name(found) == name
 
 
-def test_a_schemes_own_values():
+def test_default_values_of_each_mode():
     assert Scheme.of_mode("affine") == Scheme(bits=4, group_size=64, mode="affine")
     assert Scheme.of_mode("affine", bits=8, group_size=32) == Scheme(bits=8, group_size=32)
     for mode, bits, group in (("mxfp4", 4, 32), ("nvfp4", 4, 16), ("mxfp8", 8, 32)):
@@ -306,6 +306,6 @@ def test_cache_bytes_per_token():
     assert MAGISTRAL.kv_bytes_per_token(2) == 160 * 1024
 
 
-def test_a_text_config_counts_only_where_there_is_one(tmp_path):
-    path = written(tmp_path, HF | {"text_config": [1], "torch_dtype": "float16"})
+def test_text_config_is_ignored_except_for_mistral3(tmp_path):
+    path = write_file(tmp_path, HF | {"text_config": [1], "torch_dtype": "float16"})
     assert read_directory(path.parent)[1] == "float16"

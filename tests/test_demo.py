@@ -16,7 +16,7 @@ from magistral_mlx.text.sidecars import files
 PROBLEMS = held_out_problems(16, 2506)
 
 
-def test_its_files():
+def test_files_of_the_demo():
     assert {path.name for path in DEMO.iterdir() if path.is_file()} == {
         "README.md", "SYSTEM_PROMPT.txt", "consolidated.safetensors", "params.json", "tekken.json",
     }  # fmt: skip
@@ -27,7 +27,7 @@ def test_its_files():
     assert "not" in (DEMO / "README.md").read_text()
 
 
-def test_problems_are_held_out_whatever_their_order():
+def test_problems_are_held_out_in_either_operand_order():
     assert all(is_held_out(problem.kind, problem.operands[::-1]) for problem in PROBLEMS)
     assert len({problem.kind for problem in PROBLEMS}) == 4
     assert len({problem.language for problem in PROBLEMS}) == 4
@@ -38,8 +38,8 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     path: Path = DEMO
     if request.param == "4-bit":
         path = tmp_path_factory.mktemp("demo") / "4bit"
-        words = files(DEMO, name="demo", recipe="4bit", context=4096)
-        convert(Job(checkpoint=open_checkpoint(DEMO), out=path, sidecars=words))
+        sidecar_files = files(DEMO, name="demo", recipe="4bit", context=4096)
+        convert(Job(checkpoint=open_checkpoint(DEMO), out=path, sidecars=sidecar_files))
     with Magistral.load(path) as loaded:
         yield loaded
 
@@ -49,7 +49,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     [pytest.param(Sampling(temperature=0), marks=pytest.mark.slow), Sampling()],
     ids=["greedy", "recommended"],
 )
-def test_it_thinks_and_is_right_about_what_it_never_saw(model: Magistral, sampling: Sampling):
+def test_demo_solves_held_out_problems(model: Magistral, sampling: Sampling):
     """A sample; `benchmarks/demo_accuracy.py` asks 500."""
 
     replies = model.ask_many(
@@ -59,7 +59,7 @@ def test_it_thinks_and_is_right_about_what_it_never_saw(model: Magistral, sampli
     assert sum(is_right(text, problem.answer) for text, problem in zip(texts, PROBLEMS, strict=True)) >= 14
 
 
-def test_a_conversation_uses_what_was_said(model: Magistral):
+def test_conversation_uses_earlier_answers(model: Magistral):
     talk = model.conversation(sampling=Sampling(temperature=0))
     assert "**85**" in talk.ask("What is 48 + 37?").answer
     assert "**97**" in talk.ask("Now add 12 to that.").answer

@@ -1,4 +1,4 @@
-"""What `deploy` promises: files that are well formed, agree with each other, and run what there is to run."""
+"""The files in `deploy` are well-formed, agree with each other, and use options and paths that exist."""
 
 import json
 import re
@@ -25,16 +25,16 @@ def instructions(name: str) -> list[str]:
 
 
 def options(command: list[str]) -> dict[str, str]:
-    """The options of `serve` in a command; each is one that there is, with a value that it takes."""
+    """The options of a `serve` command; checks that each exists and accepts its value."""
     assert command[0] == "serve"
     given = dict(zip(command[1::2], command[2::2], strict=True))
     for name, value in given.items():
-        if name != "--api-key-file":  # which is there only where it runs
-            OPTIONS[name].type_cast_value(serve.make_context("serve", []), _once(name, value))
+        if name != "--api-key-file":  # its file exists only where it is deployed
+            OPTIONS[name].type_cast_value(serve.make_context("serve", []), _as_parsed(name, value))
     return given
 
 
-def _once(name: str, value: str) -> object:
+def _as_parsed(name: str, value: str) -> object:
     return (value,) if OPTIONS[name].multiple else value
 
 
@@ -42,13 +42,13 @@ IMAGE = options(json.loads(instructions("CMD")[-1]))
 
 
 @pytest.mark.parametrize("given", [IMAGE, options(CONTAINER["args"])], ids=["image", "kubernetes"])
-def test_others_can_reach_it_so_it_has_a_key_from_a_file(given):
+def test_reachable_server_reads_its_key_from_a_file(given):
     assert given["--host"] == "0.0.0.0"
     assert given["--api-key-file"].startswith("/run/secrets/")
     assert "--api-key" not in given
 
 
-def test_the_image_runs_the_command_as_nobody_in_particular():
+def test_image_runs_as_an_unprivileged_user():
     assert json.loads(instructions("ENTRYPOINT")[-1]) == ["magistral-mlx"]
     uid, gid = instructions("USER")[-1].split(":")
     assert int(uid) == int(gid) > 1000
@@ -56,26 +56,26 @@ def test_the_image_runs_the_command_as_nobody_in_particular():
     assert instructions("EXPOSE") == [IMAGE["--port"]]
 
 
-def test_the_image_says_whether_it_is_well():
+def test_image_has_a_health_check():
     probe = instructions("HEALTHCHECK")[-1]
     assert f"127.0.0.1:{IMAGE['--port']}/health" in probe
     compile(json.loads(probe[probe.index("[") :])[2], "probe", "exec")
 
 
-def test_what_the_image_copies_is_there_and_let_through():
-    let_through = [line[1:] for line in (ROOT / ".dockerignore").read_text().split() if line[0] == "!"]
+def test_files_the_image_copies_exist_and_are_not_ignored():
+    allowed = [line[1:] for line in (ROOT / ".dockerignore").read_text().split() if line[0] == "!"]
     copied = [shlex.split(line)[:-1] for line in instructions("COPY") if not line.startswith("--from")]
-    assert sorted(name for names in copied for name in names) == sorted(let_through)
-    assert all((ROOT / name).exists() for name in let_through)
+    assert sorted(name for names in copied for name in names) == sorted(allowed)
+    assert all((ROOT / name).exists() for name in allowed)
 
 
-def test_the_image_is_of_a_python_that_the_package_runs_on():
+def test_image_has_a_supported_python():
     assert {line.split()[0] for line in instructions("FROM")} == {"python:3.12-slim-bookworm"}
     assert 'requires-python = ">=3.11"' in (ROOT / "pyproject.toml").read_text()
     assert ".[server,structured]" in DOCKERFILE
 
 
-def test_compose_builds_and_feeds_the_image():
+def test_compose_matches_the_image():
     build = SERVER["build"]
     assert (DEPLOY / build["context"]).resolve() == ROOT
     assert (ROOT / build["dockerfile"]).is_file()
@@ -89,7 +89,7 @@ def test_compose_builds_and_feeds_the_image():
     assert port.endswith(f":{IMAGE['--port']}")
 
 
-def test_kubernetes_probes_mounts_and_selects_what_is_there():
+def test_kubernetes_probes_mounts_and_selectors_are_consistent():
     given = options(CONTAINER["args"])
     (port,) = CONTAINER["ports"]
     assert str(port["containerPort"]) == given["--port"]
@@ -105,7 +105,7 @@ def test_kubernetes_probes_mounts_and_selects_what_is_there():
     assert given["--allow-host"] == SERVICE["metadata"]["name"]
 
 
-def test_kubernetes_gives_it_nothing_that_it_does_not_need():
+def test_kubernetes_grants_no_unneeded_privileges():
     uid = int(instructions("USER")[-1].split(":")[0])
     assert POD["securityContext"]["runAsNonRoot"]
     assert POD["securityContext"]["runAsUser"] == uid

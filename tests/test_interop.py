@@ -1,7 +1,7 @@
-"""A converted directory as others use it: mlx-lm's load, prompt, stream, server, mistral_common there or not.
+"""A converted directory in mlx-lm: load, prompt, stream, server; with and without mistral_common installed.
 
-The model is small and random, the vocabulary is the real one. What the files beside the weights say is tested
-in `test_sidecars`; here they stand in a conversion's output, and the readers are whole.
+The model is small and random, the vocabulary is the real one. What is in the files beside the weights is
+tested in `test_sidecars`; here mlx-lm as a whole reads the output of a whole conversion.
 """
 
 import json
@@ -38,12 +38,11 @@ CHATS = (
     ],
     [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "∑x²?"}],
 )
-# What a stranger to this package runs: it prints the prompts' ids and the pieces of a stream that is made to
-# say certain ids, whatever the model thinks of them.
-STRANGER = """
+# Uses mlx-lm only: prints the prompts' ids, and the pieces of a stream whose logits are forced to given ids.
+MLX_LM_SCRIPT = """
 import json, sys
 
-class Without:
+class Blocking:
     def __init__(self, finder):
         self.finder = finder
     def find_spec(self, name, *rest):
@@ -52,7 +51,7 @@ class Without:
         return getattr(self.finder, name)
 
 directory, chats, ids, blocked = sys.argv[1], *map(json.loads, sys.argv[2:])
-sys.meta_path[:] = map(Without, sys.meta_path)
+sys.meta_path[:] = map(Blocking, sys.meta_path)
 
 import mlx.core as mx
 import mlx_lm
@@ -65,9 +64,9 @@ def force(_, logits):
     return mx.where(mx.arange(logits.shape[-1]) == next(left, tokenizer.eos_token_id), 0.0, -1e9)[None]
 
 stream = mlx_lm.stream_generate(model, tokenizer, prompts[0], max_tokens=999, logits_processors=[force])
-said = [(reply.token, reply.text, reply.finish_reason) for reply in stream]
+pieces = [(reply.token, reply.text, reply.finish_reason) for reply in stream]
 loaded = sorted({name.partition(".")[0] for name in sys.modules} & set(blocked))
-print(json.dumps({"prompts": prompts, "said": said, "loaded": loaded}))
+print(json.dumps({"prompts": prompts, "pieces": pieces, "loaded": loaded}))
 """
 
 
@@ -88,7 +87,7 @@ def magistral(directory):
         yield model
 
 
-def test_the_directory_is_proven(directory):
+def test_directory_is_complete_and_verified(directory):
     assert verify(directory) == []
     root = {file.name for file in directory.iterdir()}
     assert {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "README.md", "mistral"} <= root
@@ -96,10 +95,10 @@ def test_the_directory_is_proven(directory):
 
 
 @pytest.mark.parametrize("blocked", [[], ["mistral_common", "magistral_mlx"]], ids=str)
-def test_prompts_and_streams_of_a_stranger(directory, magistral, tmp_path, blocked):
+def test_mlx_lm_prompts_and_streams_equal_ours(directory, magistral, tmp_path, blocked):
     ids = magistral.tokenizer.encode(TEXT)
     arguments = [json.dumps(argument) for argument in (CHATS, ids, blocked)]
-    command = [sys.executable, "-c", STRANGER, str(directory), *arguments]
+    command = [sys.executable, "-c", MLX_LM_SCRIPT, str(directory), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, cwd=tmp_path)
     assert not done.returncode, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
@@ -108,16 +107,16 @@ def test_prompts_and_streams_of_a_stranger(directory, magistral, tmp_path, block
         magistral.tokenizer.encode_chat(chat, think=chat[0]["role"] != "system") for chat in CHATS
     ]
     assert found["prompts"][0] == magistral.encode(CHATS[0]) == magistral.encode("What is 48 + 37?")
-    assert [token for token, _, _ in found["said"]] == [*ids, 2]
-    pieces = [text for _, text, _ in found["said"]]
+    assert [token for token, _, _ in found["pieces"]] == [*ids, 2]
+    pieces = [text for _, text, _ in found["pieces"]]
     assert "".join(pieces) == TEXT
     assert not any("\ufffd" in piece for piece in pieces)
-    assert sum(map(bool, pieces)) > len(TEXT.split())  # it comes as it is said, not at the end
-    assert found["said"][-1][2] == "stop"
+    assert sum(map(bool, pieces)) > len(TEXT.split())  # streamed, not all at the end
+    assert found["pieces"][-1][2] == "stop"
 
 
-def test_the_same_reply(directory, magistral):
-    """Greedy, 24 ids, over the real vocabulary: the same ids here and there."""
+def test_greedy_reply_equals_mlx_lms(directory, magistral):
+    """Greedy, 24 ids, over the real vocabulary: the same ids from both."""
     model, tokenizer = mlx_lm.load(directory)
     prompt = tokenizer.apply_chat_template(CHATS[0], add_generation_prompt=True)
     theirs = [reply.token for reply in mlx_lm.stream_generate(model, tokenizer, prompt, max_tokens=24)]
@@ -126,7 +125,7 @@ def test_the_same_reply(directory, magistral):
     assert len(theirs) == 24
 
 
-def test_the_same_logits(directory, magistral):
+def test_logits_equal_mlx_lms(directory, magistral):
     prompt = magistral.encode(CHATS[0])[-40:]
     model, _ = mlx_lm.load(directory)
     theirs = np.array(model(mx.array([prompt]))[0, -1])
@@ -136,7 +135,7 @@ def test_the_same_logits(directory, magistral):
 
 
 @contextmanager
-def served(directory, log):
+def mlx_lm_server(directory, log):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -153,23 +152,23 @@ def served(directory, log):
             process.kill()
 
 
-def posted(url, **body):
+def post(url, **body):
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=100) as answer:
         return answer.read().decode()
 
 
 @pytest.mark.slow
-def test_mlx_lms_server(directory, magistral, tmp_path):
-    """It counts the prompt's ids as we do, and streams what it says at once."""
+def test_mlx_lms_server_replies_as_we_do(directory, magistral, tmp_path):
+    """It counts the prompt's ids as we do, and its stream adds up to its reply."""
     body = {"model": str(directory), "messages": CHATS[1], "temperature": 0.0, "max_tokens": 16}
-    with served(directory, tmp_path / "log") as url:
-        whole = json.loads(posted(url, **body))
-        streamed = posted(url, stream=True, **body)
+    with mlx_lm_server(directory, tmp_path / "log") as url:
+        whole = json.loads(post(url, **body))
+        streamed = post(url, stream=True, **body)
     assert whole["usage"]["prompt_tokens"] == len(magistral.encode(CHATS[1]))
     events = [line.removeprefix("data: ") for line in streamed.splitlines() if line.startswith("data: {")]
     pieces = [json.loads(event)["choices"][0]["delta"].get("content") or "" for event in events]
     assert "".join(pieces) == whole["choices"][0]["message"]["content"]
     ours = magistral.ask(CHATS[1], sampling=Sampling(temperature=0), max_tokens=16)
-    named_controls = load_tokenizer(directory)  # a random model says some; we leave them out of a text
-    assert "".join(pieces).strip() == named_controls.decode(list(ours.token_ids)).strip()
+    decoder = load_tokenizer(directory)  # a random model samples some; our text leaves them out
+    assert "".join(pieces).strip() == decoder.decode(list(ours.token_ids)).strip()

@@ -1,4 +1,4 @@
-"""The shape of the package, read from its own imports: floors, the two columns, the front door."""
+"""The layers of the package, checked by its imports: who may import whom, and the public names."""
 
 import ast
 import re
@@ -15,7 +15,7 @@ from magistral_mlx import errors
 
 PACKAGE = Path(magistral_mlx.__file__).parent
 
-FLOORS = (
+LAYERS = (
     {"errors", "events", "checks", "wire"},
     {"config", "decoder", "text"},
     {"disk", "structured", "memory"},
@@ -24,10 +24,10 @@ FLOORS = (
     {"measure", "server"},
     {"cli", "__init__", "__main__"},
 )
-FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 
-ARRAYS = {"config", "decoder", "disk", "convert", "memory"}
-WORDS = {"events", "text", "structured"}
+ARRAY_FOLDERS = {"config", "decoder", "disk", "convert", "memory"}
+TEXT_FOLDERS = {"events", "text", "structured"}
 
 PUBLIC = {
     *("ToolCall", "ToolCallToken"),
@@ -46,14 +46,14 @@ FOLDERS = sorted(path.parent.relative_to(PACKAGE).as_posix() for path in PACKAGE
 
 def imported(module: Path) -> Iterator[str]:
     """What a module imports, at its top or late in a function: our "decoder/cache", others' "mlx.core"."""
-    here = ("magistral_mlx", *module.relative_to(PACKAGE).parts)
+    package = ("magistral_mlx", *module.relative_to(PACKAGE).parts)
     for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
         match node:
             case ast.Import(names=names):
                 yield from (_file(name.name) for name in names)
             case ast.ImportFrom(module=source, names=names, level=level):
                 start = ".".join(
-                    [*here[: -level or 0], *([source] if source else [])] if level else [source or ""]
+                    [*package[: -level or 0], *([source] if source else [])] if level else [source or ""]
                 )
                 yield from {_file(f"{start}.{name.name}", start) for name in names}
             case _:
@@ -61,7 +61,7 @@ def imported(module: Path) -> Iterator[str]:
 
 
 def _file(name: str, otherwise: str = "") -> str:
-    """A module by the path of its file in the package; `otherwise` where the name is a thing in a module."""
+    """A module by the path of its file in the package; `otherwise` if the name is an object in a module."""
     for tried in (name, otherwise):
         path = tried.removeprefix("magistral_mlx").removeprefix(".").replace(".", "/") or "__init__"
         found = next((file for file in (path, f"{path}/__init__") if file in FILES), None)
@@ -73,53 +73,55 @@ def _file(name: str, otherwise: str = "") -> str:
 IMPORTS = {name: {other for other in imported(path) if other in FILES} for name, path in FILES.items()}
 
 
-def home(module: str) -> str:
+def folder_of(module: str) -> str:
     """The folder of a module, or its own name at the top."""
     return module.split("/", maxsplit=1)[0]
 
 
-def test_every_folder_has_a_floor():
-    assert {home(name) for name in FILES} == FLOOR.keys(), "say in FLOORS (and in the design) where it stands"
+def test_every_folder_has_a_layer():
+    assert {folder_of(name) for name in FILES} == LAYER.keys(), "add it to LAYERS (and to the design)"
 
 
 @pytest.mark.parametrize("name", sorted(FILES))
-def test_imports_never_go_up(name: str):
-    above = {other for other in IMPORTS[name] if FLOOR[home(other)] > FLOOR[home(name)]}
-    assert not above, f"{name} stands on floor {FLOOR[home(name)]}"
+def test_no_import_from_a_higher_layer(name: str):
+    above = {other for other in IMPORTS[name] if LAYER[folder_of(other)] > LAYER[folder_of(name)]}
+    assert not above, f"{name} is on layer {LAYER[folder_of(name)]}"
 
 
-def test_imports_never_go_in_a_circle():
+def test_no_import_cycles():
     """Neither of modules nor of folders."""
     TopologicalSorter(IMPORTS).prepare()  # raises CycleError
-    between = dict[str, set[str]]()
+    folders = dict[str, set[str]]()
     for name, others in IMPORTS.items():
-        between.setdefault(home(name), set()).update({home(other) for other in others} - {home(name)})
-    TopologicalSorter(between).prepare()
+        folders.setdefault(folder_of(name), set()).update(
+            {folder_of(other) for other in others} - {folder_of(name)}
+        )
+    TopologicalSorter(folders).prepare()
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_a_folder_lists_its_modules_in_the_order_of_their_imports(folder: str):
+def test_folder_docstring_lists_modules_in_import_order(folder: str):
     listed = re.findall(r"^ {4}(\w+) ", FILES[f"{folder}/__init__"].read_text(encoding="utf-8"), re.MULTILINE)
-    there = {name.removeprefix(f"{folder}/") for name in FILES if home(name) == folder} - {"__init__"}
-    assert sorted(listed) == sorted(there)
-    for place, name in enumerate(listed):
-        below = {f"{folder}/{other}" for other in listed[place + 1 :]}
-        assert not IMPORTS[f"{folder}/{name}"] & below, f"{name} imports what is listed below it"
+    modules = {name.removeprefix(f"{folder}/") for name in FILES if folder_of(name) == folder} - {"__init__"}
+    assert sorted(listed) == sorted(modules)
+    for index, name in enumerate(listed):
+        later = {f"{folder}/{other}" for other in listed[index + 1 :]}
+        assert not IMPORTS[f"{folder}/{name}"] & later, f"{name} imports what is listed below it"
 
 
-@pytest.mark.parametrize("name", sorted(name for name in FILES if home(name) in ARRAYS))
-def test_arrays_know_no_words(name: str):
-    assert not {other for other in IMPORTS[name] if home(other) in WORDS}
+@pytest.mark.parametrize("name", sorted(name for name in FILES if folder_of(name) in ARRAY_FOLDERS))
+def test_array_folders_import_no_text_folders(name: str):
+    assert not {other for other in IMPORTS[name] if folder_of(other) in TEXT_FOLDERS}
 
 
-@pytest.mark.parametrize("name", sorted(name for name in FILES if home(name) in WORDS))
-def test_words_know_no_arrays(name: str):
-    assert not {other for other in IMPORTS[name] if home(other) in ARRAYS}
+@pytest.mark.parametrize("name", sorted(name for name in FILES if folder_of(name) in TEXT_FOLDERS))
+def test_text_folders_import_no_arrays(name: str):
+    assert not {other for other in IMPORTS[name] if folder_of(other) in ARRAY_FOLDERS}
     assert not {other for other in imported(FILES[name]) if other.split(".")[0] == "mlx"}
 
 
-def test_no_limit_of_memory_is_set_where_a_model_runs():
-    """Not once and not per call: a wired limit that is set again and again has brought Macs down."""
+def test_running_a_model_sets_no_memory_limit():
+    """Neither once nor per call: setting the wired limit again and again has crashed Macs."""
     reached, new = set[str](), {"chat"}
     while new:
         reached |= new
@@ -129,7 +131,7 @@ def test_no_limit_of_memory_is_set_where_a_model_runs():
     assert not [name for name in reached if any(word in FILES[name].read_text("utf-8") for word in setters)]
 
 
-def test_the_public_names():
+def test_public_names():
     assert set(magistral_mlx.__all__) == PUBLIC
     assert all(getattr(magistral_mlx, name) is not None for name in PUBLIC)
 

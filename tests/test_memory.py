@@ -23,7 +23,7 @@ from tests import models
 from tests.decoder.test_cache import feed
 
 
-def test_refused_before_anything_is_read(tmp_path, monkeypatch):
+def test_model_that_cannot_fit_is_refused_before_reading(tmp_path, monkeypatch):
     def read(*_, **__):
         raise AssertionError
 
@@ -45,14 +45,14 @@ def test_budget_of_a_gpu_is_its_working_set(monkeypatch):
 
 
 @pytest.mark.skipif(mx.metal.is_available(), reason="a GPU has a limit of its own")
-def test_budget_of_a_cpu_is_the_memory_there_is():
+def test_budget_of_a_cpu_is_its_physical_memory():
     assert 2**28 < memory.budget() < 2**50
 
 
 @pytest.mark.parametrize(("device", "dtype"), [("gpu", mx.bfloat16), ("cpu", mx.float32)])
 def test_dtype_follows_the_device(monkeypatch, device, dtype):
-    kind = type("Device", (), {"type": getattr(mx.DeviceType, device)})
-    monkeypatch.setattr(mx, "default_device", kind)
+    device_class = type("Device", (), {"type": getattr(mx.DeviceType, device)})
+    monkeypatch.setattr(mx, "default_device", device_class)
     assert memory.default_dtype() == dtype
 
 
@@ -128,7 +128,7 @@ def test_the_plan_is_within_10_percent_of_the_measured_peak(name: str, kv_bits: 
     assert plan.total == pytest.approx(measured, rel=0.1)
 
 
-def test_the_real_shape_in_figures():
+def test_plan_of_the_real_shape():
     """24 B in 4 bit with 40,960 tokens on a Mac: 13.3 + 6.7 + 0.9 GB, or 13.3 + 3.6 + 1.0."""
     plan = planned(memory.mac(32))
     assert (plan.kv, plan.fits) == (40960 * 160 * 1024, True)
@@ -141,7 +141,7 @@ def test_the_real_shape_in_figures():
     assert cpu.transient > 32 * 2048 * 40960 * 4
 
 
-def test_a_cache_that_is_packed_late_takes_its_most_before():
+def test_late_quantization_peaks_before_it_starts():
     plain, packed = (planned(memory.mac(32), 40960, kv_bits=bits) for bits in (None, 8))
     never, late = (replace(packed, quantize_after=after) for after in (40960, 32768))
     assert never.total == plain.total
@@ -150,13 +150,13 @@ def test_a_cache_that_is_packed_late_takes_its_most_before():
     assert late.total > late.weights + memory.kv_bytes(MAGISTRAL, 32768, itemsize=2)
 
 
-def test_heads_that_metal_does_not_fuse_hold_their_scores():
+def test_scores_are_counted_for_head_dims_metal_does_not_fuse():
     odd = replace(planned(memory.mac(32)), config=replace(MAGISTRAL, head_dim=96))
     assert odd.transient > 32 * 2048 * 40960 * 2
 
 
 @pytest.mark.parametrize(("gib", "share"), [(16, 2 / 3), (32, 2 / 3), (36, 3 / 4), (128, 3 / 4)])
-def test_another_mac_is_an_estimate(gib: int, share: float):
+def test_budget_of_another_mac_is_an_estimate(gib: int, share: float):
     machine = memory.mac(gib)
     assert machine.estimated
     assert machine.budget == pytest.approx(gib * 2**30 * share, abs=1)
@@ -168,7 +168,7 @@ def test_another_mac_is_an_estimate(gib: int, share: float):
     kv_bits=st.sampled_from([None, 8]),
     prompt=st.integers(0),
 )
-def test_remedies_fit_and_nothing_longer_does(gib: int, context: int, kv_bits: int | None, prompt: int):
+def test_remedies_fit_and_longer_contexts_do_not(gib: int, context: int, kv_bits: int | None, prompt: int):
     plan = planned(memory.mac(gib), context, kv_bits=kv_bits, prompt=min(prompt, context) or None)
     assert plan.fits or plan.longest < context
     assert all(other.fits for other in plan.remedies)
@@ -184,7 +184,7 @@ def test_remedies_fit_and_nothing_longer_does(gib: int, context: int, kv_bits: i
         assert limit * 2**20 <= plan.machine.highest_limit
 
 
-def test_24_gb_are_offered_less_context_or_a_higher_limit():
+def test_24_gb_plan_advises_less_context_or_a_higher_limit():
     plan = planned(memory.mac(24))
     assert not plan.fits
     short, packed = plan.remedies
@@ -194,7 +194,7 @@ def test_24_gb_are_offered_less_context_or_a_higher_limit():
     assert f"sudo sysctl iogpu.wired_limit_mb={plan.wired_limit_mb}" in plan.advice()
 
 
-def test_a_cpu_is_offered_no_limit():
+def test_plan_of_a_cpu_advises_no_wired_limit():
     plan = planned(Machine(memory=2**34, budget=2**34, metal=False))
     assert not plan.fits
     assert plan.with_limit is None

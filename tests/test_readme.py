@@ -1,4 +1,4 @@
-"""What the README and the guide show is run, each in one go, as a reader would type it."""
+"""The examples of the README and the guide run as written, and what they and the docs name exists."""
 
 import json
 import re
@@ -23,12 +23,12 @@ def blocks(language: str, file: str = "README.md") -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("file", "told"), [("README.md", r"\[stop, \d+ \+ \d+ tokens\]"), ("docs/guide.md", r"\d+\n")]
+    ("file", "expected"), [("README.md", r"\[stop, \d+ \+ \d+ tokens\]"), ("docs/guide.md", r"\d+\n")]
 )
 def test_python_examples_run(
     *,
     file: str,
-    told: str,
+    expected: str,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -37,7 +37,7 @@ def test_python_examples_run(
     monkeypatch.chdir(tmp_path)
     code = "\n".join(blocks("python", file)).replace("http://127.0.0.1:8000", served.url)
     exec(compile(code, file, "exec"), {})
-    assert re.search(told, capsys.readouterr().out)
+    assert re.search(expected, capsys.readouterr().out)
 
 
 def test_commands_and_options_exist():
@@ -55,7 +55,7 @@ def test_commands_and_options_exist():
         assert all(word in shown.output for word in words if word.startswith("--")), line
 
 
-def test_what_the_documents_name_is_there():
+def test_files_named_in_the_docs_exist():
     """Every file that they link to, and every benchmark and result that they name."""
     documents = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
     for document in documents:
@@ -66,14 +66,14 @@ def test_what_the_documents_name_is_there():
             assert file.exists(), f"{document.name}: {file}"
 
 
-def test_the_counted_nodes_are_the_results():
+def test_node_counts_in_the_docs_equal_the_results():
     found = json.loads((ROOT / "benchmarks" / "results" / "graph_nodes.json").read_text(encoding="utf-8"))
-    told = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    document = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     for row in found["rows"]:
         ours, theirs = row["nodes"].values()
-        place = "as on a GPU" if row["as_on"] == "gpu" else "on a CPU"
-        how = "greedy" if row["sampling"] == "greedy" else "temperature 0.7, top_p 0.95"
-        [line] = [line for line in told.splitlines() if line.startswith(f"| {place}, {how} |")]
+        device = "as on a GPU" if row["as_on"] == "gpu" else "on a CPU"
+        sampling = "greedy" if row["sampling"] == "greedy" else "temperature 0.7, top_p 0.95"
+        [line] = [line for line in document.splitlines() if line.startswith(f"| {device}, {sampling} |")]
         assert line.endswith(f"| {ours} | {theirs} | {row['ratio']:.2f} |")
 
 
@@ -83,13 +83,13 @@ def test_make_targets_exist():
         assert f"\n{target}:" in makefile
 
 
-@pytest.mark.parametrize(("word", "code"), [("--help", 0), ("-h", 0), ("demo", 1)])
-def test_the_set_up_does_nothing_where_it_is_given_words(tmp_path: Path, word: str, code: int):
-    script = tmp_path / "scripts" / "bootstrap.py"  # a copy, whose .venv is nobody's
+@pytest.mark.parametrize(("argument", "code"), [("--help", 0), ("-h", 0), ("demo", 1)])
+def test_bootstrap_with_an_argument_installs_nothing(tmp_path: Path, argument: str, code: int):
+    script = tmp_path / "scripts" / "bootstrap.py"  # a copy: it would create its .venv in tmp_path
     script.parent.mkdir()
     shutil.copy(ROOT / "scripts" / "bootstrap.py", script)
-    done = subprocess.run([sys.executable, script, word], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, script, argument], capture_output=True, text=True, check=False)
     assert done.returncode == code
-    told = done.stderr if code else done.stdout
-    assert ("expected no arguments, found demo" if code else "Run by `make`, or by hand.") in told
+    output = done.stderr if code else done.stdout
+    assert ("expected no arguments, found demo" if code else "Run by `make`, or by hand.") in output
     assert not (tmp_path / ".venv").exists()

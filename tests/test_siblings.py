@@ -1,4 +1,4 @@
-"""Magistral's other releases, start to end: 2507 thinks in control tokens, 2509 has a vision tower too."""
+"""Magistral's later releases, end to end: 2507 has control tokens for thinking, 2509 a vision tower too."""
 
 import json
 
@@ -27,15 +27,15 @@ SIBLINGS = {
 IDS = mx.array([[1, 17, 300, 4, 250, 99, 3, 3, 128]])
 
 
-def run(*words):
-    done = CliRunner().invoke(cli, [str(word) for word in words])
+def run(*arguments):
+    done = CliRunner().invoke(cli, [str(argument) for argument in arguments])
     assert done.exit_code == 0, done.stderr
     return done.stdout
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """What the text model alone becomes."""
+    """The tensors to which the text model alone is converted."""
     path = models.write_native(tmp_path_factory.mktemp("plain") / "source")
     tiny_tekken(path, "v13")
     run("convert", path, "--out", path.parent / "out")
@@ -43,12 +43,12 @@ def plain(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", SIBLINGS)
-def test_converted(tmp_path, plain, name):
+def test_sibling_converts_to_the_same_text_model(tmp_path, plain, name):
     source, out = tmp_path / "Magistral-Small", tmp_path / "out"
     LAYOUTS[SIBLINGS[name]](source)
     tiny_tekken(source, "v13")
     (source / "SYSTEM_PROMPT.txt").write_text(PROMPT)
-    told = run("convert", source, "--out", out, "--dry-run")
+    dry_run = run("convert", source, "--out", out, "--dry-run")
     run("convert", source, "--out", out)
     assert manifest.verify(out) == []
 
@@ -58,7 +58,7 @@ def test_converted(tmp_path, plain, name):
     config = json.loads((out / "config.json").read_text())
     assert config["model_type"] == "mistral"
     assert "vision_config" not in config
-    assert f"{sum(file.stat().st_size for file in out.glob('*.safetensors')) / 1e3:.1f} kB" in told
+    assert f"{sum(file.stat().st_size for file in out.glob('*.safetensors')) / 1e3:.1f} kB" in dry_run
 
     tokenizer = Tokenizer.from_directory(out)
     assert (tokenizer.version, tokenizer.think_ids, tokenizer.system_prompt) == ("v13", (34, 35), PROMPT)

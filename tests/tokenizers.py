@@ -1,4 +1,4 @@
-"""Legal tekken.json files: small ones for speed, and the full vocabulary that mistral_common ships.
+"""Valid tekken.json files: small ones for speed, and the full vocabulary that mistral_common ships.
 
 `full_tekken` reproduces the published ids of the Mistral Small 3.1 family: the first 130072 pieces of
 tekken_240718.json after 1000 control ids, which is what a real v7, v11 or v13 file holds.
@@ -18,8 +18,8 @@ _NAMED = (
     *(f"<SPECIAL_{rank}>" for rank in range(20, 32)),
     *("[ARGS]", "[CALL_ID]", "[THINK]", "[/THINK]"),
 )
-_HOW_MANY = {"v7": 20, "v11": 34, "v13": 36}
-# Pieces that merge over the edges of both tags, as in the real vocabulary.
+_N_NAMED = {"v7": 20, "v11": 34, "v13": 36}
+# Pieces that merge across the edges of both tags, as in the real vocabulary.
 _MERGES = (
     *("th", "in", "ink", "<th", "think", "</", ".</", ")</", ">\n", ">\n\n", "\n\n", ">The", " The"),
     *("한", "STOP"),
@@ -70,7 +70,7 @@ def _write(directory: Path, version: str, vocab: list[dict], pattern: str) -> Pa
     }
     named = [
         {"rank": rank, "token_str": name, "is_control": True}
-        for rank, name in enumerate(_NAMED[: _HOW_MANY[version]])
+        for rank, name in enumerate(_NAMED[: _N_NAMED[version]])
     ]
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / "tekken.json"
@@ -105,4 +105,4 @@ LANGUAGES = {
     "Chinese": "48加37等于多少？个位进一，所以答案是八十五。龘靐齉",
     "Farsi": "۴۸ + ۳۷ چند می‌شود؟ یک را به دهگان می‌بریم، پس پاسخ ۸۵ است.",
 }
-"""A sentence in each language of the model card, with the letters in which they differ."""
+"""A sentence in each language of the model card, with letters particular to it."""

@@ -56,7 +56,7 @@ def near(found: np.ndarray, expected: np.ndarray) -> None:
 
 @given(st.data())
 @settings(max_examples=40)
-def test_any_split_and_any_chunk_give_the_same(model: Transformer, data: st.DataObject):
+def test_split_and_chunk_size_change_nothing(model: Transformer, data: st.DataObject):
     ids = IDS[: data.draw(st.integers(2, 60), label="length")]
     split = data.draw(st.integers(1, len(ids) - 1), label="split")
     chunks = st.integers(1, 64)
@@ -68,14 +68,14 @@ def test_any_split_and_any_chunk_give_the_same(model: Transformer, data: st.Data
 
 
 @pytest.mark.parametrize("split", [1, STEP - 1, STEP, STEP + 1, 2 * STEP, 599])
-def test_growth_across_steps(model: Transformer, split: int):
+def test_growth_changes_nothing(model: Transformer, split: int):
     whole, parts = model.new_caches(), model.new_caches()
     expected = feed(model, IDS, whole)
     feed(model, IDS[:split], parts, chunk=100)
     assert_same((feed(model, IDS[split:], parts, chunk=250), parts), (expected, whole))
 
 
-def test_one_by_one_over_the_boundary(model: Transformer):
+def test_single_ids_across_a_growth_step(model: Transformer):
     whole, single = model.new_caches(), model.new_caches()
     feed(model, IDS[: STEP - 3], single)
     for position in range(STEP - 3, STEP + 3):
@@ -97,7 +97,7 @@ def test_trimmed_and_continued_equals_fresh(model: Transformer, data: st.DataObj
     assert_same((found, trimmed), (feed(model, IDS[:kept] + right, fresh), fresh))
 
 
-def test_trimmed_below_the_boundary_and_grown_again(model: Transformer):
+def test_trimmed_below_a_growth_step_and_grown_again(model: Transformer):
     trimmed, fresh = model.new_caches(), model.new_caches()
     feed(model, IDS[::-1][:300] + IDS[:5], trimmed)
     trim_all(trimmed, 305)
@@ -108,7 +108,7 @@ def test_trimmed_below_the_boundary_and_grown_again(model: Transformer):
 @pytest.mark.parametrize("first", ["origin", "fork"])
 @pytest.mark.parametrize("evaluated", [True, False])
 @pytest.mark.parametrize("length", [7, STEP])  # with spare capacity, and without
-def test_a_fork_is_independent_both_ways(model: Transformer, first: str, evaluated: bool, length: int):
+def test_fork_and_origin_are_independent(model: Transformer, first: str, evaluated: bool, length: int):
     origin = model.new_caches()
     feed(model, IDS[:length], origin)
     if evaluated:
@@ -133,7 +133,7 @@ def test_a_fork_keeps_what_its_origin_trims_and_overwrites(model: Transformer):
     assert_same((found, twin), (feed(model, IDS[:25], fresh), fresh))
 
 
-def test_an_empty_cache_forks_and_counts():
+def test_fork_and_size_of_an_empty_cache():
     cache = KVCache()
     twin = cache.fork()
     assert (twin.offset, twin.nbytes, twin.arrays()) == (0, 0, [])
@@ -145,7 +145,7 @@ def test_an_empty_cache_forks_and_counts():
     assert values.tolist() == (2 * k).tolist()
 
 
-def test_room_is_taken_a_step_at_a_time():
+def test_capacity_grows_by_whole_steps():
     cache, sizes = KVCache(), list[int]()
     for positions in (5, STEP - 5, 1, STEP - 1):  # filling a step to its end allocates no more
         k = mx.ones((1, 2, positions, 4))
@@ -162,14 +162,14 @@ def test_the_example_in_the_docstring():
     assert cache.offset == 3
 
 
-def test_the_first_yields_of_prefill_count_what_is_fed(model: Transformer):
+def test_prefill_yields_the_number_of_ids_fed(model: Transformer):
     caches = model.new_caches()
     fed = list(prefill(model, IDS[:25], caches, chunk=10))
     assert fed == [10, 20]
     assert {cache.offset for cache in caches} == {25}
 
 
-def test_the_real_shape_takes_160_kib_a_token():
+def test_real_shape_takes_160_kib_per_token():
     magistral = replace(CONFIG, dim=5120, n_layers=40, n_heads=32, n_kv_heads=8, head_dim=128)
     assert magistral.kv_bytes_per_token(2) == 160 * 1024
     cache = KVCache()

@@ -20,12 +20,12 @@ from tests.decoder.test_cache import feed
 FEW_IDS = st.lists(st.integers(0, 2), max_size=60)
 
 
-def guess(drafter: PromptLookup | DraftModel, most: int = 7) -> list[int] | None:
+def propose(drafter: PromptLookup | DraftModel, most: int = 7) -> list[int] | None:
     found = drafter.propose(most)
     return None if found is None else found.tolist()  # type: ignore[return-value]
 
 
-def searched(ids: Sequence[int], most: int) -> list[int] | None:
+def brute_force(ids: Sequence[int], most: int) -> list[int] | None:
     """The last index at which the longest n-gram at the end occurred before, by trying every index."""
     for size in SIZES:
         for place in range(len(ids) - 1, size - 1, -1):
@@ -38,44 +38,44 @@ def searched(ids: Sequence[int], most: int) -> list[int] | None:
 
 
 @given(prompt=FEW_IDS, reply=FEW_IDS, most=st.integers(1, 7))
-def test_what_followed_the_longest_run(prompt: list[int], reply: list[int], most: int):
+def test_lookup_drafts_what_followed_the_longest_match(prompt: list[int], reply: list[int], most: int):
     drafter, ids = PromptLookup(prompt), [*prompt]
     for id_ in [None, *reply]:
         if id_ is not None:
             drafter.extend([id_])
             ids.append(id_)
-        assert guess(drafter, most) == searched(ids, most)
-        assert (drafter.chance() > 0) == (searched(ids, most) is not None)
+        assert propose(drafter, most) == brute_force(ids, most)
+        assert (drafter.chance() > 0) == (brute_force(ids, most) is not None)
 
 
 @given(prompt=FEW_IDS, parts=st.lists(FEW_IDS, max_size=4))
-def test_several_at_once_are_as_one_by_one(prompt: list[int], parts: list[list[int]]):
+def test_extending_by_several_ids_equals_one_by_one(prompt: list[int], parts: list[list[int]]):
     one, several = PromptLookup(prompt), PromptLookup(prompt)
     for part in parts:
         several.extend(part)
         for id_ in part:
             one.extend([id_])
-    assert guess(one) == guess(several)
+    assert propose(one) == propose(several)
     assert one.chance() == several.chance()
 
 
-@given(prompt=FEW_IDS, unsaid=FEW_IDS, reply=FEW_IDS)
-def test_after_going_back_there_is_a_guess_still(prompt: list[int], unsaid: list[int], reply: list[int]):
+@given(prompt=FEW_IDS, rewound=FEW_IDS, reply=FEW_IDS)
+def test_lookup_after_rewind_drafts_only_known_ids(prompt: list[int], rewound: list[int], reply: list[int]):
     """Ids that were taken back may be drafted, ids that never occurred may not."""
     drafter = PromptLookup(prompt)
-    drafter.extend(unsaid)
-    drafter.rewind(len(unsaid))
+    drafter.extend(rewound)
+    drafter.rewind(len(rewound))
     for id_ in reply:
         drafter.extend([id_])
-        found = guess(drafter)
-        assert found is None or set(found) <= {*prompt, *unsaid, *reply}
+        found = propose(drafter)
+        assert found is None or set(found) <= {*prompt, *rewound, *reply}
 
 
-def test_what_repeats_goes_round():
-    assert guess(PromptLookup([9, 1, 2, 3, 1, 2, 3]), 7) == [1, 2, 3, 1, 2, 3, 1]
+def test_lookup_continues_a_repetition():
+    assert propose(PromptLookup([9, 1, 2, 3, 1, 2, 3]), 7) == [1, 2, 3, 1, 2, 3, 1]
 
 
-def test_rates_follow_what_came_true():
+def test_chance_follows_the_acceptance_rate():
     good, bad = PromptLookup([1, 2, 3, 4] * 3), PromptLookup([1, 2, 3, 4] * 3)
     assert good.chance() == bad.chance() == 0.5  # nothing is known yet
     good.extend([1, 2, 3, 4] * 5)
@@ -85,7 +85,7 @@ def test_rates_follow_what_came_true():
     assert bad.chance() < 0.1
 
 
-def test_a_rate_forgets():
+def test_rate_weights_recent_outcomes():
     rate = Rate()
     for _ in range(200):
         rate.record(right=False)
@@ -103,7 +103,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return load(open_checkpoint(models.write_hf(tmp_path_factory.mktemp("drafts"))), mx.float32)
 
 
-def drafting(real: Any, prompt: Sequence[int], sampler: Sampler) -> tuple[DraftModel, Prefix]:
+def draft_model(real: Any, prompt: Sequence[int], sampler: Sampler) -> tuple[DraftModel, Prefix]:
     prefix = Prefix(real.new_caches())
     prefix.ids = [*prompt]
     feed(real, prompt[:-1], prefix.caches)
@@ -116,21 +116,21 @@ PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 @pytest.mark.parametrize(
     "sampling", [Sampling(), Sampling(temperature=0), Sampling(temperature=1.5, repetition_penalty=1.4)]
 )
-def test_it_guesses_what_it_would_say(real: Any, sampling: Sampling):
+def test_draft_model_proposes_what_it_would_generate(real: Any, sampling: Sampling):
     """Whether all, some or none of its drafts were accepted, and however the ids are split."""
     sampler, rng = Sampler(sampling, 5), np.random.default_rng(3)
-    drafter, prefix = drafting(real, PROMPT, sampler)
+    drafter, prefix = draft_model(real, PROMPT, sampler)
     ids = [*PROMPT]
     for _ in range(12):
         most = int(rng.integers(1, 8))
         caches = real.new_caches()
         logits = feed(real, ids, caches)
         expected = list(decode(real, logits, caches, sampler=sampler, prompt=ids, limit=most))
-        assert guess(drafter, most) == expected
-        right = int(rng.integers(0, most + 1))
-        said = [*expected[:right], int(rng.integers(320))]
-        drafter.extend(said)
-        ids += said
+        assert propose(drafter, most) == expected
+        accepted = int(rng.integers(0, most + 1))
+        emitted = [*expected[:accepted], int(rng.integers(320))]
+        drafter.extend(emitted)
+        ids += emitted
         assert prefix.ids == ids
         assert prefix.length <= len(ids)
         if rng.random() < 0.3:
@@ -143,21 +143,21 @@ def test_it_guesses_what_it_would_say(real: Any, sampling: Sampling):
         assert prefix.caches[0].offset < len(ids)
 
 
-def test_it_knows_how_often_it_was_right(real: Any):
-    drafter, _ = drafting(real, PROMPT, Sampler(Sampling(temperature=0), 0))
+def test_draft_models_chance_follows_its_acceptance_rate(real: Any):
+    drafter, _ = draft_model(real, PROMPT, Sampler(Sampling(temperature=0), 0))
     before = drafter.chance()
     for _ in range(5):
-        found = guess(drafter, 4)
+        found = propose(drafter, 4)
         drafter.extend([*found, 1])
     assert drafter.chance() > before
     for _ in range(30):
-        found = guess(drafter, 4)
+        found = propose(drafter, 4)
         drafter.extend([(found[0] + 1) % 320])
     assert drafter.chance() < 0.4
 
 
-def test_one_that_fell_too_far_behind_stays_there(real: Any):
-    drafter, _ = drafting(real, PROMPT, Sampler(Sampling(), 0))
+def test_draft_model_that_lags_too_far_stops_drafting(real: Any):
+    drafter, _ = draft_model(real, PROMPT, Sampler(Sampling(), 0))
     drafter.extend([1] * (MAX_LAG - 1))
     assert drafter.chance() > 0
     drafter.extend([1])

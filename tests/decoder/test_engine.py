@@ -29,7 +29,7 @@ NARROW = Sampling(temperature=3.0, top_p=0.1)
 """A nucleus of few ids, of which the noise seldom puts one first."""
 
 
-class Remembering:
+class FakeModel:
     """A fake model: its caches hold the ids themselves, and its logits depend on all of them."""
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ class Remembering:
         return self.table[h[..., 0].astype(mx.int32) % 97]
 
 
-class Counting(Sampler):
+class CountingSampler(Sampler):
     """Counts how often sorting was needed."""
 
     settled = 0
@@ -66,7 +66,7 @@ class Counting(Sampler):
         return super().settle(logits, position, seen)
 
 
-def remembered(cache: KVCache) -> list[int]:
+def cached_ids(cache: KVCache) -> list[int]:
     keys = cache.arrays()[0]
     return [int(key) for key in np.array(keys[0, 0, : cache.offset, 0])]
 
@@ -95,9 +95,11 @@ PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
     "sampling", [Sampling(), Sampling(temperature=0), NARROW, replace(NARROW, repetition_penalty=1.5)]
 )
 @pytest.mark.parametrize("limit", [1, 2, 30])
-def test_what_is_fed_at_every_yield(sampling: Sampling, limit: int, monkeypatch: pytest.MonkeyPatch):
+def test_caches_hold_every_emitted_id_at_every_yield(
+    sampling: Sampling, limit: int, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(sampling_module, "CANDIDATES", 1)
-    model, sampler = Remembering(), Counting(sampling, seed=3)
+    model, sampler = FakeModel(), CountingSampler(sampling, seed=3)
     logits, caches = start(model, PROMPT)
     ids = list[int]()
     for token in decode(model, logits, caches, sampler=sampler, prompt=PROMPT, limit=limit):
@@ -106,9 +108,9 @@ def test_what_is_fed_at_every_yield(sampling: Sampling, limit: int, monkeypatch:
         fed = [*PROMPT, *ids] if len(ids) < limit else [*PROMPT, *ids[:-1]]
         for cache in caches:
             assert cache.offset == len(fed)
-            assert remembered(cache) == fed
+            assert cached_ids(cache) == fed
     assert len(ids) == limit
-    # One call for the prompt, one for each id but the last, and one more for each step that was undone.
+    # One call for the prompt, one for each id but the last, and one more for each undone step.
     undone = len(model.calls) - limit
     assert sampler.settled - 1 <= undone <= sampler.settled  # the last one undoes nothing
     assert model.calls == [len(PROMPT)] + [1] * (limit - 1 + undone)
@@ -116,9 +118,9 @@ def test_what_is_fed_at_every_yield(sampling: Sampling, limit: int, monkeypatch:
         assert sampler.settled > 10
 
 
-def test_no_pass_beyond_the_last_id_that_is_read():
+def test_no_pass_beyond_the_last_id_consumed():
     for stop_after in (1, 5):
-        model = Remembering()
+        model = FakeModel()
         logits, caches = start(model, PROMPT)
         ids = decode(model, logits, caches, sampler=Sampler(Sampling(), 1), limit=100)
         for _ in range(stop_after):
@@ -128,8 +130,8 @@ def test_no_pass_beyond_the_last_id_that_is_read():
         assert {cache.offset for cache in caches} == {len(PROMPT) + stop_after}
 
 
-def test_a_limit_of_nothing_feeds_nothing():
-    model = Remembering()
+def test_limit_of_zero_feeds_nothing():
+    model = FakeModel()
     logits, caches = start(model, PROMPT)
     assert list(decode(model, logits, caches, sampler=Sampler(Sampling(), 1), limit=0)) == []
     assert model.calls == [len(PROMPT)]
@@ -149,7 +151,7 @@ def test_a_limit_of_nothing_feeds_nothing():
 )
 @settings(max_examples=25)
 def test_decode_equals_always_sorting(seed: int, sampling: Sampling, candidates: int, prompt: list[int]):
-    model, sampler = Remembering(), Sampler(sampling, seed)
+    model, sampler = FakeModel(), Sampler(sampling, seed)
     logits, caches = start(model, prompt)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampling_module, "CANDIDATES", candidates)
@@ -157,9 +159,9 @@ def test_decode_equals_always_sorting(seed: int, sampling: Sampling, candidates:
     assert found == always_sorting(model, prompt, sampler, 12)
 
 
-def test_a_real_model_that_often_settles_by_sorting(real: Any, monkeypatch: pytest.MonkeyPatch):
+def test_decode_of_a_real_model_equals_always_sorting(real: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sampling_module, "CANDIDATES", 1)
-    sampler = Counting(NARROW, seed=5)
+    sampler = CountingSampler(NARROW, seed=5)
     # Starts just below a step of the cache, so that undone positions lie on both sides of its growth.
     prompt = np.random.default_rng(2).integers(0, 320, size=246).tolist()
     logits, caches = start(real, prompt)
@@ -179,7 +181,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return load(open_checkpoint(models.write_hf(tmp_path_factory.mktemp("engine"))), mx.float32)
 
 
-def test_the_same_seed_gives_the_same_ids_however_the_prompt_came_in(real: Any):
+def test_same_seed_gives_the_same_ids_for_any_prefill_chunk(real: Any):
     def run(seed: int, chunk: int) -> list[int]:
         caches = real.new_caches()
         logits = feed(real, PROMPT, caches, chunk)
@@ -189,7 +191,7 @@ def test_the_same_seed_gives_the_same_ids_however_the_prompt_came_in(real: Any):
     assert run(7, 2048) != run(8, 2048)
 
 
-def test_a_continued_sequence_goes_on_with_its_positions_noise(real: Any):
+def test_continued_sequence_keeps_the_noise_of_its_positions(real: Any):
     """Noise belongs to a position: stopping, and continuing with the ids so far changes nothing."""
     sampler = Sampler(Sampling(), seed=7)
     logits, caches = start(real, PROMPT)
@@ -198,8 +200,8 @@ def test_a_continued_sequence_goes_on_with_its_positions_noise(real: Any):
     assert list(decode(real, logits, caches, sampler=sampler, limit=12)) == whole[8:]
 
 
-def test_the_penalty_knows_the_prompt_and_every_id_so_far():
-    class Flat(Remembering):
+def test_penalty_covers_the_prompt_and_every_id_so_far():
+    class Flat(FakeModel):
         def logits(self, h: mx.array) -> mx.array:
             return mx.broadcast_to(mx.arange(V, 0, -1).astype(mx.float32), (*h.shape[:2], V))
 
@@ -215,7 +217,7 @@ def test_the_penalty_knows_the_prompt_and_every_id_so_far():
     "where", ["lm_head.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
 )
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_weights_that_are_not_numbers_are_refused(where: str, value: float, tmp_path: Path):
+def test_nan_and_infinite_weights_are_refused(where: str, value: float, tmp_path: Path):
     weights = models.random_weights()
     damaged = np.array(weights[where])
     damaged.flat[7] = value
@@ -227,10 +229,10 @@ def test_weights_that_are_not_numbers_are_refused(where: str, value: float, tmp_
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0), Sampling(top_p=1.0)])
-def test_numbers_that_fail_in_mid_reply_are_refused(sampling: Sampling):
+def test_nan_logits_in_mid_reply_are_refused(sampling: Sampling):
     """An overflow in 16 bit, or a damaged row of an embedding that the prompt does not use."""
 
-    class Failing(Remembering):
+    class Failing(FakeModel):
         def logits(self, h: mx.array) -> mx.array:
             good = super().logits(h)
             return good if len(self.calls) < 4 else mx.full(good.shape, math.nan)
@@ -243,12 +245,12 @@ def test_numbers_that_fail_in_mid_reply_are_refused(sampling: Sampling):
         next(ids)
 
 
-def test_prefill_reads_one_position_of_logits():
+def test_prefill_computes_logits_of_one_position():
     """The head of the real model is 1.3 GB: it is never applied to positions whose logits are not needed."""
 
     shapes = list[tuple[int, ...]]()
 
-    class Heads(Remembering):
+    class Heads(FakeModel):
         def logits(self, h: mx.array) -> mx.array:
             shapes.append(h.shape)
             return super().logits(h)
@@ -259,15 +261,15 @@ def test_prefill_reads_one_position_of_logits():
     assert shapes == [(1, 1, 1)]
 
 
-# ------------------------------------------------------------------ guides sent in
+# ------------------------------------------------------------------ guides
 
 
-Sent: TypeAlias = Mapping[int, list[int] | Guide]
+Guides: TypeAlias = Mapping[int, list[int] | Guide]
 """Number of sampled ids → ids that are forced then, or a whole guide."""
 
 
-def guide(sent: Sent, drawn: int) -> Guide:
-    found = sent.get(drawn, [])
+def guide_at(guides: Guides, sampled: int) -> Guide:
+    found = guides.get(sampled, [])
     return found if isinstance(found, Guide) else Guide(forced=found)
 
 
@@ -276,45 +278,47 @@ def only(*ids: int) -> bytes:
     return sum(1 << i for i in ids).to_bytes(40, "little")
 
 
-def say(
-    model: Any, prompt: Sequence[int], sampler: Sampler, sent: Sent, limit: int
+def generate(
+    model: Any, prompt: Sequence[int], sampler: Sampler, guides: Guides, limit: int
 ) -> tuple[list[int], list[KVCache]]:
-    """All ids of a reply to which the guides of `sent` are sent in, by number of sampled ids."""
+    """All ids of a reply decoded with these guides."""
     logits, caches = start(model, prompt)
-    ids, drawn = list[int](), 0
+    ids, sampled = list[int](), 0
     steps = decode(model, logits, caches, sampler=sampler, prompt=prompt, limit=limit)
-    told: Guide | None = None
+    guide: Guide | None = None
     while True:
         try:
-            ids.append(steps.send(told))
+            ids.append(steps.send(guide))
         except StopIteration:
             return ids, caches
-        drawn += 1
-        told = guide(sent, drawn)
+        sampled += 1
+        guide = guide_at(guides, sampled)
         if len(ids) < limit:
-            ids += told.forced
+            ids += guide.forced
 
 
-def pieced(model: Any, prompt: Sequence[int], sampler: Sampler, sent: Sent, limit: int) -> list[int]:
-    """The same without guides: stop, and prefill everything again with the forced ids at the end."""
-    ids, drawn, allowed = list[int](), 0, None
-    for after in [*sorted(sent), limit]:
-        wanted = min(after - drawn, limit - len(ids))
+def generate_in_pieces(
+    model: Any, prompt: Sequence[int], sampler: Sampler, guides: Guides, limit: int
+) -> list[int]:
+    """The same without guides: stops, and prefills everything again with the forced ids at the end."""
+    ids, sampled, allowed = list[int](), 0, None
+    for after in [*sorted(guides), limit]:
+        wanted = min(after - sampled, limit - len(ids))
         if wanted > 0:
             so_far = [*prompt, *ids]
             logits, caches = start(model, so_far)
             ids += decode(
                 model, logits, caches, sampler=sampler, prompt=so_far, limit=wanted, allowed=allowed
             )
-        drawn, told = after, guide(sent, after)
-        ids += told.forced if len(ids) < limit else []
-        allowed = told.allowed or allowed
+        sampled, guide = after, guide_at(guides, after)
+        ids += guide.forced if len(ids) < limit else []
+        allowed = guide.allowed or allowed
     return ids
 
 
 FORCED = [7, 3, 11, 11, 2]
 FEW, ODD = only(4, 8, 15, 16, 23, 42), only(*range(1, V, 2))
-MASKS: list[Sent] = [
+MASKS: list[Guides] = [
     {2: Guide(allowed=FEW)},
     {1: Guide(allowed=FEW), 2: Guide(allowed=ODD), 3: Guide(allowed=FEW), 9: Guide(allowed=b"\xff" * 40)},
     {3: Guide(forced=FORCED, allowed=FEW), 5: [5], 6: Guide(allowed=only(3))},
@@ -327,13 +331,13 @@ MASKS: list[Sent] = [
     ids=["greedy", "sampled", "often unsettled", "penalty"],
 )
 @pytest.mark.parametrize(
-    "sent", [{1: FORCED}, {6: FORCED, 7: [5]}, {4: FORCED * 9, 12: FORCED}, {17: [1]}, *MASKS]
+    "guides", [{1: FORCED}, {6: FORCED, 7: [5]}, {4: FORCED * 9, 12: FORCED}, {17: [1]}, *MASKS]
 )
-def test_guides_sent_in_are_as_if_read(real: Any, sampling: Sampling, sent: Sent):
+def test_guided_reply_equals_fresh_runs(real: Any, sampling: Sampling, guides: Guides):
     """Caches, positions, noise and penalties: all as in a fresh run over prompt, sampled and forced ids."""
-    limit = 18 + sum(len(guide(sent, at).forced) for at in sent)
-    found, caches = say(real, PROMPT, Sampler(sampling, 9), sent, limit)
-    assert found == pieced(real, PROMPT, Sampler(sampling, 9), sent, limit)
+    limit = 18 + sum(len(guide_at(guides, at).forced) for at in guides)
+    found, caches = generate(real, PROMPT, Sampler(sampling, 9), guides, limit)
+    assert found == generate_in_pieces(real, PROMPT, Sampler(sampling, 9), guides, limit)
     assert len(found) == limit
     _, fresh = start(real, [*PROMPT, *found[:-1]])
     for ours, theirs in zip(caches, fresh, strict=True):
@@ -346,7 +350,7 @@ def test_guides_sent_in_are_as_if_read(real: Any, sampling: Sampling, sent: Sent
 @given(
     seed=st.integers(0, 2**40),
     sampling=st.sampled_from([Sampling(), NARROW, Sampling(temperature=2, repetition_penalty=1.4)]),
-    sent=st.dictionaries(
+    guides=st.dictionaries(
         st.integers(1, 9),
         st.lists(st.integers(0, V - 1), min_size=1, max_size=6)
         | st.builds(Guide, forced=st.sampled_from([[], FORCED]), allowed=st.sampled_from([None, FEW, ODD])),
@@ -355,44 +359,44 @@ def test_guides_sent_in_are_as_if_read(real: Any, sampling: Sampling, sent: Sent
     limit=st.integers(1, 20),
 )
 @settings(max_examples=20)
-def test_ids_sent_in_anywhere(seed: int, sampling: Sampling, sent: Sent, limit: int):
+def test_forced_ids_and_masks_at_any_position(seed: int, sampling: Sampling, guides: Guides, limit: int):
     """Also at the last id, and beyond the limit: forced ids count, and nothing is sampled after the limit."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampling_module, "CANDIDATES", 1)
-        found, _ = say(Remembering(), PROMPT, Sampler(sampling, seed), sent, limit)
-    assert found == pieced(Remembering(), PROMPT, Sampler(sampling, seed), sent, limit)
+        found, _ = generate(FakeModel(), PROMPT, Sampler(sampling, seed), guides, limit)
+    assert found == generate_in_pieces(FakeModel(), PROMPT, Sampler(sampling, seed), guides, limit)
 
 
-def test_ids_sent_in_cost_one_pass():
-    model = Remembering()
-    found, caches = say(model, PROMPT, Sampler(Sampling(temperature=0), 0), {3: FORCED}, 12)
+def test_forced_ids_take_one_pass():
+    model = FakeModel()
+    found, caches = generate(model, PROMPT, Sampler(Sampling(temperature=0), 0), {3: FORCED}, 12)
     # Three sampled ids, the forced ones together, and all that follow but the last, which is never fed.
     assert model.calls == [len(PROMPT), 1, 1, 1, len(FORCED), 1, 1, 1]
-    assert remembered(caches[0]) == [*PROMPT, *found[:-1]]
+    assert cached_ids(caches[0]) == [*PROMPT, *found[:-1]]
 
 
-@pytest.mark.parametrize(("limit", "sent"), [(4, [5]), (4, FORCED), (5, [5]), (6, FORCED)])
-def test_ids_sent_in_that_reach_the_limit_are_not_fed(limit: int, sent: list[int]):
-    model = Remembering()
-    found, caches = say(model, PROMPT, Sampler(Sampling(temperature=0), 0), {4: sent}, limit)
-    assert found[4:] == (sent if limit > 4 else [])
+@pytest.mark.parametrize(("limit", "forced"), [(4, [5]), (4, FORCED), (5, [5]), (6, FORCED)])
+def test_forced_ids_that_reach_the_limit_are_not_fed(limit: int, forced: list[int]):
+    model = FakeModel()
+    found, caches = generate(model, PROMPT, Sampler(Sampling(temperature=0), 0), {4: forced}, limit)
+    assert found[4:] == (forced if limit > 4 else [])
     assert model.calls == [len(PROMPT)] + [1] * min(4, limit - 1)
-    assert remembered(caches[0]) == [*PROMPT, *found[: min(4, limit - 1)]]
+    assert cached_ids(caches[0]) == [*PROMPT, *found[: min(4, limit - 1)]]
 
 
-def test_nothing_sent_in_is_nothing():
-    plain, _ = say(Remembering(), PROMPT, Sampler(Sampling(), 4), {}, 10)
-    logits, caches = start(model := Remembering(), PROMPT)
+def test_empty_guides_change_nothing():
+    plain, _ = generate(FakeModel(), PROMPT, Sampler(Sampling(), 4), {}, 10)
+    logits, caches = start(model := FakeModel(), PROMPT)
     steps = decode(model, logits, caches, sampler=Sampler(Sampling(), 4), limit=10)
     assert [next(steps), *(steps.send(Guide()) for _ in range(9))] == plain
 
 
-def test_other_ids_cost_no_pass():
+def test_new_mask_takes_no_extra_pass():
     """The logits after the last id are there already: only the sampling is repeated."""
-    model = Remembering()
-    found, caches = say(model, PROMPT, Sampler(Sampling(), 3), MASKS[1], 12)
+    model = FakeModel()
+    found, caches = generate(model, PROMPT, Sampler(Sampling(), 3), MASKS[1], 12)
     assert model.calls == [len(PROMPT)] + [1] * 11
-    assert remembered(caches[0]) == [*PROMPT, *found[:-1]]
+    assert cached_ids(caches[0]) == [*PROMPT, *found[:-1]]
     assert {*found[1:2], *found[3:9]} <= {4, 8, 15, 16, 23, 42}
 
 
@@ -400,25 +404,25 @@ def test_other_ids_cost_no_pass():
     "sampling", [Sampling(), NARROW, Sampling(temperature=0), Sampling(top_p=1, top_k=3)]
 )
 @pytest.mark.parametrize("allowed", [{7}, {7, 30}, set(range(0, V, 3))])
-def test_no_id_is_drawn_that_is_not_allowed(sampling: Sampling, allowed: set[int]):
+def test_only_allowed_ids_are_sampled(sampling: Sampling, allowed: set[int]):
     for seed in range(20):
-        logits, caches = start(model := Remembering(), PROMPT)
+        logits, caches = start(model := FakeModel(), PROMPT)
         sampler = Sampler(sampling, seed)
         found = decode(model, logits, caches, sampler=sampler, limit=6, allowed=only(*allowed))
         assert set(found) <= allowed
 
 
-def test_a_head_that_is_wider_than_the_vocabulary():
-    """Ids beyond the mask are never allowed."""
-    logits, caches = start(model := Remembering(), PROMPT)
+def test_ids_beyond_the_mask_are_not_allowed():
+    """As if the output head were wider than the vocabulary."""
+    logits, caches = start(model := FakeModel(), PROMPT)
     found = [*decode(model, logits, caches, sampler=Sampler(Sampling(), 1), limit=9, allowed=b"\xff\x01")]
     assert len(found) == 9
     assert max(found) < 9
 
 
-def test_a_masked_draw_is_one_from_the_nucleus_of_the_masked_logits():
+def test_masked_sampling_uses_the_nucleus_of_the_masked_logits():
     """Against float64: the nucleus is taken from the softmax over the allowed ids only."""
-    model, allowed, sampling = Remembering(), sorted(range(0, V, 4)), Sampling(temperature=1.3, top_p=0.8)
+    model, allowed, sampling = FakeModel(), sorted(range(0, V, 4)), Sampling(temperature=1.3, top_p=0.8)
     logits, _ = start(model, PROMPT)
     scaled = np.full(V, -np.inf)
     scaled[allowed] = np.array(logits, np.float64)[allowed] / sampling.temperature
@@ -426,13 +430,13 @@ def test_a_masked_draw_is_one_from_the_nucleus_of_the_masked_logits():
     above = np.array([weights[scaled > x].sum() for x in scaled])
     inside = np.where((above < sampling.top_p * weights.sum()) & (weights > 0), weights, 0)
     expected = inside / inside.sum()
-    drawing, n = 2000, Counter[int]()
-    for seed in range(drawing):
-        drawn = Drawing(Sampler(sampling, seed), only(*allowed), None).draw(logits, 9, None)
-        n[cast("int", drawn.id.item())] += 1
+    n_draws, counts = 2000, Counter[int]()
+    for seed in range(n_draws):
+        step = Drawing(Sampler(sampling, seed), only(*allowed), None).draw(logits, 9, None)
+        counts[cast("int", step.id.item())] += 1
     kept = np.flatnonzero(expected)
-    assert set(n) <= set(kept.tolist())
+    assert set(counts) <= set(kept.tolist())
     assert 2 < len(kept) < len(allowed)
-    counted = np.array([n[i] for i in kept.tolist()])
-    chi2 = float(((counted - drawing * expected[kept]) ** 2 / (drawing * expected[kept])).sum())
+    observed = np.array([counts[i] for i in kept.tolist()])
+    chi2 = float(((observed - n_draws * expected[kept]) ** 2 / (n_draws * expected[kept])).sum())
     assert chi2 < len(kept) - 1 + 5 * math.sqrt(2 * (len(kept) - 1))  # five standard deviations

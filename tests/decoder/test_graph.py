@@ -7,7 +7,7 @@ import mlx.core as mx
 from benchmarks import contexts, graph_nodes, pairs
 
 
-def test_primitives_are_counted_one_by_one_and_only_those_not_evaluated():
+def test_unevaluated_primitives_are_counted():
     x = mx.ones(4)
     mx.eval(x)
     a, b = mx.split(mx.exp(x) + x, 2)
@@ -16,7 +16,7 @@ def test_primitives_are_counted_one_by_one_and_only_those_not_evaluated():
     assert graph_nodes.primitives([compiled(compiled(x))]).total() == 2
 
 
-def test_a_step_has_at_most_four_fifths_of_mlx_lms_nodes():
+def test_step_has_at_most_80_percent_of_mlx_lms_nodes():
     rows = graph_nodes.counted("gpu", vocabulary=2048)
     assert [row["sampling"] for row in rows] == ["recommended", "greedy"]
     for row in rows:

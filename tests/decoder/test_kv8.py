@@ -36,7 +36,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Transformer:
     return load(open_checkpoint(path), mx.float32)
 
 
-def some(*shape: int, seed: int = 0) -> mx.array:
+def random_array(*shape: int, seed: int = 0) -> mx.array:
     return mx.random.normal(shape, key=mx.random.key(seed))
 
 
@@ -53,11 +53,11 @@ def exact_attention(queries: np.ndarray, keys: np.ndarray, values: np.ndarray, s
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
 @pytest.mark.parametrize("L", [1, 2, FEW, FEW + 1, 40])
 @pytest.mark.parametrize(("H", "K"), [(4, 4), (8, 2)])
-def test_attention_is_that_over_the_dequantized_past(head_dim: int, L: int, H: int, K: int):
+def test_attention_equals_that_over_the_dequantized_cache(head_dim: int, L: int, H: int, K: int):
     """For few and for many queries: the quantized product equals attention over the dequantized cache."""
     cache, before = QuantizedKVCache(head_dim), 270
-    cache.update(some(2, K, before, head_dim, seed=1), some(2, K, before, head_dim, seed=2))
-    queries, new = some(2, H, L, head_dim, seed=3), some(2, K, L, head_dim, seed=4)
+    cache.update(random_array(2, K, before, head_dim, seed=1), random_array(2, K, before, head_dim, seed=2))
+    queries, new = random_array(2, H, L, head_dim, seed=3), random_array(2, K, L, head_dim, seed=4)
     twin = cache.fork()
     keys, values = (np.array(x) for x in twin.update(new, 2 * new))
     found = np.array(cache.attend(queries, new, 2 * new, head_dim**-0.5))
@@ -68,9 +68,9 @@ def test_attention_is_that_over_the_dequantized_past(head_dim: int, L: int, H: i
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
-def test_what_is_kept_is_what_was_fed_to_8_bits(head_dim: int):
+def test_cache_holds_its_input_to_8_bits(head_dim: int):
     cache = QuantizedKVCache(head_dim)
-    parts = [some(1, 2, n, head_dim, seed=n) for n in (3, STEP, 1, 300)]
+    parts = [random_array(1, 2, n, head_dim, seed=n) for n in (3, STEP, 1, 300)]
     for part in parts:
         keys, values = cache.update(part, -part)
     fed = np.array(mx.concatenate(parts, axis=2))
@@ -81,7 +81,7 @@ def test_what_is_kept_is_what_was_fed_to_8_bits(head_dim: int):
     assert np.abs(np.array(values) + fed).max() <= allowed
 
 
-def close(found: mx.array, expected: mx.array, tolerance: float = 2e-3) -> None:
+def assert_close(found: mx.array, expected: mx.array, tolerance: float = 2e-3) -> None:
     """Relative to the logits' scale. Another split rounds differently, and a number between two codes may get
     the other one; quantizing itself changes this model's logits by 1 to 5 %: its weights are random.
     """
@@ -91,23 +91,23 @@ def close(found: mx.array, expected: mx.array, tolerance: float = 2e-3) -> None:
 
 @given(st.data())
 @settings(max_examples=25)
-def test_any_split_and_any_chunk_give_the_same(model: Transformer, data: st.DataObject):
+def test_split_and_chunk_size_change_nothing(model: Transformer, data: st.DataObject):
     ids = IDS[: data.draw(st.integers(2, 60), label="length")]
     split = data.draw(st.integers(1, len(ids) - 1), label="split")
     chunks = st.integers(1, 64)
     whole, parts = model.new_caches(8), model.new_caches(8)
     expected = feed(model, ids, whole)
     feed(model, ids[:split], parts, data.draw(chunks, label="first chunk"))
-    close(feed(model, ids[split:], parts, data.draw(chunks, label="second chunk")), expected)
+    assert_close(feed(model, ids[split:], parts, data.draw(chunks, label="second chunk")), expected)
     assert {cache.offset for cache in (*whole, *parts)} == {len(ids)}
 
 
 @pytest.mark.parametrize("split", [1, STEP - 1, STEP, STEP + 1, 2 * STEP, 599])
-def test_growth_across_steps(model: Transformer, split: int):
+def test_growth_changes_nothing(model: Transformer, split: int):
     whole, parts = model.new_caches(8), model.new_caches(8)
     expected = feed(model, IDS, whole)
     feed(model, IDS[:split], parts, chunk=100)
-    close(feed(model, IDS[split:], parts, chunk=250), expected)
+    assert_close(feed(model, IDS[split:], parts, chunk=250), expected)
     assert {cache.offset for cache in parts} == {600}
 
 
@@ -118,12 +118,12 @@ def test_trimmed_and_continued_equals_fresh(model: Transformer, kept: int, wrong
     feed(model, IDS[:kept] + IDS[300 : 300 + wrong], trimmed)
     trim_all(trimmed, wrong)
     found = feed(model, IDS[kept : kept + right], trimmed)
-    close(found, feed(model, IDS[: kept + right], fresh))
+    assert_close(found, feed(model, IDS[: kept + right], fresh))
 
 
 @pytest.mark.parametrize("first", ["origin", "fork"])
 @pytest.mark.parametrize(("length", "after"), [(7, 0), (STEP, 0), (7, 12), (7, 100)])
-def test_a_fork_is_independent_both_ways(model: Transformer, first: str, length: int, after: int):
+def test_fork_and_origin_are_independent(model: Transformer, first: str, length: int, after: int):
     """Also when one side quantizes what both hold, and the other continues unquantized."""
     origin = model.new_caches(8, quantize_after=after)
     feed(model, IDS[:length], origin)
@@ -140,7 +140,7 @@ def test_a_fork_is_independent_both_ways(model: Transformer, first: str, length:
             assert np.array_equal(np.array(feed(model, [token], fresh)), np.array(logits))
 
 
-def test_packing_begins_after_the_threshold(model: Transformer):
+def test_quantization_begins_after_the_threshold(model: Transformer):
     plain, later = model.new_caches(), model.new_caches(8, quantize_after=20)
     for token in IDS[:20]:
         assert np.array_equal(np.array(feed(model, [token], later)), np.array(feed(model, [token], plain)))
@@ -148,11 +148,11 @@ def test_packing_begins_after_the_threshold(model: Transformer):
     feed(model, IDS[20:21], later)
     assert len(later[0].arrays()) == 6
     trim_all(later, 15)  # it stays quantized when trimmed below the threshold
-    close(feed(model, IDS[6:9], later), feed(model, IDS[:9], model.new_caches()), 0.1)
+    assert_close(feed(model, IDS[6:9], later), feed(model, IDS[:9], model.new_caches()), 0.1)
     assert len(later[0].arrays()) == 6
 
 
-def test_half_the_memory():
+def test_memory_is_about_half():
     """Magistral's shape in 16 bit: 8 bits a number, and a scale and a bias of 16 for each 64."""
     plain, packed = KVCache(), QuantizedKVCache(128)
     x = mx.zeros((1, 8, STEP, 128), mx.bfloat16)
@@ -164,12 +164,12 @@ def test_half_the_memory():
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32])
 @pytest.mark.parametrize("L", [1, 3, 20])
-def test_the_dtype_stays(dtype: mx.Dtype, L: int):
-    x = some(1, 2, L, 64).astype(dtype)
-    assert QuantizedKVCache(64).attend(some(1, 4, L, 64).astype(dtype), x, x, 0.125).dtype == dtype
+def test_attention_keeps_the_dtype(dtype: mx.Dtype, L: int):
+    x = random_array(1, 2, L, 64).astype(dtype)
+    assert QuantizedKVCache(64).attend(random_array(1, 4, L, 64).astype(dtype), x, x, 0.125).dtype == dtype
 
 
-def test_what_cannot_be_packed_is_named(model: Transformer):
+def test_unsupported_bits_and_widths_are_refused(model: Transformer):
     with pytest.raises(ConfigError, match=r"in 16 or in 8 bits, found 4"):
         model.new_caches(4)
     with pytest.raises(ConfigError, match=r"a multiple of 32 wide, found 80"):
@@ -186,7 +186,7 @@ def log_probabilities(
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-def test_the_demo_model_says_the_same():
+def test_distributions_of_the_demo_stay_close():
     """Measured along 24 transcripts, 2,429 positions: mean KL 3.7e-7, the largest 1.8e-4, the same likeliest
     id at 99.96 %. (16-bit floats in place of 32: mean 1.3e-7, the largest 6e-5.)
     """

@@ -22,7 +22,7 @@ def log_softmax(logits: Any) -> Any:
 @pytest.mark.parametrize("size", [50, 1256, 131072])
 @pytest.mark.parametrize("spread", [0.1, 3.0, 30.0])
 @pytest.mark.parametrize("top", [0, 1, 20])
-def test_against_float64(size: int, spread: float, top: int):
+def test_logprobs_equal_float64(size: int, spread: float, top: int):
     logits = np.random.default_rng(size).normal(size=size).astype(np.float32) * spread
     expected, scorer = log_softmax(logits), Scorer(top)
     for token in (0, size - 1, int(logits.argmax())):
@@ -37,12 +37,12 @@ def test_against_float64(size: int, spread: float, top: int):
 
 
 @pytest.mark.parametrize("top", [-1, 21, 1.5, True])
-def test_how_many_is_bounded(top: Any):
+def test_invalid_top_is_refused(top: Any):
     with pytest.raises(SamplingError, match="logprobs"):
         Scorer(top)
 
 
-def scored(model: Magistral, reply: Reply) -> list[TokenLogprob]:
+def expected_logprobs(model: Magistral, reply: Reply) -> list[TokenLogprob]:
     """The log-probabilities that one pass over the whole reply gives, in float64."""
 
     def logits() -> Any:
@@ -89,7 +89,7 @@ def forced(reply: Reply) -> range:
 
 @pytest.mark.parametrize("budget", [None, 12])
 @pytest.mark.parametrize("temperature", [0.7, 2.0])
-def test_of_a_stream(demo: Magistral, budget: int | None, temperature: float):
+def test_logprobs_of_a_stream(demo: Magistral, budget: int | None, temperature: float):
     """Unfiltered, whatever the temperature; None for forced ids; aligned with the ids of the events."""
     sampling, ids = Sampling(temperature=temperature), list[int]()
     with demo.stream(
@@ -100,22 +100,22 @@ def test_of_a_stream(demo: Magistral, budget: int | None, temperature: float):
             assert len(stream.logprobs) >= len(ids)
     reply = stream.reply
     assert bool(reply.stats.forced_tokens) == (budget is not None)
-    check(reply.logprobs, scored(demo, reply), forced(reply))
+    check(reply.logprobs, expected_logprobs(demo, reply), forced(reply))
     plain = demo.ask(QUESTION, seed=3, think_budget=budget, sampling=sampling, max_tokens=60)
     assert plain.logprobs is None
     assert plain.token_ids == reply.token_ids
 
 
-def test_of_a_batch(demo: Magistral):
+def test_logprobs_of_a_batch(demo: Magistral):
     replies = demo.ask(QUESTION, n=3, seed=5, logprobs=3, think_budget=14, max_tokens=50)
     for reply in replies:
-        check(reply.logprobs, scored(demo, reply), forced(reply))
+        check(reply.logprobs, expected_logprobs(demo, reply), forced(reply))
     assert len({reply.token_ids for reply in replies}) > 1
 
 
-def test_of_a_constrained_reply(demo: Magistral):
+def test_logprobs_of_a_constrained_reply(demo: Magistral):
     """Of the unmasked distribution: a mask may force an id that the model finds unlikely."""
     schema = {"type": "string", "maxLength": 4}
     reply = demo.stream(QUESTION, seed=1, schema=schema, logprobs=3).drain()
-    check(reply.logprobs, scored(demo, reply), range(0))
+    check(reply.logprobs, expected_logprobs(demo, reply), range(0))
     assert min(found.logprob for found in reply.logprobs or () if found) < -5

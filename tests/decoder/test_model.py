@@ -35,13 +35,13 @@ IDS = np.random.default_rng(5).integers(0, models.TINY.vocab_size, size=40).toli
 RECORDED = Path(__file__).parents[1] / "data" / "transformers_logits.npz"
 
 
-def ours(path: Path, ids: list[int] = IDS, dtype: mx.Dtype = mx.float32) -> np.ndarray:
+def our_logits(path: Path, ids: list[int] = IDS, dtype: mx.Dtype = mx.float32) -> np.ndarray:
     """All positions' logits, `(L, V)`, in float32."""
     model = load(open_checkpoint(path), dtype)
     return as_numpy(model.logits(model(mx.array([ids]), model.new_caches()))[0])
 
 
-def mlx_lms(path: Path, ids: list[int] = IDS, dtype: mx.Dtype = mx.float32) -> np.ndarray:
+def mlx_lms_logits(path: Path, ids: list[int] = IDS, dtype: mx.Dtype = mx.float32) -> np.ndarray:
     model, _ = load_model(path)
     model.set_dtype(dtype)
     return as_numpy(model(mx.array([ids]))[0])
@@ -71,14 +71,14 @@ def test_every_layout_equals_mlx_lm(name: str, tmp_path: Path):
     config = CONFIGS[name]
     ids = np.random.default_rng(6).integers(0, config.vocab_size, size=12).tolist()
     single = models.write_hf(tmp_path / "single", config)
-    expected = mlx_lms(single, ids)
+    expected = mlx_lms_logits(single, ids)
     layouts = [single]
     if name != "vocabulary":
         layouts.append(models.write_hf(tmp_path / "sharded", config, shards=3))
     if not config.tie_embeddings:
         layouts.append(models.write_native(tmp_path / "native", config))
     for path in layouts:
-        assert difference(ours(path, ids), expected) <= CLOSE, path.name
+        assert difference(our_logits(path, ids), expected) <= CLOSE, path.name
 
 
 def test_greedy_sequences_equal_mlx_lm_for_200_tokens(tmp_path: Path):
@@ -98,7 +98,7 @@ def greedy(model: Transformer, ids: list[int], n: int) -> list[int]:
     return list(decode(model, logits, caches, sampler=Sampler(Sampling(temperature=0), 0), limit=n))
 
 
-def test_logits_equal_what_transformers_gave(tmp_path: Path):
+def test_logits_equal_those_recorded_from_transformers(tmp_path: Path):
     """`scripts/record_reference.py` records them, from the same random checkpoints."""
     recorded = np.load(RECORDED)
     ids, wide_ids = recorded["ids"].tolist(), recorded["wide_ids"].tolist()
@@ -106,13 +106,13 @@ def test_logits_equal_what_transformers_gave(tmp_path: Path):
     hf = models.write_hf(tmp_path / "hf", seed=11)
     native = models.write_native(tmp_path / "native", seed=11)
     short = len(recorded["short"])
-    assert difference(ours(hf, ids[:short]), recorded["short"]) <= CLOSE
-    assert difference(ours(native, ids[:short]), recorded["short"]) <= CLOSE
+    assert difference(our_logits(hf, ids[:short]), recorded["short"]) <= CLOSE
+    assert difference(our_logits(native, ids[:short]), recorded["short"]) <= CLOSE
     # Rotations by 700 positions differ in float32's last digits from one library to the other.
-    assert difference(ours(native, ids)[-1], recorded["long"]) <= CLOSE
-    found = ours(models.write_hf(tmp_path / "tied", tied, seed=11), ids[:short])[-1]
+    assert difference(our_logits(native, ids)[-1], recorded["long"]) <= CLOSE
+    found = our_logits(models.write_hf(tmp_path / "tied", tied, seed=11), ids[:short])[-1]
     assert difference(found, recorded["tied"]) <= CLOSE
-    found = ours(models.write_native(tmp_path / "wide", wide, seed=11), wide_ids)[-1]
+    found = our_logits(models.write_native(tmp_path / "wide", wide, seed=11), wide_ids)[-1]
     assert difference(found[::97], recorded["wide"]) <= CLOSE
 
 
@@ -139,15 +139,15 @@ def even_native(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=scheme_id)
-def test_what_we_quantize_mlx_lm_reads_alike_and_the_other_way_round(
+def test_quantized_models_read_alike_whoever_wrote_them(
     scheme: Scheme, even: Path, even_native: Path, tmp_path: Path
 ):
     quantize(even_native, tmp_path / "ours", scheme)
-    assert difference(ours(tmp_path / "ours"), mlx_lms(tmp_path / "ours")) <= CLOSE
+    assert difference(our_logits(tmp_path / "ours"), mlx_lms_logits(tmp_path / "ours")) <= CLOSE
     mlx_lm_quantize(even, tmp_path / "theirs", scheme)
     # Both quantized with MLX's quantizer: the same directory, whoever wrote it and whatever the source.
-    assert difference(ours(tmp_path / "theirs"), ours(tmp_path / "ours")) <= 1e-6
-    assert difference(ours(tmp_path / "theirs"), mlx_lms(tmp_path / "theirs")) <= CLOSE
+    assert difference(our_logits(tmp_path / "theirs"), our_logits(tmp_path / "ours")) <= 1e-6
+    assert difference(our_logits(tmp_path / "theirs"), mlx_lms_logits(tmp_path / "theirs")) <= CLOSE
 
 
 def quantize(source: Path, out: Path, recipe: Scheme | Recipe) -> None:
@@ -166,7 +166,7 @@ def mlx_lm_quantize(source: Path, out: Path, scheme: Scheme, predicate: object =
     save_config(config, out / "config.json")
 
 
-def test_mlx_lms_own_convert(tmp_path: Path):
+def test_model_that_mlx_lm_converted(tmp_path: Path):
     """The whole command, tokenizer and all; 4 bits in groups of 64."""
     config = replace(models.TINY, vocab_size=1280)
     source = models.write_hf(tmp_path / "source", config)
@@ -177,7 +177,7 @@ def test_mlx_lms_own_convert(tmp_path: Path):
     out = tmp_path / "out"
     mlx_lm_convert(str(source), str(out), quantize=True, q_bits=4, q_group_size=64)
     assert open_checkpoint(out).scheme("lm_head") == Scheme(bits=4, group_size=64)
-    assert difference(ours(out), mlx_lms(out)) <= CLOSE
+    assert difference(our_logits(out), mlx_lms_logits(out)) <= CLOSE
 
 
 def test_a_recipe_with_overrides_that_mlx_lm_wrote(even: Path, tmp_path: Path):
@@ -195,7 +195,7 @@ def test_a_recipe_with_overrides_that_mlx_lm_wrote(even: Path, tmp_path: Path):
     assert opened.scheme("lm_head") is None
     assert opened.scheme("model.layers.0.mlp.down_proj") == Scheme(bits=6, group_size=32)
     assert opened.scheme("model.layers.1.self_attn.v_proj") == Scheme.of_mode("mxfp8")
-    assert difference(ours(tmp_path / "out"), mlx_lms(tmp_path / "out")) <= CLOSE
+    assert difference(our_logits(tmp_path / "out"), mlx_lms_logits(tmp_path / "out")) <= CLOSE
 
 
 def test_a_recipe_with_overrides_that_we_wrote(even_native: Path, tmp_path: Path):
@@ -205,25 +205,25 @@ def test_a_recipe_with_overrides_that_we_wrote(even_native: Path, tmp_path: Path
     assert opened.scheme("model.layers.1.self_attn.q_proj") is None
     assert opened.scheme("model.layers.0.self_attn.o_proj") == Scheme.of_mode("mxfp4")
     assert opened.scheme("lm_head") == Scheme(bits=6)
-    assert difference(ours(tmp_path / "out"), mlx_lms(tmp_path / "out")) <= CLOSE
+    assert difference(our_logits(tmp_path / "out"), mlx_lms_logits(tmp_path / "out")) <= CLOSE
 
 
-def test_a_width_that_no_group_divides_stays_as_it_is(tmp_path: Path):
+def test_width_that_no_group_divides_stays_unquantized(tmp_path: Path):
     """192 columns, groups of 128: only some matrices are quantized, and both libraries know which."""
     source = models.write_native(tmp_path / "native")
     quantize(source, tmp_path / "out", Scheme(bits=4, group_size=128))
     opened = open_checkpoint(tmp_path / "out")
     assert opened.scheme("model.embed_tokens") is None
     assert opened.scheme("model.layers.0.mlp.down_proj") == Scheme(bits=4, group_size=128)
-    assert difference(ours(tmp_path / "out"), mlx_lms(tmp_path / "out")) <= CLOSE
+    assert difference(our_logits(tmp_path / "out"), mlx_lms_logits(tmp_path / "out")) <= CLOSE
 
 
-def test_a_tied_head_quantized(tmp_path: Path):
+def test_quantized_tied_head(tmp_path: Path):
     source = models.write_hf(tmp_path / "hf", replace(EVEN, tie_embeddings=True))
     quantize(source, tmp_path / "ours", Scheme())
     mlx_lm_quantize(source, tmp_path / "theirs", Scheme())
     for name in ("ours", "theirs"):
-        assert difference(ours(tmp_path / name), mlx_lms(tmp_path / name)) <= CLOSE
+        assert difference(our_logits(tmp_path / name), mlx_lms_logits(tmp_path / name)) <= CLOSE
 
 
 @pytest.mark.parametrize("prefix", ["language_model.", "new"])
@@ -232,10 +232,10 @@ def test_the_text_model_of_a_mistral3(prefix: str, tmp_path: Path):
     plain = models.write_hf(tmp_path / "plain")
     wrapped = wrap(plain, tmp_path / "wrapped", prefix)
     assert open_checkpoint(wrapped).config.has_vision
-    assert difference(ours(wrapped), mlx_lms(wrapped)) <= CLOSE
-    assert difference(ours(wrapped), ours(plain)) == 0
+    assert difference(our_logits(wrapped), mlx_lms_logits(wrapped)) <= CLOSE
+    assert difference(our_logits(wrapped), our_logits(plain)) == 0
     quantize(wrapped, tmp_path / "out", Scheme(bits=4, group_size=32))
-    assert difference(ours(tmp_path / "out"), mlx_lms(tmp_path / "out")) <= CLOSE
+    assert difference(our_logits(tmp_path / "out"), mlx_lms_logits(tmp_path / "out")) <= CLOSE
 
 
 def wrap(plain: Path, out: Path, prefix: str) -> Path:
@@ -266,16 +266,20 @@ def test_a_quantized_mistral3_with_overrides(even: Path, tmp_path: Path):
     mlx_lm_quantize(wrapped, tmp_path / "out", Scheme(bits=3, group_size=32), predicate)
     opened = open_checkpoint(tmp_path / "out")
     assert opened.scheme("model.layers.1.mlp.down_proj") == Scheme(bits=8, group_size=64)
-    assert difference(ours(tmp_path / "out"), mlx_lms(tmp_path / "out")) <= CLOSE
+    assert difference(our_logits(tmp_path / "out"), mlx_lms_logits(tmp_path / "out")) <= CLOSE
 
 
 @pytest.mark.parametrize(("dtype", "step"), [(mx.bfloat16, 2**-8), (mx.float16, 2**-11)])
-def test_16_bit_is_near_to_float32(dtype: mx.Dtype, step: float, tmp_path: Path):
+def test_16_bit_is_close_to_float32(dtype: mx.Dtype, step: float, tmp_path: Path):
     """Rounding errors add up over three layers to 8 steps (root mean square over all logits); 16 are allowed.
     mlx-lm, which rounds at the same points, is as far off.
     """
     path = models.write_hf(tmp_path)
-    exact, ours16, theirs16 = ours(path), ours(path, dtype=dtype), mlx_lms(path, dtype=dtype)
+    exact, ours16, theirs16 = (
+        our_logits(path),
+        our_logits(path, dtype=dtype),
+        mlx_lms_logits(path, dtype=dtype),
+    )
     error, their_error = (np.sqrt(np.mean((x - exact) ** 2)) / exact.std() for x in (ours16, theirs16))
     assert 0 < error < 16 * step
     assert error < 1.25 * their_error, (error, their_error)
@@ -290,11 +294,11 @@ def test_16_bit_is_near_to_float32(dtype: mx.Dtype, step: float, tmp_path: Path)
 def test_16_bit_weights_load_in_any_dtype(stored: mx.Dtype, tmp_path: Path):
     native = models.write_native(tmp_path / "native", dtype=stored)
     hf = models.write_hf(tmp_path / "hf", dtype=stored)
-    assert difference(ours(native), mlx_lms(hf)) <= CLOSE
+    assert difference(our_logits(native), mlx_lms_logits(hf)) <= CLOSE
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
-def test_a_quantized_embedding_hands_on_the_models_dtype(dtype: mx.Dtype, even: Path, tmp_path: Path):
+def test_quantized_embedding_keeps_the_models_dtype(dtype: mx.Dtype, even: Path, tmp_path: Path):
     """Float modes always dequantize to bfloat16; together with float16 that would give float32."""
     quantize(even, tmp_path / "out", Scheme.of_mode("mxfp4"))
     model = load(open_checkpoint(tmp_path / "out"), dtype)
@@ -311,7 +315,7 @@ def test_a_batch_equals_its_rows(tmp_path: Path):
         assert difference(found, as_numpy(model.logits(model(mx.array([row]), model.new_caches()))[0])) < 1e-5
 
 
-def test_the_last_position_alone_is_the_same(tmp_path):
+def test_last_position_only_equals_the_whole_pass(tmp_path):
     """The top layer computes nothing else but its keys and values; also with a filled cache."""
     model = load(open_checkpoint(models.write_hf(tmp_path / "hf")), mx.float32)
     ids = mx.array([list(range(3, 60))])

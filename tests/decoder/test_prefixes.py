@@ -14,8 +14,8 @@ from magistral_mlx.decoder.prefixes import Prefixes
 ROOM = 2 * 2 * 256 * 32 * 4  # keys and values, two heads, 256 positions of 32 numbers in 4 bytes
 
 
-def read(prefix: Prefix, ids: Sequence[int]) -> Prefix:
-    """Prefill the rest of `ids` behind the prefix, as a generation would."""
+def prefill(prefix: Prefix, ids: Sequence[int]) -> Prefix:
+    """Prefill the rest of `ids` after the prefix, as a generation would."""
     rest = list(ids)[prefix.rewind(ids) :]
     numbers = mx.array(rest, mx.float32).reshape(1, 1, -1, 1)
     part = mx.broadcast_to(numbers, (1, 2, len(rest), 32))
@@ -24,106 +24,106 @@ def read(prefix: Prefix, ids: Sequence[int]) -> Prefix:
     return prefix
 
 
-def kept(limit: int = 10**9, make: Callable[[], KVCache] = KVCache) -> Prefixes:
+def new_pool(limit: int = 10**9, make: Callable[[], KVCache] = KVCache) -> Prefixes:
     return Prefixes(lambda: Prefix([make()]), limit)
 
 
-def holds(prefix: Prefix) -> list[float]:
+def cached_ids(prefix: Prefix) -> list[float]:
     """The keys that are cached, as the ids they came from."""
     [cache] = prefix.caches
     return cache.arrays()[0][0, 0, : cache.offset, 0].tolist()  # type: ignore[return-value]
 
 
 @given(st.lists(st.integers(0, 2)), st.lists(st.integers(0, 2)))
-def test_the_common_beginning(one: list[int], other: list[int]):
+def test_common_prefix_length(one: list[int], other: list[int]):
     n = common(one, other)
     assert one[:n] == other[:n]
     assert n == min(len(one), len(other)) or one[n] != other[n]
 
 
-def test_nothing_is_there_at_first():
-    assert kept().take([1, 2, 3]).length == 0
+def test_new_pool_is_empty():
+    assert new_pool().take([1, 2, 3]).length == 0
 
 
-def test_the_longest_common_beginning_wins():
-    pool = kept()
+def test_longest_common_prefix_is_taken():
+    pool = new_pool()
     for ids in ([1, 2, 3, 4], [1, 2, 9, 9], [7, 7]):
-        pool.put(read(pool.take([0]), ids), 10)
+        pool.put(prefill(pool.take([0]), ids), 10)
     assert pool.take([1, 2, 3, 5]).ids == [1, 2, 3, 4]
     assert len(pool) == 2
     assert pool.take([8]).ids == []
 
 
-def test_what_is_taken_is_the_takers_alone():
-    pool = kept()
-    pool.put(read(pool.take([0]), [1, 2, 3]), 3)
+def test_taken_prefix_leaves_the_pool():
+    pool = new_pool()
+    pool.put(prefill(pool.take([0]), [1, 2, 3]), 3)
     assert pool.take([1, 2, 3, 4]).ids == [1, 2, 3]
     assert pool.take([1, 2, 3, 4]).ids == []
 
 
-def test_those_who_share_leave_it_for_others():
-    pool = kept()
-    pool.put(read(pool.take([0]), [1, 2, 3]), 3)
+def test_shared_prefix_stays_in_the_pool():
+    pool = new_pool()
+    pool.put(prefill(pool.take([0]), [1, 2, 3]), 3)
     for last in (4, 5, 3):
-        assert holds(read(pool.take([1, 2, 3], shared=True), [1, 2, 3, last])) == [1, 2, 3, last]
-    assert holds(pool.take([1, 2, 3, 4])) == [1, 2, 3]
+        assert cached_ids(prefill(pool.take([1, 2, 3], shared=True), [1, 2, 3, last])) == [1, 2, 3, last]
+    assert cached_ids(pool.take([1, 2, 3, 4])) == [1, 2, 3]
     assert pool.take([1, 2, 3], shared=True).ids == []
 
 
-def test_another_conversation_with_the_same_beginning_is_forked():
+def test_prefix_that_matches_in_part_is_forked():
     """And neither affects the other."""
-    pool = kept()
+    pool = new_pool()
     first = [1, 2, *range(10, 30)]
-    pool.put(read(pool.take([0]), first), 100)
-    other = read(pool.take([1, 2, 50, 51]), [1, 2, 50, 51])
-    assert holds(other) == [1, 2, 50, 51]
+    pool.put(prefill(pool.take([0]), first), 100)
+    other = prefill(pool.take([1, 2, 50, 51]), [1, 2, 50, 51])
+    assert cached_ids(other) == [1, 2, 50, 51]
     again = pool.take([*first, 30])
     assert again.ids == first
-    assert holds(again) == first
+    assert cached_ids(again) == first
 
 
-def test_only_what_will_come_again_is_kept_and_paid_for():
-    pool = kept()
+def test_put_keeps_only_the_given_length():
+    pool = new_pool()
     long = list(range(1, 600))
-    prefix = read(pool.take(long), long)
+    prefix = prefill(pool.take(long), long)
     assert prefix.nbytes == 3 * ROOM
     pool.put(prefix, 100)
     assert pool.nbytes == ROOM
     back = pool.take(long)
     assert back.ids == long[:100]
-    assert holds(back) == long[:100]
+    assert cached_ids(back) == long[:100]
 
 
-def test_room_that_shrank_can_grow_again():
-    pool = kept()
+def test_shrunk_cache_can_grow_again():
+    pool = new_pool()
     long = list(range(1, 600))
-    pool.put(read(pool.take(long), long), 100)
-    assert holds(read(pool.take(long), long)) == long
+    pool.put(prefill(pool.take(long), long), 100)
+    assert cached_ids(prefill(pool.take(long), long)) == long
 
 
-def test_packed_room_shrinks_too():
-    pool = kept(make=lambda: QuantizedKVCache(32))
+def test_quantized_cache_shrinks_too():
+    pool = new_pool(make=lambda: QuantizedKVCache(32))
     long = list(range(1, 600))
-    prefix = read(pool.take(long), long)
+    prefix = prefill(pool.take(long), long)
     before = prefix.nbytes
     pool.put(prefix, 200)
     assert pool.nbytes == before // 3
 
 
-def test_that_used_longest_ago_goes_first():
-    pool = kept(limit=2 * ROOM)
+def test_least_recently_used_is_evicted_first():
+    pool = new_pool(limit=2 * ROOM)
     for ids in ([1, 1], [2, 2]):
-        pool.put(read(pool.take(ids), ids), 2)
-    pool.put(read(pool.take([1, 1, 1]), [1, 1, 1]), 3)  # now [2, 2] is the older one
-    pool.put(read(pool.take([3, 3]), [3, 3]), 2)
+        pool.put(prefill(pool.take(ids), ids), 2)
+    pool.put(prefill(pool.take([1, 1, 1]), [1, 1, 1]), 3)  # now [2, 2] is the older one
+    pool.put(prefill(pool.take([3, 3]), [3, 3]), 2)
     assert pool.nbytes <= pool.limit
     assert pool.take([2, 2]).ids == []
     assert pool.take([1, 1]).ids == [1, 1, 1]
 
 
-def test_nothing_is_kept_twice():
-    pool = kept()
-    prefixes = [read(pool.take([1]), ids) for ids in ([1, 2, 3], [1, 2], [1, 2, 3, 4])]
+def test_prefix_of_a_stored_prefix_is_not_stored():
+    pool = new_pool()
+    prefixes = [prefill(pool.take([1]), ids) for ids in ([1, 2, 3], [1, 2], [1, 2, 3, 4])]
     for prefix in prefixes:
         pool.put(prefix, 10)
     assert len(pool) == 1
@@ -131,22 +131,22 @@ def test_nothing_is_kept_twice():
 
 
 @pytest.mark.parametrize("limit", [0, ROOM - 1])
-def test_one_that_is_too_large_is_not_kept(limit: int):
-    pool = kept(limit)
-    pool.put(read(pool.take([1]), [1, 2]), 2)
+def test_prefix_larger_than_the_limit_is_not_stored(limit: int):
+    pool = new_pool(limit)
+    pool.put(prefill(pool.take([1]), [1, 2]), 2)
     assert (len(pool), pool.nbytes) == (0, 0)
 
 
 def test_clear():
-    pool = kept()
-    pool.put(read(pool.take([1]), [1, 2]), 2)
+    pool = new_pool()
+    pool.put(prefill(pool.take([1]), [1, 2]), 2)
     pool.clear()
     assert pool.take([1, 2]).ids == []
 
 
-def test_a_prompt_that_was_cut_off_keeps_what_every_layer_has_read():
+def test_interrupted_prompt_keeps_what_every_layer_holds():
     pool = Prefixes(lambda: Prefix([KVCache(), KVCache()]), 10**9)
-    prefix = read(pool.take([1]), [1, 2, 3, 4])
+    prefix = prefill(pool.take([1]), [1, 2, 3, 4])
     prefix.caches[1].trim(2)
     pool.put(prefix, 4)
     back = pool.take([1, 2, 3, 4])

@@ -19,8 +19,8 @@ MARGIN = 1e-5
 """Nearer to the edge of a nucleus than this, float32 cannot tell on which side an id is."""
 
 
-class Given(Sampler):
-    """A sampler with given noise, so that a test decides which id comes first."""
+class FixedNoiseSampler(Sampler):
+    """A sampler with given noise: a test decides which id comes first."""
 
     def __init__(self, sampling: Sampling, noise: mx.array) -> None:
         super().__init__(sampling, seed=0)
@@ -31,7 +31,7 @@ class Given(Sampler):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verdict:
+class Nucleus:
     """For each id: is it in the nucleus, and is that certain in float32?"""
 
     inside: np.ndarray
@@ -39,7 +39,7 @@ class Verdict:
     p: np.ndarray
 
 
-def reference(sampling: Sampling, logits: np.ndarray, seen: np.ndarray | None = None) -> Verdict:
+def reference_nucleus(sampling: Sampling, logits: np.ndarray, seen: np.ndarray | None = None) -> Nucleus:
     """The nucleus in float64, from its definition; also with every edge moved slightly either way."""
     x = logits.astype(np.float64)
     if seen is not None:
@@ -49,7 +49,7 @@ def reference(sampling: Sampling, logits: np.ndarray, seen: np.ndarray | None = 
     p = np.exp(x - x.max())
     p /= p.sum()
     exact, narrow, wide = (_inside(sampling, x, p, sign) for sign in (0, -1, 1))
-    return Verdict(inside=exact, certain=narrow == wide, p=p)
+    return Nucleus(inside=exact, certain=narrow == wide, p=p)
 
 
 def _inside(sampling: Sampling, x: np.ndarray, p: np.ndarray, sign: int) -> np.ndarray:
@@ -77,8 +77,8 @@ def _inside(sampling: Sampling, x: np.ndarray, p: np.ndarray, sign: int) -> np.n
     return inside & np.isfinite(x)
 
 
-def adversary(rng: np.random.Generator, number: int) -> np.ndarray:
-    """Flat, nearly flat, peaked, tied, masked, spread, far from zero: one kind after another."""
+def random_logits(rng: np.random.Generator, number: int) -> np.ndarray:
+    """Random logits: flat, nearly flat, peaked, tied, masked, spread, far from zero, by number."""
     size = int(rng.integers(1, 65))
     kind = number % 8
     if kind == 0:
@@ -103,8 +103,8 @@ def adversary(rng: np.random.Generator, number: int) -> np.ndarray:
     return x.astype(np.float32)
 
 
-def settings(rng: np.random.Generator) -> Sampling:
-    """Any mixture of the filters, top_p more often than not."""
+def random_sampling(rng: np.random.Generator) -> Sampling:
+    """Any combination of the filters, most often with top_p."""
     return Sampling(
         temperature=float(rng.choice([0.1, 0.7, 1.0, 1.7])),
         top_p=float(rng.choice([0.05, 0.3, 0.5, 0.9, 0.95, 0.999, 1.0])),
@@ -114,16 +114,15 @@ def settings(rng: np.random.Generator) -> Sampling:
     )
 
 
-def members(sampling: Sampling, logits: np.ndarray, seen: mx.array | None, ids: np.ndarray) -> np.ndarray:
-    """Which of `ids` can be drawn: each in turn is given noise that puts it first, and must then come out.
+def in_nucleus(sampling: Sampling, logits: np.ndarray, seen: mx.array | None, ids: np.ndarray) -> np.ndarray:
+    """Which of `ids` can be sampled: each in turn is given noise that puts it first.
 
-    Asked of `draw`, which must answer with that id or give up (with one candidate), and of `settle`, which
-    must agree.
+    `draw` must return that id or give up (with one candidate), and `settle` must agree with it.
     """
     x, places = mx.array(logits), mx.arange(logits.size)
     drawn, settled = list[mx.array](), list[mx.array]()
     for target in ids.tolist():
-        steered = Given(sampling, mx.where(places == target, 1e9, 0.0))
+        steered = FixedNoiseSampler(sampling, mx.where(places == target, 1e9, 0.0))
         drawn.append(steered.draw(x, 0, seen))
         settled.append(steered.settle(x, 0, seen))
     found = np.array(mx.stack(drawn))
@@ -139,7 +138,7 @@ def one_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.8, 0.9, 0.95, 0.999])
-def test_candidates_are_as_many_as_a_draw_in_a_thousand_needs(top_p: float):
+def test_candidates_suffice_for_all_but_one_draw_in_a_thousand(top_p: float):
     count = Sampler(Sampling(top_p=top_p), seed=0)._candidates
     assert count == sampling_module.CANDIDATES or (1 - top_p) ** count <= 1e-3 < (1 - top_p) ** (count - 1)
     assert Sampler(Sampling(top_p=top_p, top_k=5), seed=0)._candidates == sampling_module.CANDIDATES
@@ -150,23 +149,23 @@ def test_support_equals_the_nucleus_in_float64():
     rng = np.random.default_rng(2506)
     checked = outside = uncertain = 0
     for number in range(1000):
-        logits, sampling = adversary(rng, number), settings(rng)
+        logits, sampling = random_logits(rng, number), random_sampling(rng)
         seen = rng.random(logits.size) < 0.3
-        expected = reference(sampling, logits, seen)
-        # Both sides of the edge, the ends, and any other.
+        expected = reference_nucleus(sampling, logits, seen)
+        # Both sides of the edge, both ends, and a random one.
         down = np.argsort(-expected.p, kind="stable")
         edge = int(expected.inside.sum())
         places = {0, edge - 1, edge, logits.size - 1, int(rng.integers(logits.size))}
         ids = down[[place for place in sorted(places) if 0 <= place < logits.size]]
         uncertain += int((~expected.certain[ids]).sum())
         ids = ids[expected.certain[ids]]
-        found = members(sampling, logits, mx.array(seen), ids)
+        found = in_nucleus(sampling, logits, mx.array(seen), ids)
         assert (found == expected.inside[ids]).all(), (number, sampling, logits[ids], expected.p[ids])
         checked += ids.size
         outside += int((~found).sum())
     assert checked > 3500
     assert outside > 1000
-    assert uncertain <= 20, f"{uncertain} ids, of {checked}, stood at an edge and were not judged"
+    assert uncertain <= 20, f"{uncertain} ids, of {checked}, are at an edge and were not checked"
 
 
 @pytest.mark.usefixtures("one_candidate")
@@ -176,7 +175,7 @@ def test_support_at_the_real_vocabulary(scale: float):
     logits = (rng.normal(size=131072) * scale).astype(np.float32)
     logits[rng.integers(logits.size, size=1000)] = -np.inf
     for sampling in (Sampling(), Sampling(temperature=1, top_p=0.5, top_k=50_000, min_p=1e-4)):
-        expected = reference(sampling, logits)
+        expected = reference_nucleus(sampling, logits)
         assert (~expected.certain).sum() < 100
         down = np.argsort(-logits, kind="stable")
         edge = int(expected.inside.sum())
@@ -184,19 +183,19 @@ def test_support_at_the_real_vocabulary(scale: float):
         ids = down[np.append(near, [0, logits.size - 1])]
         ids = ids[expected.certain[ids]]
         assert ids.size >= 6
-        np.testing.assert_array_equal(members(sampling, logits, None, ids), expected.inside[ids])
+        np.testing.assert_array_equal(in_nucleus(sampling, logits, None, ids), expected.inside[ids])
 
 
 @pytest.mark.usefixtures("one_candidate")
 def test_top_p_is_taken_after_the_temperature():
     # At temperature 1 the two likeliest hold 0.9 between them; at 0.5 the likeliest alone holds 0.89.
     logits = np.log([0.66, 0.23, 0.11]).astype(np.float32)
-    assert members(Sampling(temperature=1, top_p=0.8), logits, None, np.arange(3)).tolist() == [
+    assert in_nucleus(Sampling(temperature=1, top_p=0.8), logits, None, np.arange(3)).tolist() == [
         True,
         True,
         False,
     ]
-    assert members(Sampling(temperature=0.5, top_p=0.8), logits, None, np.arange(3)).tolist() == [
+    assert in_nucleus(Sampling(temperature=0.5, top_p=0.8), logits, None, np.arange(3)).tolist() == [
         True,
         False,
         False,
@@ -210,7 +209,7 @@ def test_draw_equals_settle(candidates: int, monkeypatch: pytest.MonkeyPatch):
     rng = np.random.default_rng(candidates)
     drawn, settled = list[mx.array](), list[mx.array]()
     for number in range(300):
-        logits, sampler = mx.array(adversary(rng, number)), Sampler(settings(rng), seed=number)
+        logits, sampler = mx.array(random_logits(rng, number)), Sampler(random_sampling(rng), seed=number)
         drawn.append(sampler.draw(logits, number))
         settled.append(sampler.settle(logits, number))
     pairs = list(zip(np.array(mx.stack(drawn)), np.array(mx.stack(settled)), strict=True))
@@ -235,7 +234,7 @@ SEEN = np.arange(LOGITS.size) % 3 == 0
 @pytest.mark.parametrize("name", SETTINGS)
 def test_frequencies_pass_a_chi_square_test(name: str):
     n, sampling = 2000, SETTINGS[name]
-    expected = reference(sampling, LOGITS, SEEN)
+    expected = reference_nucleus(sampling, LOGITS, SEEN)
     p = np.where(expected.inside, expected.p, 0)
     p /= p.sum()
     counts = np.bincount(draws(sampling, n), minlength=LOGITS.size)
@@ -263,7 +262,7 @@ def test_greedy_is_argmax():
     rng = np.random.default_rng(3)
     sampler = Sampler(Sampling(temperature=0, top_p=0.1, top_k=3, min_p=0.5), seed=1)
     for number in range(100):
-        logits = adversary(rng, number)
+        logits = random_logits(rng, number)
         assert sampler.draw(mx.array(logits), number).item() == logits.argmax()
 
 
@@ -302,7 +301,7 @@ def test_half_precision_logits_are_drawn_in_float32(dtype: mx.Dtype, sampling: S
     "sampling", [Sampling(), Sampling(temperature=0), Sampling(top_p=1.0), Sampling(top_p=1.0, top_k=2)]
 )
 @pytest.mark.parametrize("bad", [0, 2])
-def test_nan_is_never_drawn(sampling: Sampling, bad: int):
+def test_nan_is_never_sampled(sampling: Sampling, bad: int):
     logits = np.zeros(5, np.float32)
     logits[bad] = np.nan
     assert Sampler(sampling, seed=0).draw(mx.array(logits), 0).item() == UNSETTLED
@@ -325,15 +324,15 @@ def test_the_same_seed_gives_the_same_ids_in_a_new_process():
     ]
     logits = mx.array(np.random.default_rng(8).normal(size=(40, 500)).astype(np.float32) * 2)
 
-    def here(seed: int) -> list[object]:
+    def in_this_process(seed: int) -> list[object]:
         sampler = Sampler(Sampling(), seed)
         return [sampler.draw(row, position).item() for position, row in enumerate(logits)]
 
-    assert runs[0] == runs[1] == here(7)
-    assert sum(a == b for a, b in zip(here(7), here(8), strict=True)) < 10
+    assert runs[0] == runs[1] == in_this_process(7)
+    assert sum(a == b for a, b in zip(in_this_process(7), in_this_process(8), strict=True)) < 10
 
 
-def test_a_seed_means_the_same_in_every_version():
+def test_noise_of_a_seed_never_changes():
     """Recorded: a saved seed must give the same answer again. A change here belongs in the changelog."""
     assert noise_key(7, 3).tolist() == KEY
     noise = Sampler(Sampling(), 7)._noise(3, (3,))
@@ -365,20 +364,20 @@ def test_noise_of_other_positions_and_seeds_is_unrelated():
         *[("repetition_penalty", bad) for bad in (0, -1, math.nan, math.inf)],
     ],
 )
-def test_a_value_out_of_range_is_named(name: str, value: object):
+def test_values_out_of_range_are_refused(name: str, value: object):
     with pytest.raises(SamplingError, match=rf"{name} is .*, found {value!r}"):
         replace(Sampling(), **{name: value})
 
 
 @pytest.mark.parametrize("sampling", [Sampling(top_p=5e-324), Sampling(top_k=1, top_p=5e-324)])
-def test_less_mass_than_float32_can_tell_is_the_likeliest_id(sampling: Sampling):
+def test_tiny_top_p_selects_the_likeliest_id(sampling: Sampling):
     logits, sampler = mx.arange(16) / 4, Sampler(sampling, seed=0)
     assert sampler.draw(logits, 0).item() in (UNSETTLED, 15)
     assert sampler.settle(logits, 0).item() == 15
 
 
 @pytest.mark.parametrize("top_k", [2**31, 2**63, 10**30])
-def test_more_than_can_be_counted_is_all(top_k: int):
+def test_huge_top_k_selects_all_ids(top_k: int):
     logits, all_of_them = mx.arange(16) / 4, Sampler(Sampling(top_p=1, top_k=16), seed=0)
     sampler = Sampler(Sampling(top_p=1, top_k=top_k), seed=0)
     for position in range(5):
@@ -386,7 +385,7 @@ def test_more_than_can_be_counted_is_all(top_k: int):
         assert sampler.settle(logits, position).item() == all_of_them.settle(logits, position).item()
 
 
-def test_values_at_the_edge_of_their_range_are_taken():
+def test_values_at_the_edge_of_their_range_are_accepted():
     Sampling(temperature=0, top_p=1, top_k=0, min_p=1, repetition_penalty=0.01)
     Sampling(temperature=np.float32(0.5), top_p=1e-30, top_k=10**9, min_p=0)
     assert Sampling() == Sampling(temperature=0.7, top_p=0.95, top_k=0, min_p=0, repetition_penalty=1)

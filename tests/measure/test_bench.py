@@ -36,12 +36,12 @@ def test_spread():
 @pytest.mark.parametrize(
     ("n", "kth"), [(1, None), (4, None), (5, 1), (7, 1), (8, 2), (10, 2), (11, 3), (20, 6), (30, 11)]
 )
-def test_the_lower_bound_is_that_of_a_table_of_the_sign_test(n: int, kth: int | None):
+def test_lower_bound_equals_a_table_of_the_sign_test(n: int, kth: int | None):
     values = [float(i) for i in range(n, 0, -1)]
     assert figures.lower_bound(values) == kth
 
 
-def timed(context: int, first: float, decode: float, load: float = 1.0) -> dict:
+def trial_result(context: int, first: float, decode: float, load: float = 1.0) -> dict:
     point = {
         "context": context,
         "first_token_seconds": first,
@@ -51,9 +51,9 @@ def timed(context: int, first: float, decode: float, load: float = 1.0) -> dict:
     return {"import_seconds": 0.5, "load_seconds": load, "points": [point]}
 
 
-def test_ratios_are_of_neighbours_and_above_one_where_we_are_faster():
-    ours = [timed(512, 1.0, 20.0), timed(512, 2.0, 30.0, load=0.5)]
-    theirs = [timed(512, 3.0, 10.0, load=4.0), timed(512, 2.0, 60.0, load=0.5)]
+def test_ratios_are_of_adjacent_trials_and_above_one_if_we_are_faster():
+    ours = [trial_result(512, 1.0, 20.0), trial_result(512, 2.0, 30.0, load=0.5)]
+    theirs = [trial_result(512, 3.0, 10.0, load=4.0), trial_result(512, 2.0, 60.0, load=0.5)]
     load, prefill, decode = figures.ratios(ours, theirs)
     assert (load["what"], load["context"], load["pairs"]) == ("import and load", None, [3.0, 1.0])
     assert (prefill["what"], prefill["context"], prefill["pairs"]) == ("prefill", 512, [3.0, 1.0])
@@ -62,7 +62,7 @@ def test_ratios_are_of_neighbours_and_above_one_where_we_are_faster():
 
 
 def test_a_summary_takes_medians_and_the_largest_peak():
-    trials = [timed(100, 2.0, 10.0), timed(100, 4.0, 30.0), timed(100, 5.0, 20.0)]
+    trials = [trial_result(100, 2.0, 10.0), trial_result(100, 4.0, 30.0), trial_result(100, 5.0, 20.0)]
     trials[1]["points"][0]["peak_bytes"] = 9
     summary = figures.summary(trials, lambda context: context * 1.0)
     (row,) = summary["contexts"]
@@ -97,12 +97,12 @@ def test_bandwidth_by_the_chips_name(chip: str, gpu: int | None, gigabytes: floa
     assert found == (gigabytes and gigabytes * 1e9)
 
 
-def test_an_unknown_chip_is_measured():
+def test_measured_bandwidth_is_plausible():
     assert 1e8 < machine.measured_bandwidth(2**22) < 1e13
 
 
-def test_a_mac_by_what_its_tools_say(monkeypatch: pytest.MonkeyPatch):
-    said = {
+def test_mac_is_described_by_its_system_tools(monkeypatch: pytest.MonkeyPatch):
+    outputs = {
         "machdep.cpu.brand_string": "Apple M4 Max",
         "hw.perflevel0.physicalcpu": "12",
         "hw.perflevel0.name": "Performance",
@@ -111,7 +111,7 @@ def test_a_mac_by_what_its_tools_say(monkeypatch: pytest.MonkeyPatch):
         "-json": '{"SPDisplaysDataType": [{"sppci_cores" : "40"}]}',
     }
     monkeypatch.setattr(machine.sys, "platform", "darwin")
-    monkeypatch.setattr(machine, "_output_of", lambda *command: said.get(command[-1], ""))
+    monkeypatch.setattr(machine, "_output_of", lambda *command: outputs.get(command[-1], ""))
     found = machine.this_computer()
     assert found.chip == "Apple M4 Max"
     assert found.cores == {"performance": 12, "efficiency": 4, "gpu": 40}
@@ -119,7 +119,7 @@ def test_a_mac_by_what_its_tools_say(monkeypatch: pytest.MonkeyPatch):
     assert machine.bandwidth_of(found) == 546e9
 
 
-def test_a_mac_whose_tools_all_fail(monkeypatch: pytest.MonkeyPatch):
+def test_mac_whose_system_tools_all_fail(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(machine.sys, "platform", "darwin")
     monkeypatch.setenv("PATH", "")
     found = machine.this_computer()
@@ -128,7 +128,7 @@ def test_a_mac_whose_tools_all_fail(monkeypatch: pytest.MonkeyPatch):
     assert machine.bandwidth_of(found) is None
 
 
-def test_a_name_for_a_file():
+def test_machine_name_for_a_file():
     assert computer("Apple M4 Max").name == "apple-m4-max-64gb"
     assert computer("Intel(R) Xeon(R) CPU @ 2.00GHz").name == "intel-r-xeon-r-cpu-2-00ghz-64gb"
 
@@ -136,13 +136,13 @@ def test_a_name_for_a_file():
 # Arithmetic
 
 
-def test_the_ceiling():
+def test_ceiling_falls_with_context():
     model = {"read_bytes_per_token": 12e9, "kv_bytes_per_token": 1e6}
     assert figures.ceiling(120e9, model, 0) == 10
     assert figures.ceiling(120e9, model, 3000) == 8
 
 
-def test_what_to_expect_is_in_the_docs():
+def test_expected_speeds_are_in_the_docs():
     table = "\n".join(tokens_per_second.expected())
     assert table in DOCS
     assert "| M4 | 120 | 9.3 | 7.1 |" in table  # FACTS: 12.9 GB a token
@@ -168,7 +168,7 @@ def test_a_narrow_model_has_the_real_depth_and_vocabulary():
 # Trials
 
 
-def test_a_point_is_timed_between_ids_and_not_to_the_last(monkeypatch: pytest.MonkeyPatch):
+def test_decode_is_timed_from_the_first_id_and_not_to_the_last(monkeypatch: pytest.MonkeyPatch):
     now, limits, fed = 0.0, [], []
 
     def generate(ids: list[int], limit: int) -> Iterator[int]:
@@ -188,12 +188,12 @@ def test_a_point_is_timed_between_ids_and_not_to_the_last(monkeypatch: pytest.Mo
 
 
 def test_trials_take_turns_with_the_same_ids(monkeypatch: pytest.MonkeyPatch):
-    jobs, said = [], []
+    jobs, progress = [], []
 
     def spawn(job: dict, begin: Callable[[str], None]) -> dict:
         jobs.append(job)
         begin("load")
-        points = [timed(len(ids), 1.0, 10.0)["points"][0] for ids in job["prompts"]]
+        points = [trial_result(len(ids), 1.0, 10.0)["points"][0] for ids in job["prompts"]]
         return {"import_seconds": 1.0, "load_seconds": 1.0, "reply": None, "speculated": None} | {
             "points": points
         }
@@ -201,14 +201,14 @@ def test_trials_take_turns_with_the_same_ids(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(bench, "spawn", spawn)
     monkeypatch.setattr(machine, "measured_bandwidth", lambda: 1e9)
     settings = Settings(lengths=(512, 64, 100_000, 200_000), tokens=10, trials=3, against_peer=True)
-    report = bench.run("demo", settings, lambda *step: said.append(step))
+    report = bench.run("demo", settings, lambda *step: progress.append(step))
     first, *rest = jobs
     assert (first["engine"], first["prompts"], first["reply_tokens"]) == (bench.OURS, [], 2048)
     assert [job["engine"] for job in rest] == [bench.OURS, bench.PEER] * 3
     assert [job["seed"] for job in rest] == [0, 0, 1, 1, 2, 2]
     assert [len(ids) for ids in rest[0]["prompts"]] == [64, 512, 4096 - 12]  # within the context, once
     assert all({**job, "engine": 0, "seed": 0} == {**rest[0], "engine": 0, "seed": 0} for job in rest)
-    assert said == [(n, 7, "load") for n in range(7)]
+    assert progress == [(n, 7, "load") for n in range(7)]
     assert [row["pairs"] for row in report["ratios"]] == [[1.0] * 3] * 7
 
 
@@ -258,22 +258,22 @@ def test_a_run_prints_a_table_and_a_row(measured: tuple[str, Path]):
     assert row.count("|") == head.count("|")
 
 
-def test_the_table_is_whole_in_80_columns(measured: tuple[str, Path]):
+def test_table_is_complete_in_80_columns(measured: tuple[str, Path]):
     report = json.loads(measured[1].read_text())
     (row,) = report["summary"][bench.OURS]["contexts"]
     row |= {"context": 40_960, "first_token_seconds": {"median": 1234.5}, "peak_bytes": 21.4e9}
     row["decode_tokens_per_second"] = {"median": 123.4, "min": 122.1, "max": 125.6}
-    told = io.StringIO()
+    output = io.StringIO()
     for part in command.shown(report):
-        Console(file=told, width=80).print(part)
-    figures = next(line for line in told.getvalue().splitlines() if "40960" in line)
-    assert figures.split()[:2] == ["40960", "magistral_mlx"]
+        Console(file=output, width=80).print(part)
+    text = next(line for line in output.getvalue().splitlines() if "40960" in line)
+    assert text.split()[:2] == ["40960", "magistral_mlx"]
     for figure in ("1234.50 s", "123.4", "122.1–125.6", "21.4 GB"):
-        assert figure in figures
-    assert "…" not in told.getvalue()
+        assert figure in text
+    assert "…" not in output.getvalue()
 
 
-def test_a_chart_or_why_there_is_none(
+def test_chart_or_how_to_install_what_it_needs(
     measured: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     report = json.loads(measured[1].read_text())
@@ -289,8 +289,8 @@ def test_a_chart_or_why_there_is_none(
 @pytest.mark.slow
 def test_against_mlx_lm(tmp_path: Path):
     out = tmp_path / "both.json"
-    words = ["demo", *QUICK, "--trials", "2", "--against", "mlx-lm", "--json", str(out), "--no-chart"]
-    done = CliRunner().invoke(command.bench, words, catch_exceptions=False)
+    arguments = ["demo", *QUICK, "--trials", "2", "--against", "mlx-lm", "--json", str(out), "--no-chart"]
+    done = CliRunner().invoke(command.bench, arguments, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     report = json.loads(out.read_text())
     assert [len(trials) for trials in report["trials"].values()] == [2, 2]
@@ -306,8 +306,8 @@ def test_against_mlx_lm(tmp_path: Path):
 @pytest.mark.slow
 def test_a_random_model_of_the_real_depth(tmp_path: Path):
     script = Path(tokens_per_second.__file__)
-    words = ("--shape", "24b", *QUICK, "--scales", "bfloat16", "--no-chart", "--json")
-    command = [sys.executable, str(script), *words, str(tmp_path / "narrow.json")]
+    arguments = ("--shape", "24b", *QUICK, "--scales", "bfloat16", "--no-chart", "--json")
+    command = [sys.executable, str(script), *arguments, str(tmp_path / "narrow.json")]
     subprocess.run(command, check=True, capture_output=True, text=True)
     report = json.loads((tmp_path / "narrow.json").read_text())
     assert (report["model"]["layers"], report["model"]["vocabulary"]) == (40, 131072)
@@ -315,33 +315,33 @@ def test_a_random_model_of_the_real_depth(tmp_path: Path):
     assert report["reply"] is None
 
 
-# What can be wrong
+# Errors
 
 
-def never(done: int, of: int, what: str) -> None:
+def fail_on_progress(done: int, of: int, what: str) -> None:
     pytest.fail(what)
 
 
-def test_mlx_lm_is_not_there(monkeypatch: pytest.MonkeyPatch):
+def test_comparing_without_mlx_lm_raises(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "mlx_lm", None)
     with pytest.raises(MagistralError, match=r"pip install 'magistral_mlx\[bench\]'"):
-        bench.run("demo", Settings(against_peer=True), never)
+        bench.run("demo", Settings(against_peer=True), fail_on_progress)
 
 
-def test_mlx_lm_does_not_read_the_native_layout():
+def test_comparing_in_the_native_layout_raises():
     with pytest.raises(MagistralError, match="magistral-mlx convert"):
-        bench.run(str(DEMO), Settings(against_peer=True), never)
+        bench.run(str(DEMO), Settings(against_peer=True), fail_on_progress)
 
 
-def test_a_prompt_that_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch):
+def test_benchmark_of_which_no_prompt_fits_raises(monkeypatch: pytest.MonkeyPatch):
     from magistral_mlx import memory  # noqa: PLC0415 -- beside what it changes
 
     monkeypatch.setattr(memory, "budget", lambda: 1000)
     with pytest.raises(MagistralError, match="no prompt fits"):
-        bench.run(str(DEMO), Settings(), never)
+        bench.run(str(DEMO), Settings(), fail_on_progress)
 
 
-def test_a_trial_that_fails_says_why():
+def test_failed_trial_raises_its_cause():
     job = {"engine": bench.OURS, "model": "./nowhere", "dtype": None, "prompts": [], "reply_tokens": 0}
     with pytest.raises(MagistralError, match=r"found no directory '\./nowhere'"):
         trial.spawn(job, print)

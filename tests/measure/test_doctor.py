@@ -1,4 +1,4 @@
-"""The doctor: every check passes on a sound machine, and fails by a fault in what it checks."""
+"""The doctor: each check passes on a working machine, and fails if what it checks is faulty."""
 
 import getpass
 import json
@@ -35,7 +35,7 @@ def small_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "CONFIG", small)
 
 
-def test_a_machine_that_is_well(tmp_path: Path):
+def test_all_checks_pass_on_a_working_machine(tmp_path: Path):
     out = tmp_path / "new" / "doctor.json"
     done = CliRunner().invoke(cli, ["doctor", "--json", str(out)], catch_exceptions=False)
     assert (done.exit_code, done.output.count("✓"), done.output.count("✗")) == (0, 5, 0), done.output
@@ -49,7 +49,7 @@ def test_a_machine_that_is_well(tmp_path: Path):
         assert private not in out.read_text()
 
 
-def test_a_machine_that_is_ill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_failed_check_is_reported_with_exit_code_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Sampler, "keeps", lambda *_: mx.array(1 / 0))
     out = tmp_path / "doctor.json"
     done = CliRunner().invoke(cli, ["doctor", "--json", str(out)])
@@ -58,26 +58,26 @@ def test_a_machine_that_is_ill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert not json.loads(out.read_text())["right"]
 
 
-def test_wrong_products_show(demo: Path, monkeypatch: pytest.MonkeyPatch):
-    before = Matrix.__call__
-    monkeypatch.setattr(Matrix, "__call__", lambda self, x: before(self, x) * (1.01 if self.scheme else 1))
+def test_wrong_matrix_products_are_detected(demo: Path, monkeypatch: pytest.MonkeyPatch):
+    original = Matrix.__call__
+    monkeypatch.setattr(Matrix, "__call__", lambda self, x: original(self, x) * (1.01 if self.scheme else 1))
     assert not doctor._logits(demo).right
     assert not doctor._layer(demo).right
 
 
-def test_a_wrong_activation_shows_against_what_does_not_share_it(demo: Path, monkeypatch: pytest.MonkeyPatch):
+def test_wrong_activation_is_detected(demo: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(model, "_gated", lambda gate, up: mx.tanh(gate) * up)
     assert not doctor._layer(demo).right
     assert not doctor._reply(demo).right
 
 
-def test_what_is_not_a_number_shows(demo: Path, monkeypatch: pytest.MonkeyPatch):
+def test_nan_is_detected(demo: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Matrix, "__call__", lambda self, x: x @ self.dequantized().T * mx.nan)
     assert not doctor._layer(demo).right
 
 
 @pytest.mark.parametrize("name", ["draw", "keeps"])
-def test_a_wrong_nucleus_shows(name: str, demo: Path, monkeypatch: pytest.MonkeyPatch):
+def test_wrong_nucleus_is_detected(name: str, demo: Path, monkeypatch: pytest.MonkeyPatch):
     wrong = {
         "draw": lambda _, logits, *__: mx.argmin(logits),
         "keeps": lambda _, logits, ids: logits[ids] > mx.max(logits) - 1,
@@ -86,13 +86,13 @@ def test_a_wrong_nucleus_shows(name: str, demo: Path, monkeypatch: pytest.Monkey
     assert not doctor._nucleus(demo).right
 
 
-def test_a_tag_in_the_answer_shows(demo: Path, monkeypatch: pytest.MonkeyPatch):
+def test_tag_in_the_answer_is_detected(demo: Path, monkeypatch: pytest.MonkeyPatch):
     answer = Transcript.answer.fget
     monkeypatch.setattr(Transcript, "answer", property(lambda self: answer(self) + "</think>"))
     assert not doctor._reply(demo).right
 
 
-def test_memory_that_stays_shows(demo: Path, monkeypatch: pytest.MonkeyPatch):
+def test_memory_leak_is_detected(demo: Path, monkeypatch: pytest.MonkeyPatch):
     kept, close = [], Magistral.close
 
     def leak(self: Magistral) -> None:

@@ -80,11 +80,11 @@ async def run_clients(server: Running, clients: int, requests: int, expected: Ex
 
 def assert_all_served(server: Running, expected: ExpectedAnswers, clients: int, requests: int) -> None:
     asyncio.run(run_clients(server, clients, clients, expected))  # makes all one-time allocations
-    before = server.rest()
+    before = server.idle_memory()
     outcomes = asyncio.run(run_clients(server, clients, requests, expected))
     assert len(outcomes) == requests
     assert set(outcomes) == {"correct", "disconnected"}
-    assert server.rest() - before <= MEGABYTE
+    assert server.idle_memory() - before <= MEGABYTE
     assert server.service.prefixes.nbytes <= server.service.prefixes.limit
     assert (server.service.slots.running, server.service.slots.waiting) == (0, 0)
 
@@ -106,7 +106,7 @@ def test_memory_stays_bounded_in_a_soak_test(server: Running):
     seconds = float(os.environ.get("SOAK_SECONDS", "600"))
     expected = expected_answers(server, think=(True, False))
     asyncio.run(run_clients(server, 20, 40, expected))
-    before, end = server.rest(), time.monotonic() + seconds
+    before, end = server.idle_memory(), time.monotonic() + seconds
     while time.monotonic() < end:
         assert set(asyncio.run(run_clients(server, 20, 100, expected))) == {"correct", "disconnected"}
-        assert server.rest() - before <= MEGABYTE
+        assert server.idle_memory() - before <= MEGABYTE

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from magistral_mlx import Magistral, Reply, Sampling
-from tests.decoder.test_batch import Watching
+from tests.decoder.test_batch import RecordingModel
 from tests.scripted import scripted
 from tests.serving import ASK, HUB_ID, QUESTION, Answer, Running, until
 
@@ -196,7 +196,7 @@ def test_a_repeated_prompt_is_found_in_the_prefix_cache(served: Running):
     long = "Remember: " + " ".join(f"{n}," for n in range(100, 160))
     messages = [{"role": "user", "content": long}]
     first = served.post(CHAT, {"messages": messages, "max_tokens": 5}).json["usage"]
-    served.rest()  # the prefix is stored only after the answer was sent
+    served.idle_memory()  # the prefix is stored only after the answer was sent
     again = served.post(CHAT, {"messages": messages, "max_tokens": 5}).json["usage"]
     assert first["prompt_tokens_details"]["cached_tokens"] < first["prompt_tokens"] / 2
     assert again["prompt_tokens_details"]["cached_tokens"] == again["prompt_tokens"] - 1
@@ -281,26 +281,26 @@ def test_a_waiting_client_may_disconnect(one_slot_server: Running):
 
 def test_requests_are_decoded_together(served: Running, monkeypatch: pytest.MonkeyPatch):
     """Those of two clients, and the choices of one request, whose prompt is prefilled once."""
-    model = Watching(served.service.model._model)
+    model = RecordingModel(served.service.model._model)
     monkeypatch.setattr(served.service.model, "_model", model)
     with send_request(served) as long:
         long.recv(1)
         served.post(CHAT, ASK)
-        assert max(B for B, L in model.fed if L == 1) == 2
+        assert max(B for B, L in model.shapes if L == 1) == 2
     until(lambda: served.idle)
-    model.fed.clear()
+    model.shapes.clear()
     served.post(CHAT, ASK | {"n": 3, "messages": [{"role": "user", "content": "How much is 3 + 6?"}]})
-    assert max(B for B, L in model.fed if L == 1) == 3
-    assert sum(L > 1 for _, L in model.fed) == 1
+    assert max(B for B, L in model.shapes if L == 1) == 3
+    assert sum(L > 1 for _, L in model.shapes) == 1
 
 
 def test_more_choices_than_slots_are_decoded_one_after_another(
     one_slot_server: Running, monkeypatch: pytest.MonkeyPatch
 ):
-    model = Watching(one_slot_server.service.model._model)
+    model = RecordingModel(one_slot_server.service.model._model)
     monkeypatch.setattr(one_slot_server.service.model, "_model", model)
     assert len(one_slot_server.post(CHAT, ASK | {"n": 3, "max_tokens": 5}).json["choices"]) == 3
-    assert {B for B, _ in model.fed} == {1}
+    assert {B for B, _ in model.shapes} == {1}
 
 
 def test_a_short_request_does_not_wait_for_a_long_one(served: Running):

@@ -33,26 +33,26 @@ class Noise(Script):
     """Follows the script, then has random logits, different at each position."""
 
     def logits(self, h: mx.array) -> mx.array:
-        said = int(h[0, -1, 0].item())
-        if said < len(self.ids):
+        position = int(h[0, -1, 0].item())
+        if position < len(self.ids):
             return super().logits(h)
-        key = mx.random.key(said)
+        key = mx.random.key(position)
         return 6 * mx.random.normal((1, 1, self.tokenizer.vocab_size), key=key)
 
 
-def noisy(tokenizer: Tokenizer, begins: str) -> Magistral:
+def noisy(tokenizer: Tokenizer, start: str) -> Magistral:
     model = scripted(tokenizer, [], max_context=20_000)
-    model._model = Noise(ids_of(tokenizer, begins), tokenizer, 0.0)  # type: ignore[assignment]
+    model._model = Noise(ids_of(tokenizer, start), tokenizer, 0.0)  # type: ignore[assignment]
     return model
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("choice", ["required", "weather", "time-in_2"])
-def test_any_logits_make_calls(tiny_tokenizer: Open, version: str, choice: str):
+def test_random_logits_make_valid_calls(tiny_tokenizer: Open, version: str, choice: str):
     tokenizer = tiny_tokenizer(version)
     tag = "[THINK]" if tokenizer.think_ids else "<think>"
-    for begins, think in ((f"{tag}Hm", True), ("", False)):
-        with noisy(tokenizer, begins) as model:
+    for start, think in ((f"{tag}Hm", True), ("", False)):
+        with noisy(tokenizer, start) as model:
             for seed in range(1, 2):
                 reply = model.ask(
                     "a",
@@ -80,17 +80,17 @@ def check(name: str, arguments: Any, choice: str) -> None:
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("before", ["", "<think>Hm", "<think>Hm</thi", "<think>Hm.\n</think>\n\n"])
-def test_what_the_model_would_have_called(tiny_tokenizer: Open, version: str, before: str):
+def test_models_own_call_is_not_changed(tiny_tokenizer: Open, version: str, before: str):
     """A call that the model makes by itself, at any point of the reply, is not changed."""
     tokenizer = tiny_tokenizer(version)
     if tokenizer.think_ids:
         before = before.replace("<think>", "[THINK]").replace("</think>", "[/THINK]")
-    said = f"[TOOL_CALLS]weather[ARGS]{PARIS}"
+    call_text = f"[TOOL_CALLS]weather[ARGS]{PARIS}"
     if version == "v11":
-        said = f"[TOOL_CALLS]weather[CALL_ID]abcDEF123[ARGS]{PARIS}"
+        call_text = f"[TOOL_CALLS]weather[CALL_ID]abcDEF123[ARGS]{PARIS}"
     if version == "v7":
-        said = f'[TOOL_CALLS][{{"name": "weather", "arguments": {PARIS}}}]'
-    ids = ids_of(tokenizer, before + said)
+        call_text = f'[TOOL_CALLS][{{"name": "weather", "arguments": {PARIS}}}]'
+    ids = ids_of(tokenizer, before + call_text)
     with scripted(tokenizer, ids) as model:
         for choice in ("required", "weather", "auto"):
             reply = model.ask("a", tools=TOOLS, tool_choice=choice, sampling=Sampling(temperature=0))
@@ -100,14 +100,14 @@ def test_what_the_model_would_have_called(tiny_tokenizer: Open, version: str, be
         assert {call.name for call in reply.tool_calls} == {"time"}
 
 
-def test_a_schema_beside_tools(tiny_tokenizer: Open):
+def test_schema_with_tools_gives_a_call_or_an_answer(tiny_tokenizer: Open):
     """Either a call or an answer of the schema."""
     tokenizer, schema = tiny_tokenizer("v11"), {"enum": ["sunny", "rainy"]}
-    for said, calls in ((f"[TOOL_CALLS]weather[ARGS]{PARIS}", 1), ('"rainy"', 0)):
-        with scripted(tokenizer, ids_of(tokenizer, f"<think>Hm</think>\n\n{said}")) as model:
+    for text, n_calls in ((f"[TOOL_CALLS]weather[ARGS]{PARIS}", 1), ('"rainy"', 0)):
+        with scripted(tokenizer, ids_of(tokenizer, f"<think>Hm</think>\n\n{text}")) as model:
             reply = model.stream("a", tools=TOOLS, schema=schema).drain()
-            assert len(reply.tool_calls) == calls
-            if not calls:
+            assert len(reply.tool_calls) == n_calls
+            if not n_calls:
                 assert reply.parsed == "rainy"
     with noisy(tokenizer, "<think>") as model:
         for seed in range(4):
@@ -115,7 +115,7 @@ def test_a_schema_beside_tools(tiny_tokenizer: Open):
             assert reply.tool_calls or reply.parsed in ("sunny", "rainy")
 
 
-def test_calls_that_have_to_be_made_are_not_drafted(tiny_tokenizer: Open):
+def test_forced_calls_are_not_drafted(tiny_tokenizer: Open):
     with noisy(tiny_tokenizer("v11"), "<think>") as model:
         plain, drafted = (
             model.ask("a", tools=BOUND, tool_choice="required", seed=1, think_budget=2, speculate=speculate)
@@ -126,13 +126,13 @@ def test_calls_that_have_to_be_made_are_not_drafted(tiny_tokenizer: Open):
     assert drafted.stats.tokens_per_pass == plain.stats.tokens_per_pass
 
 
-def test_choices_that_cannot_be_made(tiny_tokenizer: Open):
+def test_impossible_tool_choices_are_refused(tiny_tokenizer: Open):
     with scripted(tiny_tokenizer("v11"), "a") as model:
         for choice in ("required", "weather"):
             with pytest.raises(PromptError, match=r"found '\w+' and the tools \[\]"):
                 model.stream("a", tool_choice=choice)
-        hard = [
+        unsupported = [
             {"name": "f", "parameters": {"type": "object", "properties": {"a": {"not": {"type": "string"}}}}}
         ]
         with pytest.raises(SchemaError):
-            model.stream("a", tools=hard, tool_choice="f")
+            model.stream("a", tools=unsupported, tool_choice="f")

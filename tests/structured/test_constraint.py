@@ -1,4 +1,4 @@
-"""A grammar for the answer only: it applies from the answer's first byte, whatever the reasoning."""
+"""A grammar for the answer only: it applies from the first byte of the answer, whatever the reasoning."""
 
 import json
 import random
@@ -17,7 +17,7 @@ from tests.tokenizers import CONTROLS
 
 Open = Callable[[str], Tokenizer]
 EOS = 2
-WANTED = {
+SCHEMA = {
     "type": "object",
     "properties": {
         "a": {"type": "integer", "minimum": 0, "maximum": 999},
@@ -26,7 +26,7 @@ WANTED = {
     "required": ["a", "b"],
     "additionalProperties": False,
 }
-JSON = Grammar.from_schema(WANTED)
+JSON = Grammar.from_schema(SCHEMA)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def full(full_tokenizer: Open) -> Vocabulary:
     return Vocabulary(full_tokenizer("v11"))
 
 
-class Writing:
+class Writer:
     """Passes ids to transcript and constraint as `reply.ReplyBuilder` does, and keeps the current mask."""
 
     def __init__(self, constraint: Constraint, tokenizer: Tokenizer) -> None:
@@ -56,7 +56,7 @@ class Writing:
             self.allowed = set(ids_of(int.from_bytes(mask, "little")))
         assert self.constraint.mask() is None  # nothing has changed
 
-    def say(self, token: int) -> None:
+    def write(self, token: int) -> None:
         assert token in self.allowed
         self.ids.append(token)
         self.transcript.feed(token)
@@ -73,7 +73,7 @@ class Writing:
         self.update()
 
 
-def cut(tokenizer: Tokenizer, text: str, draw: random.Random) -> list[int]:
+def random_ids_of(tokenizer: Tokenizer, text: str, draw: random.Random) -> list[int]:
     """The ids of a text, as the tokenizer encodes it or in pieces of any size."""
     ids = list[int]()
     while text:
@@ -96,37 +96,37 @@ THOUGHTS = [
 
 @pytest.mark.parametrize("version", ["v7", "v11", "v13"])
 @pytest.mark.parametrize("think", [True, False])
-def test_any_reply_ends_in_an_answer_of_its_kind(
-    vocabulary: Callable[[str], Vocabulary], version: str, think: bool
-):
+def test_any_reply_ends_in_a_valid_answer(vocabulary: Callable[[str], Vocabulary], version: str, think: bool):
     """A model that follows a given text where the mask allows it, and otherwise takes any allowed id."""
-    words = vocabulary(version)
-    tokenizer = words.tokenizer
+    vocab = vocabulary(version)
+    tokenizer = vocab.tokenizer
     tags = tokenizer.think_ids
     thought = 0
     for seed in range(25):
         draw = random.Random(seed)
         text = draw.choice(THOUGHTS)
-        wish = cut(tokenizer, text, draw)
+        preferred = random_ids_of(tokenizer, text, draw)
         if tags:
             plain = text.replace(OPEN, "").replace(CLOSE, "")
-            wish = [tags[0], *tokenizer.encode(plain), *([tags[1]] if CLOSE in text else [])]
-        writing = Writing(Constraint(JSON, words, think=think), tokenizer)
-        while not writing.ids or writing.ids[-1] != EOS:
-            liked = wish.pop(0) if wish else None
-            if not wish and writing.transcript.can_close and draw.random() < 0.2:
-                writing.close()
+            preferred = [tags[0], *tokenizer.encode(plain), *([tags[1]] if CLOSE in text else [])]
+        writer = Writer(Constraint(JSON, vocab, think=think), tokenizer)
+        while not writer.ids or writer.ids[-1] != EOS:
+            next_preferred = preferred.pop(0) if preferred else None
+            if not preferred and writer.transcript.can_close and draw.random() < 0.2:
+                writer.close()
                 continue
-            token = liked if liked in writing.allowed else draw.choice(sorted(writing.allowed))
-            writing.say(token)
-            assert len(writing.ids) < 900
-        writing.transcript.flush()
-        thought += bool(writing.transcript.thinking)
-        jsonschema.validate(json.loads(writing.transcript.answer), WANTED)
+            token = (
+                next_preferred if next_preferred in writer.allowed else draw.choice(sorted(writer.allowed))
+            )
+            writer.write(token)
+            assert len(writer.ids) < 900
+        writer.transcript.flush()
+        thought += bool(writer.transcript.thinking)
+        jsonschema.validate(json.loads(writer.transcript.answer), SCHEMA)
     assert (thought > 8) == think
 
 
-def said(constraint: Constraint, ids: list[int]) -> set[int]:
+def allowed_after(constraint: Constraint, ids: list[int]) -> set[int]:
     """The ids that are allowed after `ids`."""
     constraint.mask()
     for token in ids:
@@ -135,18 +135,18 @@ def said(constraint: Constraint, ids: list[int]) -> set[int]:
     return set(ids_of(int.from_bytes(constraint.mask() or b"", "little")))
 
 
-def spelled(tokenizer: Tokenizer, piece: bytes) -> int:
+def id_of(tokenizer: Tokenizer, piece: bytes) -> int:
     return tokenizer.pieces.index(piece)
 
 
-def test_an_id_that_closes_and_begins_the_answer(full: Vocabulary):
+def test_id_that_ends_the_tag_and_begins_the_answer(full: Vocabulary):
     """`>The` ends the tag and begins the answer: allowed only if the grammar accepts `The`."""
     tokenizer = full.tokenizer
     half = [*tokenizer.encode(f"{OPEN}\nso 85\n</"), *tokenizer.encode("think")]
     straddling = {piece: i for i, piece in enumerate(tokenizer.pieces) if piece and piece.startswith(b">")}
     assert {b">", b">\n", b">\n\n", b">The"} <= straddling.keys()
     free = set(range(CONTROLS, 131072))
-    as_json = said(Constraint(JSON, full), half)
+    as_json = allowed_after(Constraint(JSON, full), half)
     refused = free - as_json
     assert refused <= set(straddling.values())
     assert straddling[b">The"] in refused
@@ -155,46 +155,44 @@ def test_an_id_that_closes_and_begins_the_answer(full: Vocabulary):
         assert (token in refused) == (
             not b"\n\n{".startswith(piece[1:]) and piece[1:].lstrip(b"\n") != b"{"
         ), piece
-    as_words = Constraint(Grammar.from_regex("The [a-z]{3}"), full)
-    assert straddling[b">The"] in said(as_words, half)
-    as_words.accept(straddling[b">The"])
-    assert spelled(tokenizer, b" the") in said(as_words, [])
+    as_regex = Constraint(Grammar.from_regex("The [a-z]{3}"), full)
+    assert straddling[b">The"] in allowed_after(as_regex, half)
+    as_regex.accept(straddling[b">The"])
+    assert id_of(tokenizer, b" the") in allowed_after(as_regex, [])
 
 
-def test_reasoning_is_free_but_has_to_end(full: Vocabulary):
-    """Half a tag that turns out to be none forbids nothing; the end of text and tool calls must wait for the
-    answer.
-    """
+def test_reasoning_is_unconstrained_but_must_end(full: Vocabulary):
+    """An unfinished tag forbids nothing; the end of text and tool calls are not allowed before the answer."""
     constraint, tokenizer = Constraint(JSON, full), full.tokenizer
     free = set(range(CONTROLS, 131072))
-    assert said(constraint, tokenizer.encode(f"{OPEN}\nCarry")) == free
-    assert said(constraint, tokenizer.encode(" </")) == free
-    assert said(constraint, tokenizer.encode("b> it")) == free
+    assert allowed_after(constraint, tokenizer.encode(f"{OPEN}\nCarry")) == free
+    assert allowed_after(constraint, tokenizer.encode(" </")) == free
+    assert allowed_after(constraint, tokenizer.encode("b> it")) == free
     assert constraint.mask() is None
     assert not constraint.done
 
 
-def test_a_reply_that_skips_the_reasoning(full: Vocabulary):
+def test_reply_may_skip_the_reasoning(full: Vocabulary):
     tokenizer = full.tokenizer
-    both = said(Constraint(JSON, full), [])
-    only = said(Constraint(JSON, full, think=False), [])
+    both = allowed_after(Constraint(JSON, full), [])
+    only = allowed_after(Constraint(JSON, full, think=False), [])
     assert only < both
     assert {tokenizer.pieces[i] for i in both - only} >= {b"<", b"<th", b" "}
     assert all((tokenizer.pieces[i] or b"").lstrip()[:1] in {b"", b"<"} for i in both - only)
     begun = Constraint(JSON, full)
-    assert said(begun, tokenizer.encode("\n")) >= {spelled(tokenizer, b"{"), spelled(tokenizer, b"<")}
-    assert spelled(tokenizer, b"<") not in said(begun, [spelled(tokenizer, b"{")])
+    assert allowed_after(begun, tokenizer.encode("\n")) >= {id_of(tokenizer, b"{"), id_of(tokenizer, b"<")}
+    assert id_of(tokenizer, b"<") not in allowed_after(begun, [id_of(tokenizer, b"{")])
 
 
-def test_a_late_tag_is_the_answers(vocabulary: Callable[[str], Vocabulary]):
-    """After a forced close it is dropped elsewhere; a string of a schema would lose its middle."""
-    words = vocabulary("v11")
-    writing = Writing(Constraint(JSON, words), words.tokenizer)
-    for token in words.tokenizer.encode(f"{OPEN}a"):
-        writing.say(token)
-    writing.close()
-    for token in [*words.tokenizer.encode('{"a": 1, "b": "</think>"}'), EOS]:
-        writing.say(token)
-    writing.transcript.flush()
-    assert json.loads(writing.transcript.answer) == {"a": 1, "b": CLOSE}
-    assert writing.constraint.done
+def test_late_tag_belongs_to_the_answer(vocabulary: Callable[[str], Vocabulary]):
+    """Elsewhere it is dropped after a forced close; here a string of the schema would lose its middle."""
+    vocab = vocabulary("v11")
+    writer = Writer(Constraint(JSON, vocab), vocab.tokenizer)
+    for token in vocab.tokenizer.encode(f"{OPEN}a"):
+        writer.write(token)
+    writer.close()
+    for token in [*vocab.tokenizer.encode('{"a": 1, "b": "</think>"}'), EOS]:
+        writer.write(token)
+    writer.transcript.flush()
+    assert json.loads(writer.transcript.answer) == {"a": 1, "b": CLOSE}
+    assert writer.constraint.done

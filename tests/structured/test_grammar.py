@@ -38,17 +38,17 @@ def ids_of(mask: int) -> list[int]:
 
 def walk(matcher: Matcher, vocabulary: Vocabulary, draw: random.Random, most: int) -> str:
     """A text of ids sampled uniformly from those allowed; fails if it is longer than the limit."""
-    said = list[int]()
+    ids = list[int]()
     for _ in range(most):
         token = draw.choice(ids_of(matcher.mask()))
         if token == vocabulary.eos_id:
-            return vocabulary.tokenizer.decode(said)
+            return vocabulary.tokenizer.decode(ids)
         assert matcher.accept(token)
-        said.append(token)
+        ids.append(token)
     raise AssertionError(f"no end after {most} ids")
 
 
-def follows(matcher: Matcher, text: str) -> bool:
+def accepts(matcher: Matcher, text: str) -> bool:
     """Whether the whole text is allowed, and may end there."""
     matcher.reset()
     if not matcher.would_accept(text.encode()):
@@ -95,40 +95,40 @@ def test_every_walk_through_a_regex_matches(tiny: Vocabulary, pattern: str):
 
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), st.lists, max_leaves=8))
 @settings(max_examples=40)
-def test_whatever_json_says_is_let_through(tiny: Vocabulary, value: Any):
-    """The way it is usually written: in one line, or indented."""
+def test_empty_schema_allows_any_json(tiny: Vocabulary, value: Any):
+    """In its usual forms: in one line, or indented."""
     matcher = Matcher(Grammar.from_schema({}), tiny)
     for indent in (None, 2):
         text = json.dumps(value, ensure_ascii=False, indent=indent)
         if "\x7f" not in text:
-            assert follows(matcher, text), text
+            assert accepts(matcher, text), text
 
 
 OBJECT = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {}}, "required": ["a"]}
 
 
-def test_what_is_let_through_and_what_is_not(tiny: Vocabulary):
+def test_allowed_and_forbidden_texts(tiny: Vocabulary):
     matcher = Matcher(Grammar.from_schema(OBJECT), tiny)
     good = ('{"a": 1}', '\n{"a":1}', '\n\n{"a" : -1 , "b": [ {} ]}', '{\n  "a": 1\n}')
     bad = ('\n\n\n{"a":1}', ' {"a":1}', '{"a":1} ', '{  "a":1}', '{"b":1}', '{"a":1.5}', '{"a":01}', '{"a":1')
-    assert [text for text in good if not follows(matcher, text)] == []
-    assert [text for text in bad if follows(matcher, text)] == []
+    assert [text for text in good if not accepts(matcher, text)] == []
+    assert [text for text in bad if accepts(matcher, text)] == []
 
 
-def test_when_it_is_done(tiny: Vocabulary):
+def test_done_if_nothing_may_follow(tiny: Vocabulary):
     matcher = Matcher(Grammar.from_schema(OBJECT), tiny)
     assert not matcher.done
-    assert follows(matcher, '{"a": 1}')
+    assert accepts(matcher, '{"a": 1}')
     assert matcher.done
     assert matcher.mask() == 1 << tiny.eos_id
     matcher.reset()
     assert not matcher.done
     number = Matcher(Grammar.from_schema({"type": "integer"}), tiny)
-    assert follows(number, "12")
+    assert accepts(number, "12")
     assert not number.done  # another digit may come
 
 
-def test_control_tokens_are_said_by_grammars_that_name_them_only(tiny: Vocabulary):
+def test_control_tokens_are_allowed_only_where_named(tiny: Vocabulary):
     anything = Matcher(Grammar.from_regex("(?s:.*)"), tiny)
     assert [i for i in ids_of(anything.mask()) if i < 1000] == [tiny.eos_id]
     call = Matcher(Grammar.from_lark('start: <[9]> "add" <[32]> json\njson: %json {"type": "integer"}'), tiny)
@@ -153,13 +153,13 @@ UNSUPPORTED = [
 
 
 @pytest.mark.parametrize(("wanted", "named"), UNSUPPORTED)
-def test_what_is_not_supported_is_named(tiny: Vocabulary, wanted: dict[str, Any], named: str):
+def test_unsupported_schemas_are_refused_by_keyword(tiny: Vocabulary, wanted: dict[str, Any], named: str):
     with pytest.raises(SchemaError, match=re.escape(named)):
         Matcher(Grammar.from_schema(wanted), tiny)
 
 
 @pytest.mark.parametrize("pattern", ["(", "a(?=b)", r"\bx", "[z-a]"])
-def test_a_broken_regex_is_told(tiny: Vocabulary, pattern: str):
+def test_invalid_regex_is_refused(tiny: Vocabulary, pattern: str):
     with pytest.raises(SchemaError, match="regex"):
         Matcher(Grammar.from_regex(pattern), tiny)
 
@@ -175,12 +175,12 @@ IMPOSSIBLE = [
 
 
 @pytest.mark.parametrize("wanted", IMPOSSIBLE)
-def test_an_impossible_schema_is_told(tiny: Vocabulary, wanted: dict[str, Any]):
+def test_impossible_schema_is_refused(tiny: Vocabulary, wanted: dict[str, Any]):
     with pytest.raises(SchemaError):
         Matcher(Grammar.from_schema(wanted), tiny)
 
 
-def test_an_impossible_regex_is_told(tiny: Vocabulary):
+def test_impossible_regex_is_refused(tiny: Vocabulary):
     with pytest.raises(SchemaError):
         Matcher(Grammar.from_regex(r"[^\s\S]"), tiny)
 
@@ -217,7 +217,7 @@ def test_hostile_schemas_are_refused(tiny: Vocabulary, wanted: dict[str, Any]):
 
 
 @pytest.mark.parametrize("pattern", ["a" * (MAX_CHARACTERS + 1), 7])
-def test_patterns_that_are_none_or_too_large_are_refused(pattern: str):
+def test_invalid_and_too_large_patterns_are_refused(pattern: str):
     with pytest.raises(SchemaError):
         Grammar.from_regex(pattern)
 
@@ -234,21 +234,21 @@ def test_hostile_patterns_are_followed_or_refused(tiny: Vocabulary, pattern: str
         assert "too much" in str(error)  # noqa: PT017 -- either is right
 
 
-def test_a_schema_may_have_many_patterns_or_join_a_few(tiny: Vocabulary):
+def test_schema_may_have_many_patterns_or_combine_a_few(tiny: Vocabulary):
     apart = {f"p{i}": {"type": "string", "pattern": f"^a{i}$"} for i in range(30)}
     Matcher(Grammar.from_schema({"type": "object", "properties": apart}), tiny)
     both = {"allOf": [{"type": "string", "pattern": "^a"}, {"type": "string", "pattern": "b$"}]}
-    assert follows(Matcher(Grammar.from_schema(both), tiny), '"aab"')
+    assert accepts(Matcher(Grammar.from_schema(both), tiny), '"aab"')
 
 
-def test_a_recursive_schema_goes_as_deep_as_it_is_said(tiny: Vocabulary):
+def test_recursive_schema_allows_deep_nesting(tiny: Vocabulary):
     node = {"type": "array", "items": {"$ref": "#/$defs/node"}}
     matcher = Matcher(Grammar.from_schema({"$defs": {"node": node}, "$ref": "#/$defs/node"}), tiny)
-    assert follows(matcher, "[" * 50 + "]" * 50)
-    assert not follows(matcher, "[1]")
+    assert accepts(matcher, "[" * 50 + "]" * 50)
+    assert not accepts(matcher, "[1]")
 
 
-def test_without_the_extra_it_is_named(tiny: Vocabulary, monkeypatch: pytest.MonkeyPatch):
+def test_error_without_the_extra_names_it(tiny: Vocabulary, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
     monkeypatch.setattr(grammar_module, "_llguidance", cache(grammar_module._llguidance.__wrapped__))
     with pytest.raises(SchemaError, match=r'pip install "magistral_mlx\[structured\]"'):
@@ -263,6 +263,6 @@ def test_keywords_of_a_wrong_type_are_refused(tiny: Vocabulary, wrong: dict[str,
         Matcher(Grammar.from_schema(wrong), tiny)
 
 
-def test_a_pattern_that_is_no_text():
+def test_pattern_with_a_lone_surrogate_is_refused():
     with pytest.raises(SchemaError, match="Expected a regular expression"):
         Grammar.from_regex("\ud800")

@@ -48,24 +48,24 @@ class Named(TypedDict):
         (Regex(r"\d+"), "007", "007"),
     ],
 )
-def test_the_value_of_an_answer(schema: Any, answer: str, value: object):
+def test_answers_are_parsed_to_their_type(schema: Any, answer: str, value: object):
     assert shape_of(schema).read(answer) == value
 
 
 @pytest.mark.parametrize("answer", ['{"n": 3}', "{", '{"n": "x"}', ""])
-def test_an_answer_that_its_type_refuses(answer: str):
+def test_answer_that_its_type_refuses_raises(answer: str):
     with pytest.raises(AnswerError) as raised:
         shape_of(Even).read(answer)
     assert raised.value.answer == answer
 
 
 @pytest.mark.parametrize("deep", ["[" * 200_000, "1" * 5000])
-def test_json_that_python_refuses(deep: str):
+def test_json_that_python_cannot_parse_raises(deep: str):
     with pytest.raises(AnswerError):
         shape_of({}).read(deep)
 
 
-def test_types_are_closed_unless_they_say_otherwise():
+def test_types_forbid_extra_keys_by_default():
     """Keys that Pydantic would drop are not allowed."""
 
     class Open(BaseModel):
@@ -80,17 +80,17 @@ def test_types_are_closed_unless_they_say_otherwise():
 
 
 @pytest.mark.parametrize("schema", [3, "a", [int], print])
-def test_what_is_no_schema(schema: Any):
+def test_invalid_schemas_are_refused(schema: Any):
     with pytest.raises(SchemaError):
         shape_of(schema)
 
 
 @pytest.mark.parametrize("schema", [Regex("a+"), {"type": "integer"}])
-def test_to_a_file_and_back(schema: Any):
+def test_schema_is_restored_from_json(schema: Any):
     assert from_json(to_json(schema)) == schema
 
 
-def test_a_type_is_its_schema_in_a_file():
+def test_type_is_restored_as_its_json_schema():
     class Bounded(BaseModel):
         n: int = Field(ge=0, le=9)
 

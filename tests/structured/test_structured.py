@@ -23,7 +23,7 @@ from tests.schemas import schema
 from tests.scripted import Script, scripted
 
 QUESTION = "What is 48 + 37?"
-THOUGHT = 120
+THINKING_TOKENS = 120
 """More tokens than reasoning takes with a budget of 30."""
 
 
@@ -47,7 +47,7 @@ class Noise(Script):
         )
 
 
-def noise(tokenizer: Tokenizer, seed: int) -> Magistral:
+def random_logits_model(tokenizer: Tokenizer, seed: int) -> Magistral:
     checkpoint = open_checkpoint(Path(DEMO))
     config = replace(checkpoint.config, max_context=100_000, vocab_size=tokenizer.vocab_size)
     checkpoint = replace(checkpoint, config=config)
@@ -70,7 +70,7 @@ def check_valid(model: Magistral, seed: int) -> None:
         schema=wanted,
         think=draw.random() < 0.7,
         think_budget=30,
-        max_tokens=longest + THOUGHT,
+        max_tokens=longest + THINKING_TOKENS,
         sampling=Sampling(temperature=draw.choice([0.0, 0.7, 1.5]), top_p=draw.choice([0.95, 1.0])),
     ).drain()
     assert reply.finish_reason == "stop", (seed, wanted, reply.answer)
@@ -84,9 +84,9 @@ def test_answers_of_the_demo_model_are_valid(demo: Magistral):
 
 
 @pytest.mark.parametrize("version", ["v7", "v11", "v13"])
-def test_answers_of_noise_are_valid(tiny_tokenizer: Callable[[str], Tokenizer], version: str):
+def test_answers_from_random_logits_are_valid(tiny_tokenizer: Callable[[str], Tokenizer], version: str):
     for seed in range(5):
-        with noise(tiny_tokenizer(version), seed) as model:
+        with random_logits_model(tiny_tokenizer(version), seed) as model:
             check_valid(model, seed)
 
 
@@ -98,12 +98,14 @@ def test_300_answers_are_valid(
     for seed in range(150):
         check_valid(demo, seed)
     for seed in range(150):
-        words = full_tokenizer("v11") if seed % 10 == 0 else tiny_tokenizer(["v7", "v11", "v13"][seed % 3])
-        with noise(words, seed) as model:
+        tokenizer = (
+            full_tokenizer("v11") if seed % 10 == 0 else tiny_tokenizer(["v7", "v11", "v13"][seed % 3])
+        )
+        with random_logits_model(tokenizer, seed) as model:
             check_valid(model, seed)
 
 
-def test_what_ask_returns(demo: Magistral):
+def test_ask_returns_the_parsed_value(demo: Magistral):
     found = demo.ask(QUESTION, schema=Sum, seed=7)
     assert isinstance(found, Sum)
     quick: Any = {"seed": 7, "think": False}
@@ -112,17 +114,17 @@ def test_what_ask_returns(demo: Magistral):
     assert demo.ask(QUESTION, schema=bool, **quick) in {True, False}
     stream = demo.stream(QUESTION, schema=Sum, seed=7)
     assert stream.drain().parsed == found
-    assert "8+7=15" in stream.reply.thinking  # which stayed free
+    assert "8+7=15" in stream.reply.thinking  # which is unconstrained
 
 
-def test_thinking_is_as_without_a_schema(demo: Magistral):
+def test_thinking_is_the_same_without_a_schema(demo: Magistral):
     free = demo.ask(QUESTION, seed=5)
     held = demo.stream(QUESTION, seed=5, schema=Sum).drain()
     assert held.thinking == free.thinking
 
 
 @pytest.mark.parametrize("think", [True, False])
-def test_what_allows_everything_changes_nothing(demo: Magistral, think: bool):
+def test_schema_that_allows_everything_changes_nothing(demo: Magistral, think: bool):
     for seed in range(2):
         free = demo.ask(QUESTION, seed=seed, think=think, max_tokens=90)
         held = demo.stream(QUESTION, seed=seed, think=think, max_tokens=90, schema=Regex("(?s:.*)")).drain()
@@ -130,26 +132,26 @@ def test_what_allows_everything_changes_nothing(demo: Magistral, think: bool):
         assert (held.answer, held.finish_reason) == (free.answer, free.finish_reason)
 
 
-def test_several_are_as_alone(demo: Magistral):
-    how: Any = {"schema": Sum, "think_budget": 20}
-    together = demo.ask(QUESTION, n=2, seed=4, **how)
-    alone = [demo.stream(QUESTION, seed=4 + at, **how).drain() for at in range(2)]
+def test_batched_answers_equal_single_ones(demo: Magistral):
+    options: Any = {"schema": Sum, "think_budget": 20}
+    together = demo.ask(QUESTION, n=2, seed=4, **options)
+    alone = [demo.stream(QUESTION, seed=4 + at, **options).drain() for at in range(2)]
     assert [reply.token_ids for reply in together] == [reply.token_ids for reply in alone]
     assert [reply.parsed for reply in together] == [reply.parsed for reply in alone]
-    many = demo.ask_many([QUESTION, "12 + 5"], seed=4, **how)
+    many = demo.ask_many([QUESTION, "12 + 5"], seed=4, **options)
     assert many[0].token_ids == alone[0].token_ids
     assert isinstance(many[1].parsed, Sum)
 
 
-async def _asked(model: Magistral) -> Sum:
+async def _aask(model: Magistral) -> Sum:
     return await model.aask(QUESTION, schema=Sum, seed=7, think=False)
 
 
-def test_awaited_and_in_conversation(demo: Magistral, tmp_path: Path):
+def test_schema_in_async_calls_and_conversations(demo: Magistral, tmp_path: Path):
     import asyncio  # noqa: PLC0415
 
     found = demo.ask(QUESTION, schema=Sum, seed=7, think=False)
-    assert asyncio.run(_asked(demo)) == found
+    assert asyncio.run(_aask(demo)) == found
     talk = demo.conversation(schema=Sum, seed=7, think=False)
     reply = talk.ask(QUESTION)
     assert reply.parsed == found
@@ -161,7 +163,7 @@ def test_awaited_and_in_conversation(demo: Magistral, tmp_path: Path):
 
 
 @pytest.mark.parametrize("limit", [20, 45])
-def test_an_answer_that_is_cut_off(demo: Magistral, limit: int):
+def test_parsing_an_answer_cut_off_raises(demo: Magistral, limit: int):
     with pytest.raises(AnswerError, match="max_tokens") as raised:
         demo.ask(QUESTION, schema=Sum, seed=7, max_tokens=limit)
     reply = demo.stream(QUESTION, schema=Sum, seed=7, max_tokens=limit).drain()
@@ -170,7 +172,7 @@ def test_an_answer_that_is_cut_off(demo: Magistral, limit: int):
     assert len(demo.ask(QUESTION, n=2, schema=Sum, seed=7, max_tokens=limit)) == 2  # only `parsed` raises
 
 
-def test_an_answer_that_is_stopped(demo: Magistral):
+def test_parsing_a_stopped_answer_raises(demo: Magistral):
     with pytest.raises(AnswerError):
         demo.ask(QUESTION, schema=Sum, seed=7, stop="}")
     with demo.stream(QUESTION, schema=Sum, seed=7) as stream:
@@ -181,13 +183,13 @@ def test_an_answer_that_is_stopped(demo: Magistral):
         _ = demo.ask(QUESTION, max_tokens=3).parsed
 
 
-def test_mistakes_are_told_before_anything_is_read(demo: Magistral):
+def test_invalid_schemas_raise_before_prefill(demo: Magistral):
     for wrong in ({"not": {}}, {"enum": []}, Regex("("), [int]):
         with pytest.raises(SchemaError):
             demo.stream(QUESTION, schema=wrong)  # type: ignore[arg-type]
 
 
-def test_a_model_that_closes_with_a_word_of_its_own(full_tokenizer: Callable[[str], Tokenizer]):
+def test_closing_id_that_would_begin_the_answer_is_replaced(full_tokenizer: Callable[[str], Tokenizer]):
     """`>The` would begin the answer; the next likeliest end of the tag is sampled instead."""
     tokenizer = full_tokenizer("v11")
     ids = tokenizer.encode("<think>\nso 85\n</think>The sum is 85")
@@ -204,7 +206,7 @@ def test_a_model_that_closes_with_a_word_of_its_own(full_tokenizer: Callable[[st
     assert reply.thinking == "so 85"
 
 
-def test_on_the_command_line(tmp_path: Path):
+def test_schema_on_the_command_line(tmp_path: Path):
     file = tmp_path / "sum.json"
     file.write_text(json.dumps(Sum.model_json_schema()))
     ask = ["ask", "--model", "demo", "--seed", "7", "--schema", str(file), QUESTION]
@@ -214,10 +216,10 @@ def test_on_the_command_line(tmp_path: Path):
     cut = CliRunner().invoke(cli, [*ask, "--max-tokens", "45"])
     assert cut.exit_code == 1
     assert "max_tokens" in cut.stderr
-    told = json.loads(CliRunner().invoke(cli, [*ask, "--json"]).stdout)
-    assert Sum.model_validate_json(told["answer"])
-    for text, named in (("[", "not JSON"), ("[]", "list"), ('{"not": {}}', "not")):
+    output = json.loads(CliRunner().invoke(cli, [*ask, "--json"]).stdout)
+    assert Sum.model_validate_json(output["answer"])
+    for text, expected in (("[", "not JSON"), ("[]", "list"), ('{"not": {}}', "not")):
         file.write_text(text)
         wrong = CliRunner().invoke(cli, ask)
         assert wrong.exit_code != 0
-        assert named in wrong.stderr
+        assert expected in wrong.stderr

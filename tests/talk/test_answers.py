@@ -79,7 +79,7 @@ def test_final_answers(text: str, expected: str | None):
         ([], None),
     ],
 )
-def test_the_commonest_answer_or_the_first_of_them(answers: Sequence[str], expected: str | None):
+def test_consensus_is_the_most_common_answer_or_the_first(answers: Sequence[str], expected: str | None):
     assert consensus([reply(answer) for answer in answers]) == expected
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from magistral_mlx import ClosedError, Magistral, PromptError, Regex, Reply, Sampling, SamplingError
 from magistral_mlx.talk.continuous import Member
 from magistral_mlx.talk.reply import ReplyBuilder
-from tests.decoder.test_batch import Watching
+from tests.decoder.test_batch import RecordingModel
 
 QUESTIONS = [
     "What is 2 + 2?",
@@ -57,7 +57,7 @@ def comparable(reply: Reply) -> Any:
     ],
     ids=["budget", "stop string"],
 )
-def test_many_questions_are_answered_as_one_by_one(demo: Magistral, options: Any):
+def test_batched_replies_equal_single_ones(demo: Magistral, options: Any):
     found = demo.ask_many(QUESTIONS, seed=20, **options)
     expected = [demo.ask(question, seed=20 + at, **options) for at, question in enumerate(QUESTIONS)]
     assert [comparable(reply) for reply in found] == [comparable(reply) for reply in expected]
@@ -68,8 +68,14 @@ def test_many_questions_are_answered_as_one_by_one(demo: Magistral, options: Any
         assert {reply.finish_reason for reply in found} == {"stop"}
 
 
-ANY = ["Hi", "Hi", "Hi there", "What is 48 + 37?", "Compute 12 * 3 for me, please, and tell me what it is."]
-HOW: list[dict[str, Any]] = [
+SOME_QUESTIONS = [
+    "Hi",
+    "Hi",
+    "Hi there",
+    "What is 48 + 37?",
+    "Compute 12 * 3 for me, please, and tell me what it is.",
+]
+OPTION_SETS: list[dict[str, Any]] = [
     {"sampling": HOT, "think_budget": 3, "max_tokens": 14},
     {"sampling": Sampling(repetition_penalty=1.3), "max_tokens": 8, "think": False},
     {"sampling": HOT, "logprobs": 2, "max_tokens": 5},
@@ -81,24 +87,34 @@ HOW: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def alone(demo: Magistral) -> Callable[[str, int, int], Reply]:
-    return cache(lambda question, how, seed: demo.stream(question, seed=seed, **HOW[how]).drain())
+    return cache(
+        lambda question, option_set, seed: demo.stream(question, seed=seed, **OPTION_SETS[option_set]).drain()
+    )
 
 
-@given(st.lists(st.sampled_from(ANY), max_size=5), st.integers(0, len(HOW) - 1), st.integers(1, 3))
+@given(
+    st.lists(st.sampled_from(SOME_QUESTIONS), max_size=5),
+    st.integers(0, len(OPTION_SETS) - 1),
+    st.integers(1, 3),
+)
 @settings(max_examples=10)
-def test_any_questions_with_any_options(
-    demo: Magistral, alone: Callable[[str, int, int], Reply], questions: list[str], how: int, at_once: int
+def test_any_questions_and_options_equal_single_replies(
+    demo: Magistral,
+    alone: Callable[[str, int, int], Reply],
+    questions: list[str],
+    option_set: int,
+    at_once: int,
 ):
-    found = demo.ask_many(questions, seed=7, at_once=at_once, **HOW[how])
+    found = demo.ask_many(questions, seed=7, at_once=at_once, **OPTION_SETS[option_set])
     for at, (question, reply) in enumerate(zip(questions, found, strict=True)):
-        expected = alone(question, how, 7 + at)
+        expected = alone(question, option_set, 7 + at)
         assert comparable(replace(reply, logprobs=None)) == comparable(replace(expected, logprobs=None))
         for one, other in zip(reply.logprobs or (), expected.logprobs or (), strict=True):
             assert (one and one.logprob) == pytest.approx(other and other.logprob, abs=1e-4)
 
 
-def test_a_cache_is_packed_when_it_would_be_alone():
-    """Not because the reply before, which shares a prefix, has exceeded `quantize_after`."""
+def test_cache_is_quantized_exactly_if_it_would_be_alone():
+    """Not if the previous reply, which shares a prefix, exceeded `quantize_after`."""
     options: Any = {"sampling": HOT, "max_tokens": 16, "logprobs": 0}
     with Magistral.load("demo", dtype="float32", kv_bits=8, quantize_after=64) as model:
         found = model.ask_many(QUESTIONS, at_once=1, seed=0, **options)
@@ -125,38 +141,38 @@ def test_eight_replies_to_one_question(demo: Magistral):
     assert all(reply.stats.prefill_seconds and reply.stats.decode_seconds for reply in found)
 
 
-def test_no_more_at_once_than_asked_for(demo: Magistral, monkeypatch: pytest.MonkeyPatch):
-    model = Watching(demo._model)
+def test_at_once_limits_the_batch_size(demo: Magistral, monkeypatch: pytest.MonkeyPatch):
+    model = RecordingModel(demo._model)
     monkeypatch.setattr(demo, "_model", model)
     found = demo.ask_many(["What is 2 + 2?"] * 5, at_once=2, seed=1, max_tokens=4)
     assert [len(reply.token_ids) for reply in found] == [4] * 5
     assert [reply.seed for reply in found] == [1, 2, 3, 4, 5]
-    assert [B for B, L in model.fed if L == 1] == [2] * 6 + [1] * 3
+    assert [B for B, L in model.shapes if L == 1] == [2] * 6 + [1] * 3
 
 
-def test_when_one_has_ended_the_next_begins(demo: Magistral, monkeypatch: pytest.MonkeyPatch):
+def test_next_reply_begins_when_one_ends(demo: Magistral, monkeypatch: pytest.MonkeyPatch):
     """A long reply beside short ones: none waits for it, and no more than `at_once` are active."""
     questions = ["What is 48 + 37?", *["What is 2 + 2?"] * 4]
     expected = [demo.ask(question, seed=at, think_budget=12) for at, question in enumerate(questions)]
-    model = Watching(demo._model)
+    model = RecordingModel(demo._model)
     monkeypatch.setattr(demo, "_model", model)
     found = demo.ask_many(questions, at_once=2, seed=0, think_budget=12)
     assert [comparable(reply) for reply in found] == [comparable(reply) for reply in expected]
-    passes = [B for B, L in model.fed if L == 1]
+    passes = [B for B, L in model.shapes if L == 1]
     assert max(passes) == 2
     longest_first = sum(len(reply.token_ids) for reply in found) / 2
     assert len(passes) < 1.2 * longest_first
 
 
-def test_waiting_replies_cost_an_iteration_no_time(demo: Magistral, monkeypatch: pytest.MonkeyPatch):
-    looks = list[Member]()
+def test_waiting_replies_are_not_polled_at_each_iteration(demo: Magistral, monkeypatch: pytest.MonkeyPatch):
+    polls = list[Member]()
     runnable = Member.runnable.fget
-    monkeypatch.setattr(Member, "runnable", property(lambda member: looks.append(member) or runnable(member)))  # type: ignore[misc]
+    monkeypatch.setattr(Member, "runnable", property(lambda member: polls.append(member) or runnable(member)))  # type: ignore[misc]
     demo.ask_many(["Hi"] * 40, at_once=1, max_tokens=1, think=False)
-    assert len(looks) < 40 * 20  # not 40 in every iteration
+    assert len(polls) < 40 * 20  # not 40 in every iteration
 
 
-def test_a_prefix_that_neighbours_share_is_prefilled_once(demo: Magistral):
+def test_prefix_shared_by_adjacent_prompts_is_prefilled_once(demo: Magistral):
     found = demo.ask_many(QUESTIONS, max_tokens=1)
     lengths = [len(reply.prompt_ids) for reply in found]
     cached = [reply.stats.cached_tokens for reply in found]
@@ -165,23 +181,21 @@ def test_a_prefix_that_neighbours_share_is_prefilled_once(demo: Magistral):
     assert cached[1] > 40 < cached[3]
 
 
-def test_one_reply_is_a_list_of_one(demo: Magistral):
+def test_n_of_one_gives_a_list_of_one(demo: Magistral):
     (reply,) = demo.ask(QUESTIONS[0], n=1, seed=4, max_tokens=6)
     assert comparable(reply) == comparable(demo.ask(QUESTIONS[0], seed=4, max_tokens=6))
     assert demo.ask_many([]) == []
 
 
-def test_the_awaited_twins(demo: Magistral):
+def test_async_methods_equal_blocking_ones(demo: Magistral):
     async def main() -> tuple[list[Reply], list[Reply]]:
-        twice = demo.aask(QUESTIONS[0], n=2, seed=4, max_tokens=6)
+        two = demo.aask(QUESTIONS[0], n=2, seed=4, max_tokens=6)
         many = demo.aask_many(QUESTIONS[:2], seed=4, max_tokens=6)
-        return await asyncio.gather(twice, many)
+        return await asyncio.gather(two, many)
 
-    twice, many = asyncio.run(main())
+    two, many = asyncio.run(main())
     assert (
-        comparable(twice[0])
-        == comparable(many[0])
-        == comparable(demo.ask(QUESTIONS[0], seed=4, max_tokens=6))
+        comparable(two[0]) == comparable(many[0]) == comparable(demo.ask(QUESTIONS[0], seed=4, max_tokens=6))
     )
     assert comparable(many[1]) == comparable(demo.ask(QUESTIONS[1], seed=5, max_tokens=6))
 
@@ -216,24 +230,24 @@ def test_other_streams_take_turns_with_a_batch(demo: Magistral):
         (lambda model: model.ask("What is 2 + 2?", n=2, think_budget=-1), SamplingError),
     ],
 )
-def test_mistakes_are_told(demo: Magistral, ask: Any, error: type[Exception]):
+def test_invalid_arguments_raise(demo: Magistral, ask: Any, error: type[Exception]):
     with pytest.raises(error):
         ask(demo)
 
 
-def test_a_closed_model_says_so():
+def test_closed_model_raises():
     model = Magistral.load("demo")
     model.close()
     with pytest.raises(ClosedError):
         model.ask("What is 2 + 2?", n=2)
 
 
-def level(model: Magistral) -> int:
+def active_memory(model: Magistral) -> int:
     gc.collect()
     return model._worker.run(mx.get_active_memory)
 
 
-def test_a_model_that_is_closed_meanwhile_says_so():
+def test_closing_the_model_during_a_batch_raises_once():
     begun, errors = threading.Event(), list[Exception]()
 
     def ask() -> None:
@@ -267,9 +281,9 @@ def test_the_cache_of_a_long_prompt_is_not_held_by_later_replies(
     assert max(held) > 2 * held[-1]
 
 
-def test_an_error_in_one_is_told_and_ends_them_all(demo: Magistral, monkeypatch: pytest.MonkeyPatch):
+def test_error_in_one_reply_raises_and_ends_all(demo: Magistral, monkeypatch: pytest.MonkeyPatch):
     demo.ask(QUESTIONS[0], n=2, max_tokens=2)
-    before = level(demo)
+    before = active_memory(demo)
     add = ReplyBuilder.add
 
     def failing(builder: ReplyBuilder, *step: Any) -> Any:
@@ -279,14 +293,14 @@ def test_an_error_in_one_is_told_and_ends_them_all(demo: Magistral, monkeypatch:
         patch.setattr(ReplyBuilder, "add", failing)
         with pytest.raises(ZeroDivisionError):
             demo.ask_many(QUESTIONS, at_once=2, seed=5, max_tokens=4)
-    assert level(demo) - before < 100_000
+    assert active_memory(demo) - before < 100_000
 
 
-def test_nothing_stays_behind_however_it_ends(demo: Magistral, monkeypatch: pytest.MonkeyPatch):
+def test_memory_is_freed_however_a_batch_ends(demo: Magistral, monkeypatch: pytest.MonkeyPatch):
     demo.ask(QUESTIONS[0], n=2, max_tokens=2)
-    before = level(demo)
+    before = active_memory(demo)
     demo.ask_many(QUESTIONS, max_tokens=8)
-    assert level(demo) - before < 100_000
+    assert active_memory(demo) - before < 100_000
 
     async def cancelled() -> None:
         task = asyncio.create_task(demo.aask_many(QUESTIONS, sampling=HOT))
@@ -296,18 +310,18 @@ def test_nothing_stays_behind_however_it_ends(demo: Magistral, monkeypatch: pyte
             await task
 
     asyncio.run(cancelled())
-    assert level(demo) - before < 100_000
+    assert active_memory(demo) - before < 100_000
 
     with monkeypatch.context() as patch:
         patch.setattr(type(demo._model), "logits", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             demo.ask(QUESTIONS[0], n=3)
-    assert level(demo) - before < 100_000
+    assert active_memory(demo) - before < 100_000
     assert len(demo.ask(QUESTIONS[0], n=2, max_tokens=3)) == 2
 
 
 def test_an_interrupt_leaves_a_usable_model(demo: Magistral):
-    before = level(demo)
+    before = active_memory(demo)
     signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     signal.setitimer(signal.ITIMER_REAL, 0.4)
     try:
@@ -315,5 +329,5 @@ def test_an_interrupt_leaves_a_usable_model(demo: Magistral):
             demo.ask_many(QUESTIONS * 4, sampling=HOT)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-    assert level(demo) - before < 100_000
+    assert active_memory(demo) - before < 100_000
     assert demo.ask(QUESTIONS[0], n=2, max_tokens=3)[1].token_ids

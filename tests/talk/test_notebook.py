@@ -37,29 +37,29 @@ def kernel() -> Iterator[tuple[KernelManager, BlockingKernelClient]]:
     manager.shutdown_kernel(now=True)
 
 
-def finished(client: BlockingKernelClient, asked: str) -> dict[str, Any]:
-    while (reply := client.get_shell_msg(timeout=60))["parent_header"]["msg_id"] != asked:
+def reply_to(client: BlockingKernelClient, message_id: str) -> dict[str, Any]:
+    while (reply := client.get_shell_msg(timeout=60))["parent_header"]["msg_id"] != message_id:
         pass
     return reply["content"]
 
 
-def test_interrupting_keeps_the_reply_and_the_model(kernel: tuple[KernelManager, BlockingKernelClient]):
+def test_reply_and_model_remain_usable_after_an_interrupt(kernel: tuple[KernelManager, BlockingKernelClient]):
     manager, client = kernel
     setup = "from magistral_mlx import Magistral, Sampling; model = Magistral.load('demo')"
-    assert finished(client, client.execute(setup))["status"] == "ok"
+    assert reply_to(client, client.execute(setup))["status"] == "ok"
     noise = "sampling=Sampling(temperature=9, top_p=1), seed=4"  # a seed with a long reply
     endless = f"stream = model.stream('hm', {noise}, think=False); stream"
-    asked = client.execute(endless, stop_on_error=False)
+    message_id = client.execute(endless, stop_on_error=False)
     while client.get_iopub_msg(timeout=60)["msg_type"] != "update_display_data":
         pass
     time.sleep(0.3)
     manager.interrupt_kernel()
-    finished(client, asked)
+    reply_to(client, message_id)
     check = """
 assert stream.reply.finish_reason == "cancelled" and stream.reply.token_ids
 assert model.ask("What is 2 + 3?", max_tokens=3).token_ids
 """
-    assert finished(client, client.execute(check))["status"] == "ok"
+    assert reply_to(client, client.execute(check))["status"] == "ok"
 
 
 def test_the_block_is_open_while_thinking_and_folds_for_the_answer():

@@ -38,13 +38,13 @@ def write_model(path: Path, *, seed: int = 0, **shape: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("saving") / "model")
 
 
 @pytest.fixture(scope="module")
-def model(home: Path) -> Iterator[Magistral]:
-    with Magistral.load(home) as model:
+def model(model_path: Path) -> Iterator[Magistral]:
+    with Magistral.load(model_path) as model:
         yield model
 
 
@@ -54,14 +54,14 @@ def demo() -> Iterator[Magistral]:
         yield model
 
 
-def short(model: Magistral, **options: Any) -> Conversation:
+def short_conversation(model: Magistral, **options: Any) -> Conversation:
     return model.conversation(**{"sampling": GREEDY, "max_tokens": 12, "think": False, **options})
 
 
 @pytest.fixture(scope="module")
-def talked(model: Magistral, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+def saved(model: Magistral, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """A file of two exchanges."""
-    talk = short(model)
+    talk = short_conversation(model)
     talk.ask("one")
     talk.ask("two")
     path = tmp_path_factory.mktemp("talked") / "talk"
@@ -69,8 +69,8 @@ def talked(model: Magistral, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return path.read_bytes()
 
 
-def goes_on_alike(model: Magistral, talk: Conversation, path: Path, **saving: Any) -> tuple[int, int]:
-    """Save, load, continue both; returns how many tokens of the next prompt each had in its cache."""
+def continues_alike(model: Magistral, talk: Conversation, path: Path, **saving: Any) -> tuple[int, int]:
+    """Save, load, continue both and compare; returns how many tokens of the next prompt each had cached."""
     talk.save(path, **saving)
     back = model.load_conversation(path)
     assert back.messages == talk.messages
@@ -85,52 +85,52 @@ def goes_on_alike(model: Magistral, talk: Conversation, path: Path, **saving: An
 # ------------------------------------------------------------------ continuing
 
 
-def test_a_context_of_4000_tokens_goes_on(home: Path, model: Magistral, tmp_path: Path):
+def test_context_of_4000_tokens_continues(model_path: Path, model: Magistral, tmp_path: Path):
     """In another load of the model, as another process would."""
-    talk = short(model)
+    talk = short_conversation(model)
     talk.ask(LONG)
     talk.save(tmp_path / "talk")
-    with Magistral.load(home) as again:
+    with Magistral.load(model_path) as again:
         expected, found = talk.ask("more"), again.load_conversation(tmp_path / "talk").ask("more")
     assert found.token_ids == expected.token_ids
     assert found.stats.cached_tokens == expected.stats.cached_tokens > 4000
 
 
 @pytest.mark.parametrize("keep", [False, True])
-def test_reasoning_dropped_and_kept(demo: Magistral, tmp_path: Path, keep: bool):
+def test_conversation_continues_with_reasoning_dropped_or_kept(demo: Magistral, tmp_path: Path, keep: bool):
     talk = demo.conversation(sampling=GREEDY, keep_thinking=keep, max_tokens=150)
     assert talk.ask("What is 48 + 37?").thinking
-    ours, theirs = goes_on_alike(demo, talk, tmp_path / "talk")
+    ours, theirs = continues_alike(demo, talk, tmp_path / "talk")
     assert ours == theirs > 0
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_other_dtypes(home: Path, tmp_path: Path, dtype: Any):
-    with Magistral.load(home, dtype=dtype) as model:
-        talk = short(model)
+def test_conversation_continues_in_other_dtypes(model_path: Path, tmp_path: Path, dtype: Any):
+    with Magistral.load(model_path, dtype=dtype) as model:
+        talk = short_conversation(model)
         talk.ask("one")
-        ours, theirs = goes_on_alike(model, talk, tmp_path / "talk")
+        ours, theirs = continues_alike(model, talk, tmp_path / "talk")
         assert ours == theirs > 0
 
 
 @pytest.mark.parametrize("after", [0, 20, 5000])
-def test_an_8_bit_cache(model: Magistral, tmp_path: Path, after: int):
+def test_conversation_continues_with_an_8_bit_cache(model: Magistral, tmp_path: Path, after: int):
     """Quantized from the start, from 20 positions on, and not yet."""
-    talk = short(model)
+    talk = short_conversation(model)
     talk._prefix = model.new_prefix(8, quantize_after=after)
     talk.ask("a longer question, so that something is packed")
     talk.save(tmp_path / "talk")
     entries, _ = read_whole_header(tmp_path / "talk")
     assert ("cache.1.values.codes" in entries) == (after < 5000)
-    ours, theirs = goes_on_alike(model, talk, tmp_path / "talk")
+    ours, theirs = continues_alike(model, talk, tmp_path / "talk")
     assert ours == theirs > 0
     cache = model.load_conversation(tmp_path / "talk")._prefix.caches[0]  # type: ignore[union-attr]
     assert isinstance(cache, QuantizedKVCache)
     assert cache.after == after
 
 
-def test_after_undo_fork_and_a_cut_reply(model: Magistral, tmp_path: Path):
-    talk = short(model)
+def test_conversation_continues_after_undo_fork_and_close(model: Magistral, tmp_path: Path):
+    talk = short_conversation(model)
     talk.ask("one")
     talk.ask("two")
     twin = talk.fork()
@@ -139,33 +139,33 @@ def test_after_undo_fork_and_a_cut_reply(model: Magistral, tmp_path: Path):
         next(stream)
         next(stream)
     for one in (talk, twin, twin.fork()):
-        ours, theirs = goes_on_alike(model, one, tmp_path / "talk")
+        ours, theirs = continues_alike(model, one, tmp_path / "talk")
         assert ours == theirs > 0
 
 
-def test_layers_that_an_error_left_at_different_lengths(model: Magistral, tmp_path: Path):
-    talk = short(model)
+def test_conversation_continues_with_layers_of_unequal_length(model: Magistral, tmp_path: Path):
+    talk = short_conversation(model)
     talk.ask("one")
     talk._prefix.caches[-1].trim(3)  # type: ignore[union-attr]
-    ours, theirs = goes_on_alike(model, talk, tmp_path / "talk")
+    ours, theirs = continues_alike(model, talk, tmp_path / "talk")
     assert ours == theirs > 0
 
 
-def test_without_the_cache(model: Magistral, tmp_path: Path):
-    talk = short(model)
+def test_conversation_continues_without_the_cache(model: Magistral, tmp_path: Path):
+    talk = short_conversation(model)
     talk.ask("one" * 50)
     talk.save(tmp_path / "whole")
-    ours, theirs = goes_on_alike(model, talk, tmp_path / "talk", with_cache=False)
+    ours, theirs = continues_alike(model, talk, tmp_path / "talk", with_cache=False)
     assert theirs == 0 < ours
     assert (tmp_path / "talk").stat().st_size * 20 < (tmp_path / "whole").stat().st_size
 
 
-def test_nothing_said_yet(model: Magistral, tmp_path: Path):
-    goes_on_alike(model, short(model), tmp_path / "talk")
+def test_empty_conversation_continues(model: Magistral, tmp_path: Path):
+    continues_alike(model, short_conversation(model), tmp_path / "talk")
 
 
-def test_replies_come_back_whole(model: Magistral, tmp_path: Path):
-    talk = short(model, stop=["never", "ever"], system="Be 한국어.", think_budget=9, seed=5)
+def test_replies_and_options_are_restored(model: Magistral, tmp_path: Path):
+    talk = short_conversation(model, stop=["never", "ever"], system="Be 한국어.", think_budget=9, seed=5)
     replies = [talk.ask("one"), talk.ask("two", seed=6)]
     talk.save(tmp_path / "talk")
     back = model.load_conversation(tmp_path / "talk", max_tokens=3)
@@ -178,9 +178,9 @@ def test_replies_come_back_whole(model: Magistral, tmp_path: Path):
 # ------------------------------------------------------------------ the file
 
 
-def test_only_what_is_filled_is_kept(model: Magistral, tmp_path: Path):
+def test_file_holds_only_filled_positions(model: Magistral, tmp_path: Path):
     """And other software can read it: it is an ordinary safetensors file."""
-    talk = short(model)
+    talk = short_conversation(model)
     reply = talk.ask("one")
     talk.save(tmp_path / "talk")
     with safe_open(tmp_path / "talk", "numpy") as file:
@@ -190,8 +190,8 @@ def test_only_what_is_filled_is_kept(model: Magistral, tmp_path: Path):
     assert len(reply.prompt_ids) < read <= len(reply.prompt_ids) + len(reply.token_ids)
 
 
-def test_an_earlier_save_is_replaced_and_nothing_else(model: Magistral, tmp_path: Path):
-    talk, path = short(model), tmp_path / "talk"
+def test_save_replaces_only_an_earlier_save(model: Magistral, tmp_path: Path):
+    talk, path = short_conversation(model), tmp_path / "talk"
     for message in ("one", "two"):
         talk.ask(message)
         talk.save(path)
@@ -205,10 +205,10 @@ def test_an_earlier_save_is_replaced_and_nothing_else(model: Magistral, tmp_path
             talk.save(tmp_path / name)
 
 
-def test_a_save_that_fails_leaves_the_earlier_one(
+def test_failed_save_leaves_the_earlier_one(
     model: Magistral, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    talk, path = short(model), tmp_path / "talk"
+    talk, path = short_conversation(model), tmp_path / "talk"
     talk.ask("one")
     talk.save(path)
     before = path.read_bytes()
@@ -223,8 +223,8 @@ def test_a_save_that_fails_leaves_the_earlier_one(
     assert path.read_bytes() == before
 
 
-def test_not_while_a_stream_is_open(model: Magistral, tmp_path: Path):
-    talk = short(model)
+def test_save_is_refused_while_a_stream_is_open(model: Magistral, tmp_path: Path):
+    talk = short_conversation(model)
     stream = talk.stream("one")
     next(stream)
     with pytest.raises(ConversationError, match="a stream of this conversation is open"):
@@ -236,19 +236,19 @@ def test_not_while_a_stream_is_open(model: Magistral, tmp_path: Path):
     talk.save(tmp_path / "talk")
 
 
-def test_saving_shares_and_keeps_no_array(model: Magistral, tmp_path: Path):
-    talk = short(model)
+def test_saving_keeps_no_memory(model: Magistral, tmp_path: Path):
+    talk = short_conversation(model)
     talk.ask("one " * 100)
     before = model.run(mx.get_active_memory)
     talk.save(tmp_path / "talk")
     assert model.run(mx.get_active_memory) - before < 10_000
 
 
-def test_a_model_whose_files_are_gone(tmp_path: Path):
-    """It still replies; what needs its files raises, and nothing is written."""
+def test_model_whose_files_were_deleted(tmp_path: Path):
+    """It still replies; saving and loading, which need the files, raise, and nothing is written."""
     path = write_model(tmp_path / "model")
     with Magistral.load(path) as model:
-        talk = short(model)
+        talk = short_conversation(model)
         talk.ask("one")
         talk.save(tmp_path / "talk")
         (path / "model.safetensors").unlink()
@@ -262,75 +262,80 @@ def test_a_model_whose_files_are_gone(tmp_path: Path):
 # ------------------------------------------------------------------ what is refused
 
 
-def test_another_model(model: Magistral, tmp_path: Path, home: Path, talked: bytes):
+def test_another_model_is_refused_unless_allowed(
+    model: Magistral, tmp_path: Path, model_path: Path, saved: bytes
+):
     path = tmp_path / "talk"
-    path.write_bytes(talked)
+    path.write_bytes(saved)
     expected = model.load_conversation(path)
-    for name, how, difference in (
+    for name, options, difference in (
         ("tuned", {"seed": 1}, "its weights differ"),
         ("wide", {"hidden_dim": 128}, "intermediate_size was 96, is 128"),
         ("deep", {"n_layers": 3}, "num_hidden_layers was 2, is 3"),
     ):
-        with Magistral.load(write_model(tmp_path / name, **how)) as other:
+        with Magistral.load(write_model(tmp_path / name, **options)) as other:
             with pytest.raises(ConversationError, match=f"saved with another model: {difference}"):
                 other.load_conversation(path)
             for keep in (False, True):
                 talk = other.load_conversation(path, any_model=True, keep_thinking=keep)
                 assert talk.messages == expected.messages
                 assert talk.ask("three").stats.cached_tokens == 0
-    with Magistral.load(home, dtype="bfloat16") as other, pytest.raises(ConversationError, match="dtype was"):
+    with (
+        Magistral.load(model_path, dtype="bfloat16") as other,
+        pytest.raises(ConversationError, match="dtype was"),
+    ):
         other.load_conversation(path)
 
 
-def refused(model: Magistral, path: Path, data: bytes, why: str) -> None:
+def assert_refused(model: Magistral, path: Path, data: bytes, why: str) -> None:
     path.write_bytes(data)
     with pytest.raises(ConversationError, match=why) as caught:
         model.load_conversation(path)
     assert str(path) in str(caught.value)
 
 
-def test_no_file_a_directory_another_file(model: Magistral, tmp_path: Path, home: Path):
+def test_paths_that_are_no_saved_conversation_are_refused(model: Magistral, tmp_path: Path, model_path: Path):
     for path, why in (
         (tmp_path / "none", "No such file"),
         (tmp_path, "directory"),
-        (home / "config.json", "no safetensors file"),
-        (home / "model.safetensors", "a safetensors file of another kind"),
+        (model_path / "config.json", "no safetensors file"),
+        (model_path / "model.safetensors", "a safetensors file of another kind"),
     ):
         with pytest.raises(ConversationError, match=why):
             model.load_conversation(path)
 
 
-def test_cut_off_anywhere(model: Magistral, tmp_path: Path, talked: bytes):
-    for length in [*range(0, len(talked), len(talked) // 40), len(talked) - 1]:
-        refused(model, tmp_path / "talk", talked[:length], "cut off|not JSON")
+def test_files_cut_off_anywhere_are_refused(model: Magistral, tmp_path: Path, saved: bytes):
+    for length in [*range(0, len(saved), len(saved) // 40), len(saved) - 1]:
+        assert_refused(model, tmp_path / "talk", saved[:length], "cut off|not JSON")
 
 
-def test_any_bit_that_flips_is_noticed(model: Magistral, tmp_path: Path, talked: bytes):
+def test_any_flipped_bit_is_noticed(model: Magistral, tmp_path: Path, saved: bytes):
     path = tmp_path / "talk"
-    for at in range(0, len(talked), len(talked) // 150):
-        changed = bytearray(talked)
+    for at in range(0, len(saved), len(saved) // 150):
+        changed = bytearray(saved)
         changed[at] ^= 1
         path.write_bytes(changed)
         try:
             back = model.load_conversation(path)
         except MagistralError:
             continue
-        pytest.fail(f"byte {at} of {len(talked)} was changed, and {back.messages} came of it")
+        pytest.fail(f"byte {at} of {len(saved)} was changed, and {back.messages} were loaded")
 
 
 def forged(path: Path, data: bytes, change: Callable[[dict[str, Any], dict[str, Any]], None]) -> bytes:
     """The file with something changed, and a checksum that agrees with it."""
     path.write_bytes(data)
     entries, metadata = read_whole_header(path)
-    told = json.loads(metadata["conversation"])
+    document = json.loads(metadata["conversation"])
     order = sorted(entries.values(), key=lambda entry: entry.offset)
     tensors = {
         entry.name: (entry.dtype, entry.shape, data[entry.offset : entry.offset + entry.nbytes])
         for entry in order
     }
-    change(told, tensors)
+    change(document, tensors)
     body = b"".join(content for _, _, content in tensors.values())
-    text = told.pop("version", None), json.dumps(told)
+    text = document.pop("version", None), json.dumps(document)
     marks = {
         "magistral_mlx": text[0] or "1",
         "conversation": text[1],
@@ -339,17 +344,17 @@ def forged(path: Path, data: bytes, change: Callable[[dict[str, Any], dict[str, 
     return plan_file(path, {name: of[:2] for name, of in tensors.items()}, marks)[0] + body
 
 
-def test_a_file_that_was_not_changed(model: Magistral, tmp_path: Path, talked: bytes):
-    (tmp_path / "talk").write_bytes(forged(tmp_path / "talk", talked, lambda *_: None))
+def test_file_rebuilt_without_changes_is_loaded(model: Magistral, tmp_path: Path, saved: bytes):
+    (tmp_path / "talk").write_bytes(forged(tmp_path / "talk", saved, lambda *_: None))
     assert len(model.load_conversation(tmp_path / "talk").messages) == 4
 
 
-def shorter(told: dict[str, Any], tensors: dict[str, Any]) -> None:
+def shorten_values(document: dict[str, Any], tensors: dict[str, Any]) -> None:
     dtype, (b, k, t, d), content = tensors["cache.1.values"]
     tensors["cache.1.values"] = dtype, (b, k, t - 1, d), content[: -k * d * 4]
 
 
-def ids(*numbers: int) -> tuple[str, tuple[int], bytes]:
+def id_tensor(*numbers: int) -> tuple[str, tuple[int], bytes]:
     return "U32", (len(numbers),), b"".join(n.to_bytes(4, "little") for n in numbers)
 
 
@@ -357,33 +362,33 @@ def ids(*numbers: int) -> tuple[str, tuple[int], bytes]:
     ("change", "why"),
     [
         (
-            lambda told, _: told.update(version="3"),
+            lambda document, _: document.update(version="3"),
             "newer magistral_mlx: it is of format 3, this one reads 2",
         ),
-        (lambda told, _: told.clear(), "damaged or changed"),
-        (lambda told, _: told.update(turns=3), "damaged or changed"),
-        (lambda told, _: told.update(model=[]), "damaged or changed"),
-        (lambda told, _: told["turns"].pop(), "tensors .*turns.1"),
-        (lambda told, _: told["turns"][0].update(message=1), "turns"),
-        (lambda told, _: told["turns"][0].update(answer=None), "text of a reply"),
-        (lambda told, _: told["turns"][0].update(seed="1"), "seed"),
-        (lambda told, _: told["turns"][0].update(finish_reason="bored"), "finish reason"),
-        (lambda told, _: told["turns"][0]["stats"].update(prompt_tokens=-1), "statistics"),
-        (lambda told, _: told["turns"][0]["stats"].update(more=1), "damaged or changed"),
-        (lambda told, _: told["options"].update(nonsense=1), "nonsense"),
-        (lambda told, _: told["options"].update(max_tokens="many"), "max_tokens"),
-        (lambda told, _: told["options"]["sampling"].update(top_p=7), "top_p"),
-        (lambda told, _: told["cache"].update(positions=10**9), "cache.ids"),
-        (lambda told, _: told["cache"].update(positions=-1), "length"),
-        (lambda told, _: told["cache"].update(kv_bits=3), "in 16 or in 8 bits"),
-        (lambda told, _: told["cache"].update(quantize_after=-1), "quantize_after"),
-        (lambda told, _: told.update(cache=None), "tensors .*cache"),
-        (shorter, r"cache.1.values: F32 \[1, 2, \d+, 32\]"),
+        (lambda document, _: document.clear(), "damaged or changed"),
+        (lambda document, _: document.update(turns=3), "damaged or changed"),
+        (lambda document, _: document.update(model=[]), "damaged or changed"),
+        (lambda document, _: document["turns"].pop(), "tensors .*turns.1"),
+        (lambda document, _: document["turns"][0].update(message=1), "turns"),
+        (lambda document, _: document["turns"][0].update(answer=None), "text of a reply"),
+        (lambda document, _: document["turns"][0].update(seed="1"), "seed"),
+        (lambda document, _: document["turns"][0].update(finish_reason="bored"), "finish reason"),
+        (lambda document, _: document["turns"][0]["stats"].update(prompt_tokens=-1), "statistics"),
+        (lambda document, _: document["turns"][0]["stats"].update(more=1), "damaged or changed"),
+        (lambda document, _: document["options"].update(nonsense=1), "nonsense"),
+        (lambda document, _: document["options"].update(max_tokens="many"), "max_tokens"),
+        (lambda document, _: document["options"]["sampling"].update(top_p=7), "top_p"),
+        (lambda document, _: document["cache"].update(positions=10**9), "cache.ids"),
+        (lambda document, _: document["cache"].update(positions=-1), "length"),
+        (lambda document, _: document["cache"].update(kv_bits=3), "in 16 or in 8 bits"),
+        (lambda document, _: document["cache"].update(quantize_after=-1), "quantize_after"),
+        (lambda document, _: document.update(cache=None), "tensors .*cache"),
+        (shorten_values, r"cache.1.values: F32 \[1, 2, \d+, 32\]"),
         (lambda _, tensors: tensors.pop("cache.0.keys"), "cache.0.keys"),
-        (lambda _, tensors: tensors.update({"cache.2.keys": ids(1)}), "cache.2.keys"),
-        (lambda _, tensors: tensors.update({"cache.ids": ids(1, 2)}), "cache.ids"),
+        (lambda _, tensors: tensors.update({"cache.2.keys": id_tensor(1)}), "cache.2.keys"),
+        (lambda _, tensors: tensors.update({"cache.ids": id_tensor(1, 2)}), "cache.ids"),
         (
-            lambda _, tensors: tensors.update({"turns.0.token_ids": ids(5, 1280)}),
+            lambda _, tensors: tensors.update({"turns.0.token_ids": id_tensor(5, 1280)}),
             "ids, beyond the vocabulary",
         ),
         (
@@ -392,14 +397,14 @@ def ids(*numbers: int) -> tuple[str, tuple[int], bytes]:
         ),
     ],
 )
-def test_forged_files_are_refused(model: Magistral, tmp_path: Path, talked: bytes, change: Any, why: str):
+def test_forged_files_are_refused(model: Magistral, tmp_path: Path, saved: bytes, change: Any, why: str):
     path = tmp_path / "talk"
-    refused(model, path, forged(path, talked, change), why)
+    assert_refused(model, path, forged(path, saved, change), why)
 
 
-def test_a_closed_model(home: Path, tmp_path: Path):
-    model = Magistral.load(home)
-    talk = short(model)
+def test_saving_with_a_closed_model_raises(model_path: Path, tmp_path: Path):
+    model = Magistral.load(model_path)
+    talk = short_conversation(model)
     talk.ask("one")
     model.close()
     with pytest.raises(MagistralError, match="was closed"):

@@ -10,7 +10,7 @@ from magistral_mlx import ClosedError
 from magistral_mlx.talk.worker import Worker
 
 
-def test_a_job_that_comes_while_the_thread_ends_is_done_or_refused():
+def test_job_submitted_during_close_is_run_or_refused():
     """Between the check that the worker is open and the queueing, another thread starts to close it."""
     worker = Worker("short-lived")
     closing = threading.Thread(target=worker.close)

@@ -23,13 +23,13 @@ def screen(text: str, *, piece: int = 1) -> list[str]:
         if part == "\n":
             shown.append("")
         elif part.startswith("\x1b"):
-            shown[-1] = without(shown[-1], int(re.findall(r"\d+", part)[0]))
+            shown[-1] = erased(shown[-1], int(re.findall(r"\d+", part)[0]))
         else:
             shown[-1] += part
     return shown
 
 
-def without(line: str, columns: int) -> str:
+def erased(line: str, columns: int) -> str:
     while columns > 0:
         columns -= cell_len(line[-1])
         line = line[:-1]
@@ -58,7 +58,7 @@ def test_lines_break_between_words(text: str, shown: list[str]):
 
 
 @given(text=st.text(st.sampled_from("ab 二`\n"), max_size=60), piece=st.integers(1, 9))
-def test_however_it_is_cut_nothing_but_spaces_is_lost(text: str, piece: int):
+def test_only_spaces_are_lost_however_the_text_is_chunked(text: str, piece: int):
     shown = screen(text, piece=piece)
     assert shown == screen(text, piece=60)
     assert "".join(shown).replace(" ", "") == re.sub(r"\s", "", text)
@@ -77,7 +77,7 @@ def test_notes_are_wrapped_and_figures_keep_their_units(text: str, columns: int,
 
 
 @given(st.lists(st.text("abc", min_size=1, max_size=COLUMNS - 1), max_size=12))
-def test_words_that_have_room_are_whole_and_within_the_edge(words: list[str]):
+def test_short_words_stay_whole_and_within_the_columns(words: list[str]):
     shown = screen(" ".join(words))
     assert all(len(line) < COLUMNS for line in shown)
     assert " ".join(shown).split() == words

@@ -1,7 +1,7 @@
-"""Reasoning with a forced close: where it comes, the most tokens it takes, and tags that must not leak.
+"""Reasoning with a forced close: where it comes, the most tokens it takes, and that no tag leaks.
 
 Transcripts are checked against `parse`, the reference: text before the forced close is reasoning, and text
-after it is the answer, without its first closing tag, which is the model's own, too late.
+after it is the answer, without its first closing tag, which is the model's own, late.
 """
 
 import codecs
@@ -38,7 +38,7 @@ def as_bytes(text: str) -> list[int]:
     return [CONTROLS + byte for byte in text.encode()]
 
 
-def bare(answer: str) -> str:
+def shown_answer(answer: str) -> str:
     """An answer as it is shown: what the reference finds after a closing tag."""
     return parse(f"{OPEN}{CLOSE}{answer}")[1]
 
@@ -76,7 +76,7 @@ def natural(tokenizer: Tokenizer, ids: Sequence[int]) -> tuple[str, str]:
 
 
 def expected(before: str, after: str) -> tuple[str, str]:
-    return before.strip().removeprefix(OPEN).strip(), bare(after.replace(CLOSE, "", 1))
+    return before.strip().removeprefix(OPEN).strip(), shown_answer(after.replace(CLOSE, "", 1))
 
 
 THOUGHTS = [
@@ -112,7 +112,7 @@ LATE = (
 
 
 def transcripts(
-    tokenizer: Tokenizer, how_many: int, seed: int
+    tokenizer: Tokenizer, count: int, seed: int
 ) -> Iterator[tuple[tuple[str, str], tuple[str, str]]]:
     """Pairs of (actual, expected), every kind in turn. Texts are tokenized once, and cut between ids."""
     draw = random.Random(seed)
@@ -122,18 +122,18 @@ def transcripts(
     halves = [(tokenizer.encode(CLOSE[:at]), tokenizer.encode(CLOSE[at:])) for at in range(1, len(CLOSE))]
     opening = len(tokenizer.encode(OPEN)) + 1
     closings = {}
-    for kind in range(how_many):
+    for kind in range(count):
         thought, answer = draw.choice(thoughts), draw.choice(answers)
-        at = draw.randrange(min(51, len(answer)))  # the model notices after that many ids of answer
+        at = draw.randrange(min(51, len(answer)))  # the model's own tag comes after that many ids of answer
         before = thought[: draw.randrange(opening, len(thought) + 1)]
         match kind % 8:
-            case 0 | 1:  # a close of the model's own, merged with what stands around it
+            case 0 | 1:  # the model's own close, merged with the text around it
                 key = draw.randrange(len(THOUGHTS)), draw.choice(NATURAL), draw.randrange(len(ANSWERS))
                 if key not in closings:
                     text = f"{OPEN}\n{THOUGHTS[key[0]]}{key[1]}{ANSWERS[key[2]]}"
                     closings[key] = tokenizer.encode(text), parse(text)
-                ids, should = closings[key]
-                yield natural(tokenizer, ids), should
+                ids, expected_pair = closings[key]
+                yield natural(tokenizer, ids), expected_pair
                 continue
             case 2 | 3:  # late
                 after = answer[:at] + draw.choice(late) + answer[at:]
@@ -149,16 +149,16 @@ def transcripts(
         yield forced(tokenizer, before, after), expected(tokenizer.decode(before), tokenizer.decode(after))
 
 
-@pytest.mark.parametrize("how_many", [1_000, pytest.param(12_000, marks=pytest.mark.slow)])
-def test_the_real_vocabulary_leaks_nothing_and_misses_no_close(full_tokenizer: Open, how_many: int):
+@pytest.mark.parametrize("count", [1_000, pytest.param(12_000, marks=pytest.mark.slow)])
+def test_real_vocabulary_leaks_no_tag_and_misses_no_close(full_tokenizer: Open, count: int):
     tokenizer = full_tokenizer("v11")
-    wrong = [pair for pair in transcripts(tokenizer, how_many, seed=how_many) if pair[0] != pair[1]]
+    wrong = [pair for pair in transcripts(tokenizer, count, seed=count) if pair[0] != pair[1]]
     assert wrong == []
 
 
 @pytest.mark.parametrize("padding", ["", " ", "\n", " \n ", "  ", "a", "a ", " a"])
 @pytest.mark.parametrize("rest", ["", "\n\nb", "b", "  b", "\n  b", " \n", "</think>c", "<think>"])
-def test_a_late_close_however_it_is_cut(padding: str, rest: str):
+def test_late_close_is_dropped_however_it_is_chunked(padding: str, rest: str):
     """White space before it is not shown until it is known whether it leads the answer."""
     text = f"{padding}{CLOSE}{rest}"
     for size in range(1, len(text) + 1):
@@ -168,7 +168,7 @@ def test_a_late_close_however_it_is_cut(padding: str, rest: str):
         pieces = [p for at in range(0, len(text), size) for p in parser.feed(text[at : at + size])]
         pieces += parser.flush()
         assert {piece.phase for piece in pieces} <= {"answer"}
-        assert "".join(piece.text for piece in pieces) == bare(padding + rest)
+        assert "".join(piece.text for piece in pieces) == shown_answer(padding + rest)
 
 
 @pytest.mark.parametrize("cut", range(1, len(CLOSE)))
@@ -180,17 +180,17 @@ def test_half_a_late_close_is_text(cut: int):
     assert "".join(piece.text for piece in pieces) == f"b{CLOSE[:cut]}"
 
 
-@pytest.mark.parametrize("how_many", [150, pytest.param(10_000, marks=pytest.mark.slow)])
-def test_control_tags_are_forced_and_late_ones_ignored(full_tokenizer: Open, how_many: int):
+@pytest.mark.parametrize("count", [150, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_control_tags_are_forced_and_late_ones_ignored(full_tokenizer: Open, count: int):
     tokenizer, draw = full_tokenizer("v13"), random.Random(3)
-    for _ in range(how_many):
+    for _ in range(count):
         thought, answer = (tokenizer.encode(draw.choice(texts)) for texts in (THOUGHTS, ANSWERS))
         before, at = [34, *thought[: draw.randrange(len(thought))]], draw.randrange(len(answer))
         after = [*answer[:at], 35, *answer[at:], EOS]
         assert Transcript(tokenizer).closing_ids(tokenizer) == [35]
         # Control tokens end a character, so the reference is what both sides of one decode to.
-        spoken = tokenizer.decode(answer[:at]) + tokenizer.decode(answer[at:])
-        assert forced(tokenizer, before, after) == (tokenizer.decode(before).strip(), bare(spoken))
+        decoded = tokenizer.decode(answer[:at]) + tokenizer.decode(answer[at:])
+        assert forced(tokenizer, before, after) == (tokenizer.decode(before).strip(), shown_answer(decoded))
 
 
 @pytest.mark.parametrize("torn", ["<", "</", "</think", "<<"])
@@ -202,7 +202,7 @@ def test_a_tag_split_by_a_forced_close_is_text(tiny_tokenizer: Open, torn: str):
     assert forced(tokenizer, as_bytes(f"{OPEN}a {torn}"), as_bytes("b")) == (f"a {torn}", "b")
 
 
-def test_a_torn_character_is_one_replacement(tiny_tokenizer: Open):
+def test_character_split_by_a_forced_close_is_one_replacement(tiny_tokenizer: Open):
     for version, opening in (("v11", as_bytes(OPEN)), ("v13", [34])):
         transcript = Transcript(tiny_tokenizer(version))
         before = [*opening, *as_bytes("a한")[:-1]]
@@ -227,7 +227,7 @@ def test_a_torn_character_is_one_replacement(tiny_tokenizer: Open):
         *(("a.b", False), ("a.  ", False), ("3.\n", True), ("", False)),
     ],
 )
-def test_where_a_reader_would_pause(tiny_tokenizer: Open, text: str, pause: bool):
+def test_pauses(tiny_tokenizer: Open, text: str, pause: bool):
     transcript = Transcript(tiny_tokenizer("v11"))
     play(transcript, as_bytes(text))
     assert transcript.at_pause == pause
@@ -236,8 +236,8 @@ def test_where_a_reader_would_pause(tiny_tokenizer: Open, text: str, pause: bool
 # ------------------------------------------------------------------ budgets
 
 
-class Inline:
-    """A worker without a thread: a step is done when it is asked for."""
+class InlineWorker:
+    """A worker without a thread: a step runs when it is submitted."""
 
     def submit(self, job: Callable[[], Any]) -> Pending[Any]:
         future: Pending[Any] = Pending()
@@ -246,13 +246,13 @@ class Inline:
         return future
 
 
-class Model:
+class ScriptedSteps:
     """Thinks the given ids until it is closed or has no more, then answers: the steps of a `Source`."""
 
     def __init__(
         self, thought: Sequence[int], answer: Sequence[int], own: Sequence[int] | None = None
     ) -> None:
-        """own: its answer if it closed its reasoning itself."""
+        """own: its answer if it closes its reasoning itself."""
         self.thought, self.answer = thought, answer
         self.own = answer if own is None else own
         self.sent: list[list[int]] = []
@@ -269,9 +269,9 @@ class Model:
 
 
 def open_stream(
-    tokenizer: Tokenizer, model: Model, *, budget: int | None, max_tokens: int = 10_000
+    tokenizer: Tokenizer, model: ScriptedSteps, *, budget: int | None, max_tokens: int = 10_000
 ) -> Stream:
-    source = OnDemand(Inline(), model.steps(), reused=lambda: 0)  # type: ignore[arg-type]
+    source = OnDemand(InlineWorker(), model.steps(), reused=lambda: 0)  # type: ignore[arg-type]
     builder = ReplyBuilder(
         Transcript(tokenizer),
         tokenizer,
@@ -317,18 +317,25 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "code": (("a < b", "c</d>", "</th", "<<", "'</thin'"), (" ", "<", ";")),
     "emoji": (("👩‍🚀", "한", "é", "👩🏽‍💻"), ("", " ", "!")),
 }
-SAYS = ("The answer is **85**.", "\n</think>\n\nThe answer is **85**.", " 답은</think> 85", "</think>85")
+ANSWER_TEXTS = (
+    "The answer is **85**.",
+    "\n</think>\n\nThe answer is **85**.",
+    " 답은</think> 85",
+    "</think>85",
+)
 
 
-def stories(tokenizer: Tokenizer, how_many: int, seed: int) -> Iterator[tuple[list[int], str, list[int]]]:
+def thoughts_and_answers(
+    tokenizer: Tokenizer, count: int, seed: int
+) -> Iterator[tuple[list[int], str, list[int]]]:
     """(ids of the thought, its text, ids of the answer), tokenized or one per byte; short and long."""
     draw = random.Random(seed)
     control = tokenizer.think_ids is not None
-    for number in range(how_many):
+    for number in range(count):
         words, pauses = list(KINDS.values())[number % len(KINDS)]
         text = sentences(draw, words, pauses, draw.choice([1, 10, 60]))
         spell = as_bytes if draw.random() < 0.3 else tokenizer.encode
-        answer = draw.choice(SAYS)
+        answer = draw.choice(ANSWER_TEXTS)
         if control:
             yield [34, *spell(f"\n{text}"), 35], text, spell(answer.replace(CLOSE, ""))
         else:
@@ -338,7 +345,7 @@ def stories(tokenizer: Tokenizer, how_many: int, seed: int) -> Iterator[tuple[li
 PAUSE = re.compile(r"(?:\n|[^\d][.!?…]|[。！？؟।])[\"'”’»)\]*`」』）]*\s?\Z")
 
 
-def place(tokenizer: Tokenizer, ids: Sequence[int], budget: int) -> int | None:
+def close_position(tokenizer: Tokenizer, ids: Sequence[int], budget: int) -> int | None:
     """After how many of `ids` the reasoning is to be closed; None if it closes by itself before.
 
     Computed from the whole text each time, not incrementally.
@@ -367,26 +374,26 @@ def test_budgets_hold(tiny_tokenizer: Open, version: str, budget: int):
     """At most budget + GRACE ids of thinking, TEAR more where that would split a tag, and the forced ids."""
     tokenizer = tiny_tokenizer(version)
     closed, early = 0, 0
-    for thought, text, answer in stories(tokenizer, 200, seed=budget):
-        model = Model(thought, answer, tokenizer.encode("85"))
+    for thought, text, answer in thoughts_and_answers(tokenizer, 200, seed=budget):
+        model = ScriptedSteps(thought, answer, tokenizer.encode("85"))
         stream = open_stream(tokenizer, model, budget=budget)
         events = list(stream)
         reply, stats = stream.reply, stream.reply.stats
         check_events(events, reply)
-        said = stats.thinking_tokens - stats.forced_tokens
-        should = place(tokenizer, thought, budget)
-        if should is None:
+        sampled = stats.thinking_tokens - stats.forced_tokens
+        size = close_position(tokenizer, thought, budget)
+        if size is None:
             assert (model.sent, reply.thinking, reply.answer) == ([], text.strip(), "85")
             assert stats.forced_tokens == 0
             continue
-        assert said == should <= max(budget, 1) + GRACE + TEAR
-        assert model.sent == [list(reply.token_ids[said : stats.thinking_tokens])]
-        assert list(reply.token_ids) == [*thought[:said], *model.sent[0], *answer, EOS]
+        assert sampled == size <= max(budget, 1) + GRACE + TEAR
+        assert model.sent == [list(reply.token_ids[sampled : stats.thinking_tokens])]
+        assert list(reply.token_ids) == [*thought[:sampled], *model.sent[0], *answer, EOS]
         assert tokenizer.decode(model.sent[0]).strip() == ("" if tokenizer.think_ids else CLOSE)
-        assert reply.thinking == tokenizer.decode(thought[:said]).strip().removeprefix(OPEN).strip()
-        assert reply.answer == bare(tokenizer.decode(answer).replace(CLOSE, "", 1))
+        assert reply.thinking == tokenizer.decode(thought[:sampled]).strip().removeprefix(OPEN).strip()
+        assert reply.answer == shown_answer(tokenizer.decode(answer).replace(CLOSE, "", 1))
         closed += 1
-        early += said < max(budget, 1) + GRACE
+        early += sampled < max(budget, 1) + GRACE
     assert closed > 50
     assert closed > early > 20 or budget < 5
 
@@ -397,21 +404,21 @@ def test_the_bound_is_reached_and_never_passed(tiny_tokenizer: Open):
         tokenizer = tiny_tokenizer(version)
         for torn in (as_bytes("<"), [CONTROLS + 0xE2]):
             stream = open_stream(
-                tokenizer, Model([*opening, *as_bytes("a"), *torn * 500], as_bytes("b")), budget=50
+                tokenizer, ScriptedSteps([*opening, *as_bytes("a"), *torn * 500], as_bytes("b")), budget=50
             )
             check_events(list(stream), stream.reply)
-            said = stream.reply.stats.thinking_tokens - stream.reply.stats.forced_tokens
+            sampled = stream.reply.stats.thinking_tokens - stream.reply.stats.forced_tokens
             half = version == "v11" or torn != as_bytes("<")
-            assert said == 50 + GRACE + (TEAR if half else 0)
+            assert sampled == 50 + GRACE + (TEAR if half else 0)
             assert stream.reply.answer == "b"
 
 
-def test_a_close_that_begins_within_the_grace_is_waited_for(tiny_tokenizer: Open):
+def test_own_close_that_begins_within_the_grace_is_awaited(tiny_tokenizer: Open):
     tokenizer = tiny_tokenizer("v11")
     for late in range(-len(CLOSE) - 2, 2):
         size = 50 + GRACE + late
         thought = as_bytes(OPEN + "a" * (size - len(OPEN)) + CLOSE)
-        stream = open_stream(tokenizer, Model(thought, as_bytes("b")), budget=50)
+        stream = open_stream(tokenizer, ScriptedSteps(thought, as_bytes("b")), budget=50)
         check_events(list(stream), stream.reply)
         own = late < 0
         assert (stream.reply.stats.forced_tokens == 0) == own
@@ -422,42 +429,42 @@ def test_a_close_that_begins_within_the_grace_is_waited_for(tiny_tokenizer: Open
 def test_max_tokens_hold_when_the_close_does_not_fit(tiny_tokenizer: Open, budget: int):
     tokenizer = tiny_tokenizer("v11")
     thought, answer = as_bytes(f"{OPEN}\nSo. " + "a. " * 60), as_bytes("b" * 9)
-    whole = open_stream(tokenizer, Model(thought, answer), budget=budget)
+    whole = open_stream(tokenizer, ScriptedSteps(thought, answer), budget=budget)
     list(whole)
     ids, stats = whole.reply.token_ids, whole.reply.stats
-    said = stats.thinking_tokens - stats.forced_tokens
+    sampled = stats.thinking_tokens - stats.forced_tokens
     assert stats.forced_tokens > 3
     for limit in range(1, len(ids) + 2):
-        stream = open_stream(tokenizer, Model(thought, answer), budget=budget, max_tokens=limit)
+        stream = open_stream(tokenizer, ScriptedSteps(thought, answer), budget=budget, max_tokens=limit)
         events = list(stream)
         check_events(events, stream.reply)
         assert len(stream.reply.token_ids) == min(limit, len(ids))
         if limit < len(ids):
             assert stream.reply.finish_reason == "length"
-        fits = limit >= said + stats.forced_tokens
+        fits = limit >= sampled + stats.forced_tokens
         assert bool(stream.reply.stats.forced_tokens) == fits
         if fits:
             assert stream.reply.token_ids == ids[:limit]
         assert stream.reply.stats.thinking_tokens <= max(budget, 1) + GRACE + TEAR + stats.forced_tokens
 
 
-def test_a_model_that_never_thinks_is_left_alone(tiny_tokenizer: Open):
+def test_reply_without_thinking_is_never_closed(tiny_tokenizer: Open):
     for text in ("85.\nThat is all.\n" * 20, "\n\n  85", ".", "<thin"):
         for version in ("v11", "v13"):
-            model = Model(as_bytes(text), [])
+            model = ScriptedSteps(as_bytes(text), [])
             stream = open_stream(tiny_tokenizer(version), model, budget=0)
             check_events(list(stream), stream.reply)
             assert (model.sent, stream.reply.stats.forced_tokens) == ([], 0)
-            assert stream.reply.answer == bare(text)
+            assert stream.reply.answer == shown_answer(text)
 
 
-def test_one_that_closes_by_itself_just_then(tiny_tokenizer: Open):
-    """With every budget up to its length: there is its own close or the forced one, never both."""
+def test_own_close_and_forced_close_never_both(tiny_tokenizer: Open):
+    """For every budget up to its length."""
     tokenizer = tiny_tokenizer("v11")
     thought = as_bytes(f"{OPEN}\nSo it is.\n{CLOSE}")
     own = 0
     for budget in range(len(thought) + 2):
-        model = Model(thought, as_bytes("\nb\nc"))
+        model = ScriptedSteps(thought, as_bytes("\nb\nc"))
         stream = open_stream(tokenizer, model, budget=budget)
         check_events(list(stream), stream.reply)
         assert stream.reply.answer == "b\nc"
@@ -467,7 +474,7 @@ def test_one_that_closes_by_itself_just_then(tiny_tokenizer: Open):
 
 
 @pytest.mark.parametrize("budget", [-1, -100])
-def test_a_negative_budget_is_told_at_once(tiny_tokenizer: Open, budget: int):
+def test_negative_budget_is_refused_at_once(tiny_tokenizer: Open, budget: int):
     with pytest.raises(SamplingError, match=f"0 or more.*{budget}"):
         Closing(budget)
     with scripted(tiny_tokenizer("v11"), "a") as model:
@@ -481,7 +488,7 @@ def test_a_negative_budget_is_told_at_once(tiny_tokenizer: Open, budget: int):
 # ------------------------------------------------------------------ on a model, and from other threads
 
 
-class Listening(Script):
+class ClosableScript(Script):
     """A `Script` that answers once its reasoning is closed, by itself or by force."""
 
     def __init__(
@@ -494,22 +501,22 @@ class Listening(Script):
     def __call__(self, ids: mx.array, caches: Sequence[KVCache], *, last: bool = False) -> mx.array:
         hidden = super().__call__(ids, caches, last=last)
         fed = caches[0].fed  # type: ignore[attr-defined]
-        said = fed[max(at for at, token in enumerate(fed) if token in ENDS_OF_PROMPT) + 1 :]
+        generated = fed[max(at for at, token in enumerate(fed) if token in ENDS_OF_PROMPT) + 1 :]
         for close in self.closes:
-            for at in range(len(said) - len(close) + 1):
-                if said[at : at + len(close)] == close:
-                    return mx.full((1, 1, 1), self.thought + len(said) - at - len(close))
+            for at in range(len(generated) - len(close) + 1):
+                if generated[at : at + len(close)] == close:
+                    return mx.full((1, 1, 1), self.thought + len(generated) - at - len(close))
         return hidden
 
 
 @pytest.fixture
-def listening(tiny_tokenizer: Open) -> Iterator[Callable[..., Magistral]]:
+def make_model(tiny_tokenizer: Open) -> Iterator[Callable[..., Magistral]]:
     models: list[Magistral] = []
 
     def make(thought: str, answer: str = "b", *, seconds: float = 0.0, version: str = "v11") -> Magistral:
         tokenizer = tiny_tokenizer(version)
         model = scripted(tokenizer, [])
-        model._model = Listening(tokenizer.encode(thought), tokenizer.encode(answer), tokenizer, seconds)  # type: ignore[assignment]
+        model._model = ClosableScript(tokenizer.encode(thought), tokenizer.encode(answer), tokenizer, seconds)  # type: ignore[assignment]
         models.append(model)
         return model
 
@@ -518,13 +525,13 @@ def listening(tiny_tokenizer: Open) -> Iterator[Callable[..., Magistral]]:
         model.close()
 
 
-THINKS = f"{OPEN}\n" + "So it goes on. And on, and on\n" * 60
+LONG_THOUGHT = f"{OPEN}\n" + "So it goes on. And on, and on\n" * 60
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("options", [{}, {"think": False}, {"max_tokens": 30}])
-def test_a_budget_through_the_engine(listening: Callable[..., Magistral], budget: int, options: Any):
-    model = listening(THINKS)
+def test_a_budget_through_the_engine(make_model: Callable[..., Magistral], budget: int, options: Any):
+    model = make_model(LONG_THOUGHT)
     stream = model.stream("?", think_budget=budget, **options)
     check_events(list(stream), stream.reply)
     reply = stream.reply
@@ -547,16 +554,16 @@ def test_control_tokens_through_the_engine(tiny_tokenizer: Open):
     assert stream.reply.stats.forced_tokens == 1
 
 
-def test_stop_thinking_before_anything(listening: Callable[..., Magistral]):
-    stream = listening(THINKS).stream("?")
+def test_stop_thinking_before_the_first_id(make_model: Callable[..., Magistral]):
+    stream = make_model(LONG_THOUGHT).stream("?")
     stream.stop_thinking()
     stream.stop_thinking()
     check_events(list(stream), stream.reply)
     assert (stream.reply.thinking, stream.reply.answer, stream.reply.finish_reason) == ("", "b", "stop")
 
 
-def test_stop_thinking_from_another_thread_in_mid_thought(listening: Callable[..., Magistral]):
-    stream = listening(THINKS, seconds=0.004).stream("?")
+def test_stop_thinking_from_another_thread_in_mid_thought(make_model: Callable[..., Magistral]):
+    stream = make_model(LONG_THOUGHT, seconds=0.004).stream("?")
     timer = threading.Timer(0.15, stream.stop_thinking)
     timer.start()
     check_events(list(stream), stream.reply)
@@ -567,8 +574,8 @@ def test_stop_thinking_from_another_thread_in_mid_thought(listening: Callable[..
     assert stream.reply.stats.thinking_tokens < 500
 
 
-def test_stop_thinking_while_the_prompt_is_read(listening: Callable[..., Magistral]):
-    model = listening(THINKS, seconds=0.1)
+def test_stop_thinking_while_the_prompt_is_read(make_model: Callable[..., Magistral]):
+    model = make_model(LONG_THOUGHT, seconds=0.1)
     stream = model.stream("?", max_tokens=20)
     reader = threading.Thread(target=list, args=(stream,))
     reader.start()
@@ -577,8 +584,8 @@ def test_stop_thinking_while_the_prompt_is_read(listening: Callable[..., Magistr
     assert (stream.reply.thinking, stream.reply.answer) == ("", "b")
 
 
-def test_stop_thinking_twice_closes_once(listening: Callable[..., Magistral]):
-    stream = listening(THINKS).stream("?")
+def test_stop_thinking_twice_closes_once(make_model: Callable[..., Magistral]):
+    stream = make_model(LONG_THOUGHT).stream("?")
     events = list(islice(stream, 20))
     stream.stop_thinking()
     events.append(next(stream))
@@ -589,8 +596,8 @@ def test_stop_thinking_twice_closes_once(listening: Callable[..., Magistral]):
 
 
 @pytest.mark.parametrize("thought", [f"{OPEN}\nSo.\n{CLOSE}\n", ""])
-def test_stop_thinking_in_the_answer_is_nothing(listening: Callable[..., Magistral], thought: str):
-    model = listening(thought, "One. Two.\nThree. Four.")
+def test_stop_thinking_in_the_answer_does_nothing(make_model: Callable[..., Magistral], thought: str):
+    model = make_model(thought, "One. Two.\nThree. Four.")
     alone = model.ask("?")
     stream = model.stream("?")
     events = [next(event for event in stream if isinstance(event, AnswerToken))]
@@ -602,9 +609,9 @@ def test_stop_thinking_in_the_answer_is_nothing(listening: Callable[..., Magistr
     assert events
 
 
-def test_a_budget_and_stop_thinking_close_once(listening: Callable[..., Magistral]):
+def test_a_budget_and_stop_thinking_close_once(make_model: Callable[..., Magistral]):
     for at, budget in pairwise(range(12)):
-        stream = listening(THINKS).stream("?", think_budget=budget)
+        stream = make_model(LONG_THOUGHT).stream("?", think_budget=budget)
         events = list(islice(stream, at))
         stream.stop_thinking()
         events += stream
@@ -612,9 +619,9 @@ def test_a_budget_and_stop_thinking_close_once(listening: Callable[..., Magistra
         assert stream.reply.answer == "b"
 
 
-def test_the_next_turn_goes_on_from_a_forced_close(listening: Callable[..., Magistral]):
+def test_next_turn_continues_from_a_forced_close(make_model: Callable[..., Magistral]):
     """Kept reasoning has the forced ids where they were fed, so the next prompt begins with the same ids."""
-    model = listening(THINKS)
+    model = make_model(LONG_THOUGHT)
     talk = model.conversation(keep_thinking=True)
     first = talk.ask("one", think_budget=9)
     second = talk.ask("two", think_budget=9)

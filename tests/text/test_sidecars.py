@@ -78,9 +78,9 @@ CHATS = (
 )
 
 
-def write(words: Path, out: Path) -> Path:
+def write(source_path: Path, out: Path) -> Path:
     """A converted directory without its weights."""
-    for path, content in sidecars.files(words, name=NAME, recipe="4 bit", context=131072).items():
+    for path, content in sidecars.files(source_path, name=NAME, recipe="4 bit", context=131072).items():
         (out / path).parent.mkdir(parents=True, exist_ok=True)
         (out / path).write_bytes(content)
     (out / "config.json").write_text('{"model_type": "mistral"}')
@@ -90,23 +90,23 @@ def write(words: Path, out: Path) -> Path:
 @pytest.fixture(scope="module")
 def full(tmp_path_factory):
     """A converted directory with the real vocabulary, and our tokenizer on it."""
-    words = tmp_path_factory.mktemp("full")
-    full_tekken(words, "v11")
-    out = write(words, tmp_path_factory.mktemp("full-out"))
+    source_path = tmp_path_factory.mktemp("full")
+    full_tekken(source_path, "v11")
+    out = write(source_path, tmp_path_factory.mktemp("full-out"))
     return out, Tokenizer.from_directory(out)
 
 
 @pytest.fixture(scope="module", params=VERSIONS)
 def small(request, tmp_path_factory):
-    words = tmp_path_factory.mktemp(request.param)
-    tiny_tekken(words / "mistral", request.param)
+    source_path = tmp_path_factory.mktemp(request.param)
+    tiny_tekken(source_path / "mistral", request.param)
     prompt = CONTROL_PROMPT if request.param == "v13" else PROMPT
-    (words / "mistral/SYSTEM_PROMPT.txt").write_text(prompt, encoding="utf-8")
-    out = write(words, tmp_path_factory.mktemp(f"{request.param}-out"))
+    (source_path / "mistral/SYSTEM_PROMPT.txt").write_text(prompt, encoding="utf-8")
+    out = write(source_path, tmp_path_factory.mktemp(f"{request.param}-out"))
     return out, Tokenizer.from_directory(out)
 
 
-def soup(count: int) -> list[str]:
+def random_texts(count: int) -> list[str]:
     """Characters of many scripts, runs of a few of them, and pieces of bytes that happen to be UTF-8."""
     rng = random.Random(2506)
     scripts = [range(0x20, 0x250), range(0x370, 0x700), range(0x900, 0xE80), range(0x2000, 0x2C00)]
@@ -140,7 +140,7 @@ def test_ids_of_the_written_tokenizer_are_mistral_commons(full):
     out, ours = full
     fast = FastTokenizer.from_file(str(out / "tokenizer.json"))
     source = Path(json.__file__).with_name("decoder.py").read_text(encoding="utf-8")
-    texts = [*LANGUAGES, *ODDITIES, *source.splitlines(keepends=True), source, *soup(200)]
+    texts = [*LANGUAGES, *ODDITIES, *source.splitlines(keepends=True), source, *random_texts(200)]
     for text, found in zip(texts, fast.encode_batch(texts, add_special_tokens=False), strict=True):
         assert found.ids == ours._tekken.encode(text, bos=False, eos=False), text
         assert fast.decode(found.ids) == text
@@ -163,18 +163,20 @@ def test_ids_over_a_large_corpus(full):
     ]
     lines = sorted({line for source in sources for line in source.splitlines(keepends=True)})
     specials = re.compile("|".join(map(re.escape, _named(out))))
-    texts = [text for text in (*lines, *soup(30_000), *LANGUAGES, *ODDITIES) if not specials.search(text)]
+    texts = [
+        text for text in (*lines, *random_texts(30_000), *LANGUAGES, *ODDITIES) if not specials.search(text)
+    ]
     ids = 0
     for start in range(0, len(texts), 10_000):
-        some = texts[start : start + 10_000]
-        for text, found in zip(some, fast.encode_batch(some, add_special_tokens=False), strict=True):
+        batch = texts[start : start + 10_000]
+        for text, found in zip(batch, fast.encode_batch(batch, add_special_tokens=False), strict=True):
             assert found.ids == ours._tekken.encode(text, bos=False, eos=False), text
             ids += len(found.ids)
     print(f"{len(texts):,} texts, {ids:,} ids")  # noqa: T201 -- the count, with pytest -s
     assert len(texts) > 300_000
 
 
-def test_every_id_means_the_same(full):
+def test_every_id_decodes_to_the_same_text(full):
     out, ours = full
     fast = FastTokenizer.from_file(str(out / "tokenizer.json"))
     vocabulary = Vocabulary.from_tekken(json.loads((out / "mistral/tekken.json").read_bytes()))
@@ -219,7 +221,7 @@ def test_mlx_lm_prompts_and_streams(full):
     assert wrapped.encode(prompt, add_special_tokens=False) == ours.encode_chat(CHATS[0])
 
 
-def test_files_go_where_their_readers_look(tmp_path):
+def test_files_are_where_their_readers_look(tmp_path):
     tekken = tiny_tekken(tmp_path, "v11")
     (tmp_path / "SYSTEM_PROMPT.txt").write_bytes("Löse:\r\n\r\n".encode())
     files = sidecars.files(tmp_path, name="demo", recipe="4 bit", context=4096)
@@ -234,13 +236,13 @@ def test_files_go_where_their_readers_look(tmp_path):
     assert (generation["temperature"], generation["top_p"]) == (0.7, 0.95)
 
 
-def test_a_source_without_a_prompt_gets_the_cards(tmp_path):
+def test_source_without_a_system_prompt_gets_the_model_cards(tmp_path):
     tiny_tekken(tmp_path, "v11")
     files = sidecars.files(tmp_path, name="x", recipe="4 bit", context=4096)
     assert files["mistral/SYSTEM_PROMPT.txt"].decode() == TEXT_TAGS_PROMPT
 
 
-def test_a_source_without_tekken_keeps_what_it_has(tmp_path):
+def test_source_without_tekken_keeps_its_files(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "config.json").write_text("{}")
     with pytest.warns(MagistralWarning, match=r"no tekken\.json .* tokenizer\.json is copied"):
@@ -273,7 +275,7 @@ def test_a_v7_file_may_leave_the_names_to_mistral_common(tmp_path):
         ("./finetune", ["# finetune for MLX"], ["base_model"]),
     ],
 )
-def test_the_card_says_what_it_knows(name, has, lacks):
+def test_model_card_names_source_and_license_only_if_known(name, has, lacks):
     card = sidecars.model_card(name, recipe="4 bit, group 64", demo=name == "demo")
     assert "4 bit, group 64" in card
     assert all(text in card for text in has)

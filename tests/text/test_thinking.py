@@ -1,4 +1,4 @@
-"""The think parser against `parse`, its reference: whatever the text, however it is cut."""
+"""The think parser against `parse`, its reference: for any text, in any chunks."""
 
 import re
 
@@ -86,7 +86,7 @@ CASES = {
 
 
 @pytest.mark.parametrize(("text", "thinking", "answer"), CASES.values(), ids=CASES.keys())
-def test_the_rules(text: str, thinking: str, answer: str):
+def test_parsing_rules(text: str, thinking: str, answer: str):
     assert parse(text) == (thinking, answer)
     assert streamed([text]) == (thinking, answer)
     assert streamed(list(text)) == (thinking, answer)
@@ -101,7 +101,7 @@ def test_any_chunking_equals_the_reference(data: st.DataObject, text: str):
 
 
 @given(transcripts)
-def test_little_is_held_back(text: str):
+def test_at_most_seven_characters_are_held_back(text: str):
     parser, pieces = ThinkParser(), []
     for at, character in enumerate(text, start=1):
         pieces += parser.feed(character)
@@ -119,7 +119,7 @@ def test_the_phase_changes_once(text: str):
     assert phases == sorted(phases, reverse=True)
 
 
-def test_the_phase_is_the_answers_once_there_is_no_thinking():
+def test_phase_is_answer_if_there_is_no_thinking():
     parser = ThinkParser()
     parser.feed("8")
     assert parser.phase == "answer"

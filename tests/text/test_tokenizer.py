@@ -1,4 +1,4 @@
-"""The tokenizer against mistral_common, whose ids and text are right by definition."""
+"""The tokenizer against mistral_common, which is the reference for ids and text."""
 
 import json
 import random
@@ -23,11 +23,11 @@ from magistral_mlx.text.tokenizer import Tokenizer
 from tests.tokenizers import CONTROLS, LANGUAGES, VERSIONS, tiny_tekken
 
 Open = Callable[[str], Tokenizer]
-USER, ANSWER, AGAIN = "What is 48 + 37?", "It is **85**.", "And 37 + 48?"
+USER, ANSWER, SECOND = "What is 48 + 37?", "It is **85**.", "And 37 + 48?"
 HISTORY = [
     {"role": "user", "content": USER},
     {"role": "assistant", "content": f"<think>\nCarry.\n</think>\n\n{ANSWER}"},
-    {"role": "user", "content": AGAIN},
+    {"role": "user", "content": SECOND},
 ]
 
 
@@ -35,7 +35,7 @@ def reference(tokenizer: Tokenizer, *messages: SystemMessage | UserMessage | Ass
     return tokenizer._mistral.encode_chat_completion(ChatCompletionRequest(messages=list(messages))).tokens
 
 
-def spelled(tokenizer: Tokenizer, ids: list[int]) -> str:
+def decode_with_controls(tokenizer: Tokenizer, ids: list[int]) -> str:
     return tokenizer._mistral.decode(ids, special_token_policy=SpecialTokenPolicy.KEEP)
 
 
@@ -59,14 +59,16 @@ def card_prompt(tokenizer: Tokenizer) -> SystemMessage:
     ("version", "think_ids", "prompt"),
     [("v7", None, TEXT_TAGS_PROMPT), ("v11", None, TEXT_TAGS_PROMPT), ("v13", (34, 35), CONTROL_TAGS_PROMPT)],
 )
-def test_what_a_file_says(full_tokenizer: Open, version: str, think_ids: tuple | None, prompt: str):
+def test_attributes_of_an_opened_file(
+    full_tokenizer: Open, version: str, think_ids: tuple | None, prompt: str
+):
     tokenizer = full_tokenizer(version)
     assert (tokenizer.version, tokenizer.vocab_size) == (version, 131072)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.think_ids) == (1, 2, think_ids)
     assert tokenizer.system_prompt == prompt
 
 
-def test_the_cards_prompt_is_whole():
+def test_model_cards_prompt_is_complete():
     assert TEXT_TAGS_PROMPT.startswith("A user will ask you to solve a task. You should first draft")
     assert "NEVER use \\boxed{} in your response.\n\nYour thinking process" in TEXT_TAGS_PROMPT
     assert "below:\n<think>\nYour thoughts" in TEXT_TAGS_PROMPT
@@ -82,7 +84,7 @@ def test_a_directory_has_the_file_in_its_root_or_in_mistral(tmp_path: Path, plac
     assert Tokenizer.from_directory(str(tmp_path)).system_prompt == "Denke.\n<think>\n</think>\n"
 
 
-def test_a_directory_without_the_file(tmp_path: Path):
+def test_directory_without_the_file_raises(tmp_path: Path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(TokenizerError, match=r"Expected tekken\.json .* found tokenizer\.json\..*original"):
         Tokenizer.from_directory(tmp_path)
@@ -104,14 +106,14 @@ def test_a_directory_without_the_file(tmp_path: Path):
         b'{"config": {"version": "v11"}, "special_tokens": 3, "vocab": 4}',
     ],
 )
-def test_a_file_that_is_no_tekken(tmp_path: Path, content: bytes):
+def test_files_that_are_no_tekken_are_refused(tmp_path: Path, content: bytes):
     file = tmp_path / "tekken.json"
     file.write_bytes(content)
     with pytest.raises(TokenizerError, match=r"Expected .*tekken\.json to be a tekken\.json .*Download"):
         Tokenizer.from_file(file)
 
 
-def test_a_file_cut_off_or_changed(tmp_path: Path):
+def test_damaged_files_are_refused(tmp_path: Path):
     file = tiny_tekken(tmp_path, "v11")
     whole = file.read_text(encoding="utf-8")
     for broken in (
@@ -124,7 +126,7 @@ def test_a_file_cut_off_or_changed(tmp_path: Path):
             Tokenizer.from_file(file)
 
 
-def test_a_file_of_a_version_without_the_template(tmp_path: Path):
+def test_version_without_the_template_is_refused(tmp_path: Path):
     file = tiny_tekken(tmp_path, "v7")
     content = json.loads(file.read_text(encoding="utf-8"))
     content["config"]["version"] = "v3"
@@ -133,7 +135,7 @@ def test_a_file_of_a_version_without_the_template(tmp_path: Path):
         Tokenizer.from_file(file)
 
 
-def test_a_prompt_that_is_no_text(tmp_path: Path):
+def test_system_prompt_that_is_not_utf_8_is_refused(tmp_path: Path):
     tiny_tekken(tmp_path, "v11")
     (tmp_path / "SYSTEM_PROMPT.txt").write_bytes(b"\xff")
     with pytest.raises(TokenizerError, match="UTF-8"):
@@ -158,17 +160,17 @@ def test_prompt_ids_in_every_language(full_tokenizer: Open, version: str, langua
     )
     history = [{"role": "user", "content": text}, {"role": "assistant", "content": text}, HISTORY[2]]
     assert tokenizer.encode_chat(history, think=False) == reference(
-        tokenizer, UserMessage(content=text), AssistantMessage(content=text), UserMessage(content=AGAIN)
+        tokenizer, UserMessage(content=text), AssistantMessage(content=text), UserMessage(content=SECOND)
     )
 
 
 @pytest.mark.parametrize("version", ["v7", "v11"])
-def test_the_cards_template(full_tokenizer: Open, version: str):
+def test_template_of_the_model_card(full_tokenizer: Open, version: str):
     tokenizer = full_tokenizer(version)
     ids = tokenizer.encode_chat(HISTORY, system="Be kind.", keep_thinking=True)
-    assert spelled(tokenizer, ids) == (
+    assert decode_with_controls(tokenizer, ids) == (
         f"<s>[SYSTEM_PROMPT]Be kind.\n\n{TEXT_TAGS_PROMPT}[/SYSTEM_PROMPT][INST]{USER}[/INST]"
-        f"<think>\nCarry.\n</think>\n{ANSWER}</s>[INST]{AGAIN}[/INST]"
+        f"<think>\nCarry.\n</think>\n{ANSWER}</s>[INST]{SECOND}[/INST]"
     )
     assert ids.count(17) == ids.count(18) == 1  # the system prompt's own tokens
 
@@ -176,9 +178,9 @@ def test_the_cards_template(full_tokenizer: Open, version: str):
 def test_the_template_with_think_tokens(full_tokenizer: Open):
     tokenizer = full_tokenizer("v13")
     ids = tokenizer.encode_chat(HISTORY, system="Be kind.", keep_thinking=True)
-    assert spelled(tokenizer, ids) == (
+    assert decode_with_controls(tokenizer, ids) == (
         f"<s>[SYSTEM_PROMPT]Be kind.\n\n{CONTROL_TAGS_PROMPT}[/SYSTEM_PROMPT][INST]{USER}[/INST]"
-        f"[THINK]Carry.[/THINK]{ANSWER}</s>[INST]{AGAIN}[/INST]"
+        f"[THINK]Carry.[/THINK]{ANSWER}</s>[INST]{SECOND}[/INST]"
     )
     assert ids.count(34) == ids.count(35) == 2
     before, *rest = card_prompt(tokenizer).content
@@ -187,14 +189,16 @@ def test_the_template_with_think_tokens(full_tokenizer: Open):
         SystemMessage(content=[TextChunk(text=f"Be kind.\n\n{before.text}"), *rest]),
         UserMessage(content=USER),
         AssistantMessage(content=[ThinkChunk(thinking="Carry."), TextChunk(text=ANSWER)]),
-        UserMessage(content=AGAIN),
+        UserMessage(content=SECOND),
     )
 
 
-def test_of_two_templates_the_checkpoints_counts(tiny_tokenizer: Open):
+def test_tags_in_system_do_not_replace_the_checkpoints_template(tiny_tokenizer: Open):
     tokenizer = tiny_tokenizer("v13")
-    asked, warned = (tokenizer.encode_chat(USER, system=text) for text in ("Hm.", "No [THINK] or [/THINK]."))
-    assert warned[warned.index(34) :] == asked[asked.index(34) :]
+    plain, with_tags = (
+        tokenizer.encode_chat(USER, system=text) for text in ("Hm.", "No [THINK] or [/THINK].")
+    )
+    assert with_tags[with_tags.index(34) :] == plain[plain.index(34) :]
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -207,7 +211,7 @@ def test_earlier_reasoning_is_dropped(tiny_tokenizer: Open, version: str, field:
         card_prompt(tokenizer),
         UserMessage(content=USER),
         AssistantMessage(content=ANSWER),
-        UserMessage(content=AGAIN),
+        UserMessage(content=SECOND),
     )
     assert tokenizer.encode_chat(HISTORY) == tokenizer.encode_chat(apart) == expected
     kept = [tokenizer.encode_chat(messages, keep_thinking=True) for messages in (HISTORY, apart)]
@@ -215,7 +219,7 @@ def test_earlier_reasoning_is_dropped(tiny_tokenizer: Open, version: str, field:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_reply_of_nothing_but_reasoning(tiny_tokenizer: Open, version: str):
+def test_history_with_a_reply_of_reasoning_only(tiny_tokenizer: Open, version: str):
     """A reply cut off while thinking is dropped with its reasoning; mistral_common accepts no empty one."""
     tokenizer = tiny_tokenizer(version)
     cut = [HISTORY[0], {"role": "assistant", "content": "<think>\nCar"}, HISTORY[2]]
@@ -224,7 +228,7 @@ def test_a_reply_of_nothing_but_reasoning(tiny_tokenizer: Open, version: str):
     assert tokenizer.encode_chat(cut) == tokenizer.encode_chat([HISTORY[0], HISTORY[2]])
     nothing = [HISTORY[0], {"role": "assistant", "content": "<think>\n</think>\n"}, HISTORY[2]]
     assert tokenizer.encode_chat(cut) == tokenizer.encode_chat(nothing, keep_thinking=True)
-    kept = spelled(tokenizer, tokenizer.encode_chat(apart, keep_thinking=True))
+    kept = decode_with_controls(tokenizer, tokenizer.encode_chat(apart, keep_thinking=True))
     thinking = "[THINK]Car[/THINK]" if tokenizer.think_ids else "<think>\nCar\n</think>\n"
     assert f"[/INST]{thinking}</s>[INST]" in kept
 
@@ -239,7 +243,7 @@ def test_system_prompts(tiny_tokenizer: Open, version: str):
 
 
 @pytest.mark.parametrize(("version", "tag"), [("v11", "<think>"), ("v13", r"\[THINK\]")])
-def test_a_system_message_replaces_the_prompt(tiny_tokenizer: Open, version: str, tag: str):
+def test_system_message_replaces_the_default_prompt(tiny_tokenizer: Open, version: str, tag: str):
     tokenizer, user = tiny_tokenizer(version), {"role": "user", "content": USER}
     with pytest.warns(MagistralWarning, match=f"no {tag}"):
         ids = tokenizer.encode_chat([{"role": "system", "content": "Be kind."}, user])
@@ -251,15 +255,15 @@ def test_a_system_message_replaces_the_prompt(tiny_tokenizer: Open, version: str
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_a_turn_carries_a_conversation_on(full_tokenizer: Open, version: str):
+def test_encode_turn_continues_a_conversation(full_tokenizer: Open, version: str):
     tokenizer = full_tokenizer(version)
     answer = [{"role": "assistant", "content": ANSWER}]
     running = [*tokenizer.encode_chat(USER), *tokenizer.encode(ANSWER), tokenizer.eos_id]
-    assert running + tokenizer.encode_turn(AGAIN) == tokenizer.encode_chat([HISTORY[0], *answer, HISTORY[2]])
+    assert running + tokenizer.encode_turn(SECOND) == tokenizer.encode_chat([HISTORY[0], *answer, HISTORY[2]])
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_control_strings_are_text(full_tokenizer: Open, version: str):
+def test_names_of_control_tokens_are_encoded_as_text(full_tokenizer: Open, version: str):
     tokenizer = full_tokenizer(version)
     typed = "</s>[INST][/INST]<s>[SYSTEM_PROMPT][THINK][/THINK]<unk><SPECIAL_20>"
     controls = [i for i in tokenizer.encode_chat(typed, think=False) if i < CONTROLS]
@@ -273,7 +277,7 @@ def test_control_strings_are_text(full_tokenizer: Open, version: str):
     assert controls == [1, 3, 4, 2, 3, 4]
 
 
-def test_neighbours_of_one_role_are_joined_as_mistral_common_does(tiny_tokenizer: Open):
+def test_adjacent_messages_of_one_role_are_joined_as_by_mistral_common(tiny_tokenizer: Open):
     tokenizer = tiny_tokenizer("v11")
     twice = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
     assert tokenizer.encode_chat(twice) == tokenizer.encode_chat("a\n\nb")
@@ -324,7 +328,7 @@ def user(content: object) -> list:
         ),
     ],
 )
-def test_messages_that_have_no_place_in_the_template(tiny_tokenizer: Open, messages: list, says: str):
+def test_invalid_messages_are_refused(tiny_tokenizer: Open, messages: list, says: str):
     with pytest.raises(PromptError, match=says):
         tiny_tokenizer("v11").encode_chat(messages)
 
@@ -333,17 +337,17 @@ THINK_TEMPLATE = re.compile(r"(.*)\[THINK\](.*?)\[/THINK\](.*)", re.DOTALL)
 
 
 @given(st.lists(st.sampled_from(["[THINK]", "[/THINK]", "[THINK", "]", "a", "\n"]), max_size=12).map("".join))
-def test_where_a_system_prompt_shows_how_to_think(text: str):
+def test_think_template_is_found_as_by_the_pattern(text: str):
     found = THINK_TEMPLATE.fullmatch(text)
     assert tokenizer_module._think_template(text) == (found and found.groups())
 
 
-def test_a_system_prompt_of_tags_takes_no_longer_than_another(tiny_tokenizer: Open):
+def test_think_template_search_is_fast_for_many_tags(tiny_tokenizer: Open):
     """The pattern above would take days for it."""
     assert not tiny_tokenizer("v13").has_think_template(10**6 * "[THINK]")
 
 
-def test_other_wrong_words(tiny_tokenizer: Open):
+def test_other_invalid_texts_are_refused(tiny_tokenizer: Open):
     tokenizer = tiny_tokenizer("v11")
     own = [{"role": "system", "content": "<think>"}, *user("a")]
     with pytest.raises(PromptError, match="either system=… or a system message"):
@@ -376,7 +380,7 @@ def streamed(tokenizer: Tokenizer, ids: list[int]) -> str:
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_streamed_text_equals_the_whole(full_tokenizer: Open, name: str):
+def test_streamed_text_equals_decode(full_tokenizer: Open, name: str):
     tokenizer = full_tokenizer("v11")
     for text in (SCRIPTS[name], "".join(reversed(SCRIPTS[name])), SCRIPTS[name].upper()):
         ids = tokenizer.encode(text)
@@ -384,7 +388,7 @@ def test_streamed_text_equals_the_whole(full_tokenizer: Open, name: str):
         assert streamed(tokenizer, ids) == tokenizer.decode(ids) == tokenizer._mistral.decode(ids) == text
 
 
-def test_random_ids_stream_as_the_whole(full_tokenizer: Open):
+def test_streamed_random_ids_equal_decode(full_tokenizer: Open):
     tokenizer, draw = full_tokenizer("v11"), random.Random(0)
     odd = [
         i
@@ -397,13 +401,13 @@ def test_random_ids_stream_as_the_whole(full_tokenizer: Open):
 
 
 @given(st.lists(st.integers(CONTROLS - 3, CONTROLS + 260), max_size=30))
-def test_bytes_and_control_tokens_stream_as_the_whole(tiny_tokenizer: Open, ids: list[int]):
+def test_streamed_bytes_and_control_tokens_equal_decode(tiny_tokenizer: Open, ids: list[int]):
     tokenizer = tiny_tokenizer("v11")
     assert streamed(tokenizer, ids) == tokenizer._mistral.decode(ids)
 
 
 @pytest.mark.parametrize("beyond", [-1, 10**6])
-def test_ids_out_of_the_vocabulary(tiny_tokenizer: Open, beyond: int):
+def test_ids_outside_the_vocabulary_decode_to_replacements(tiny_tokenizer: Open, beyond: int):
     tokenizer = tiny_tokenizer("v11")
     half, rest = tokenizer.encode("é")
     assert tokenizer.decode([beyond, *tokenizer.encode("a"), beyond]) == "\ufffda\ufffd"
@@ -411,7 +415,7 @@ def test_ids_out_of_the_vocabulary(tiny_tokenizer: Open, beyond: int):
     assert tokenizer.decode([tokenizer.vocab_size]) == "\ufffd"
 
 
-def test_a_character_comes_whole_with_its_last_byte(tiny_tokenizer: Open):
+def test_character_is_emitted_with_its_last_byte(tiny_tokenizer: Open):
     detokenizer = tiny_tokenizer("v11").detokenizer()
     ids = [CONTROLS + byte for byte in "🚀é".encode()]
     assert [detokenizer.feed(i) for i in ids] == ["", "", "", "🚀", "", "é"]
@@ -421,6 +425,7 @@ def test_ids_of_the_published_vocabulary(full_tokenizer: Open):
     """Why ids cannot be matched: both tags are ordinary text that merges with its neighbours."""
     tokenizer = full_tokenizer("v11")
     pieces = [
-        [spelled(tokenizer, [i]) for i in tokenizer.encode(text)] for text in ("<think>\n", "a.</think>\n\n")
+        [decode_with_controls(tokenizer, [i]) for i in tokenizer.encode(text)]
+        for text in ("<think>\n", "a.</think>\n\n")
     ]
     assert pieces == [["<th", "ink", ">\n"], ["a", ".</", "think", ">\n\n"]]

@@ -66,7 +66,7 @@ def previewed(events: Sequence[TextEvent]) -> list[ToolCall]:
     return calls
 
 
-def seen(tokenizer: Tokenizer, text: str, **options: tuple[str, ...]) -> tuple[str, str, list[str]]:
+def parsed(tokenizer: Tokenizer, text: str, **options: tuple[str, ...]) -> tuple[str, str, list[str]]:
     """(thinking, answer, calls), the same however the text is cut into ids."""
     results = []
     for bytewise in (False, True):
@@ -81,37 +81,37 @@ def seen(tokenizer: Tokenizer, text: str, **options: tuple[str, ...]) -> tuple[s
 
 
 @pytest.mark.parametrize("before", ["", "<think>\nWeather?\n</think>\n\n", "<think>\nWeather?\n"])
-def test_v11(full_tokenizer: Open, before: str):
+def test_calls_of_v11(full_tokenizer: Open, before: str):
     thought = "Weather?" if before else ""
     tokenizer = full_tokenizer("v11")
     text = f"{before}[TOOL_CALLS]weather[CALL_ID]abcDEF123[ARGS]{PARIS}[TOOL_CALLS]weather[ARGS] {ROME}"
-    assert seen(tokenizer, text) == (thought, "", [f"weather {PARIS}", f"weather {ROME}"])
+    assert parsed(tokenizer, text) == (thought, "", [f"weather {PARIS}", f"weather {ROME}"])
     transcript, events = play(tokenizer, [*ids_of(tokenizer, text), EOS])
     assert transcript.tool_calls[0].id == "abcDEF123"
     assert re.fullmatch("[a-zA-Z0-9]{9}", transcript.tool_calls[1].id)
-    assert sum(isinstance(event, ToolCallToken) for event in events) > 8  # as they come
+    assert sum(isinstance(event, ToolCallToken) for event in events) > 8  # streamed in pieces
     assert transcript.phase == "answer"
 
 
 @pytest.mark.parametrize("before", ["", "[THINK]Weather?[/THINK]", "[THINK]Weather?\n"])
-def test_v13(full_tokenizer: Open, before: str):
+def test_calls_of_v13(full_tokenizer: Open, before: str):
     thought = "Weather?" if before else ""
     text = f"{before}[TOOL_CALLS]weather[ARGS]{PARIS}[TOOL_CALLS]time-in_2[ARGS]{{}}"
-    assert seen(full_tokenizer("v13"), text) == (thought, "", [f"weather {PARIS}", "time-in_2 {}"])
+    assert parsed(full_tokenizer("v13"), text) == (thought, "", [f"weather {PARIS}", "time-in_2 {}"])
 
 
 @pytest.mark.parametrize("arguments", [PARIS, json.dumps(PARIS)])
-def test_v7(full_tokenizer: Open, arguments: str):
+def test_calls_of_v7(full_tokenizer: Open, arguments: str):
     calls = f'[{{"name": "weather", "arguments": {arguments}, "id": "abcDEF123"}}, '
     calls += f'{{"arguments": {ROME}, "name": "weather"}}]'
     tokenizer = full_tokenizer("v7")
     text = f"<think>Weather?</think>[TOOL_CALLS] {calls}\n"
-    assert seen(tokenizer, text) == ("Weather?", "", [f"weather {PARIS}", f"weather {ROME}"])
+    assert parsed(tokenizer, text) == ("Weather?", "", [f"weather {PARIS}", f"weather {ROME}"])
     assert play(tokenizer, ids_of(tokenizer, text))[0].tool_calls[0].id == "abcDEF123"
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_one_call_at_most(full_tokenizer: Open, version: str):
+def test_parser_stops_after_the_most_calls(full_tokenizer: Open, version: str):
     both = {
         "v7": f'[TOOL_CALLS][{{"name": "f", "arguments": {PARIS}}}, {{"name": "g", "arguments": {ROME}}}]',
         "v11": f"[TOOL_CALLS]f[CALL_ID]000000001[ARGS]{PARIS}[TOOL_CALLS]g[CALL_ID]000000002[ARGS]{ROME}",
@@ -126,13 +126,13 @@ def test_one_call_at_most(full_tokenizer: Open, version: str):
     assert transcript.answer == ""
 
 
-def test_text_about_calls(full_tokenizer: Open):
+def test_text_around_calls_is_the_answer(full_tokenizer: Open):
     text = f"<think>Hm</think>\n\nI'll see.\n[TOOL_CALLS]a[ARGS]{PARIS}\n[TOOL_CALLS]b[ARGS]{ROME}\n\nSeen."
     answer = "I'll see.\n\n\nSeen."
-    assert seen(full_tokenizer("v11"), text) == ("Hm", answer, [f"a {PARIS}", f"b {ROME}"])
+    assert parsed(full_tokenizer("v11"), text) == ("Hm", answer, [f"a {PARIS}", f"b {ROME}"])
 
 
-def test_what_was_held_back_comes_before_the_call(tiny_tokenizer: Open):
+def test_held_back_text_comes_before_the_call(tiny_tokenizer: Open):
     tokenizer = tiny_tokenizer("v11")
     for before in ("<thi", "ST", "\u20ac"[:1] + "ST", "a</thin"):
         _, events = play(tokenizer, ids_of(tokenizer, f"{before}[TOOL_CALLS]a[ARGS]{{}}"), stop=("STOP",))
@@ -141,15 +141,19 @@ def test_what_was_held_back_comes_before_the_call(tiny_tokenizer: Open):
         assert "".join(e.text for e in events if isinstance(e, AnswerToken)) == before
 
 
-def test_stop_strings_are_of_the_answer_only(tiny_tokenizer: Open):
+def test_stop_strings_apply_to_the_answer_only(tiny_tokenizer: Open):
     text = '[TOOL_CALLS]a[ARGS]{"b": "STOP"}'
-    assert seen(tiny_tokenizer("v11"), text, stop=("STOP",)) == ("", "", ['a {"b": "STOP"}'])
+    assert parsed(tiny_tokenizer("v11"), text, stop=("STOP",)) == ("", "", ['a {"b": "STOP"}'])
     transcript, _ = play(tiny_tokenizer("v11"), ids_of(tiny_tokenizer("v11"), text), stop=("STOP",))
     assert not transcript.stopped
-    assert seen(tiny_tokenizer("v11"), f"{text} So STOP", stop=("STOP",)) == ("", " So ", ['a {"b": "STOP"}'])
+    assert parsed(tiny_tokenizer("v11"), f"{text} So STOP", stop=("STOP",)) == (
+        "",
+        " So ",
+        ['a {"b": "STOP"}'],
+    )
 
 
-def test_ids_are_the_models_own_or_made_from_the_key(tiny_tokenizer: Open):
+def test_call_ids_are_the_models_or_made_from_the_key(tiny_tokenizer: Open):
     tokenizer = tiny_tokenizer("v11")
     text = "[TOOL_CALLS]a[CALL_ID]{0}[ARGS]{{}}" * 2 + "[TOOL_CALLS]a[ARGS]{{}}" * 2
     for given_id, own in (("abcDEF123", True), ("call_1-x", False), ("", False)):
@@ -163,14 +167,14 @@ def test_ids_are_the_models_own_or_made_from_the_key(tiny_tokenizer: Open):
         assert ids[2] != again.tool_calls[2].id
 
 
-def test_without_tools_their_tokens_are_like_any_other(tiny_tokenizer: Open):
+def test_without_tools_call_tokens_are_ordinary(tiny_tokenizer: Open):
     transcript = Transcript(tiny_tokenizer("v11"))
     for i in ids_of(tiny_tokenizer("v11"), "<think>a[TOOL_CALLS]b</think>c[ARGS]{}"):
         transcript.feed(i)
     assert (transcript.thinking, transcript.answer, transcript.tool_calls) == ("ab", "c{}", ())
 
 
-# What is no call
+# Malformed calls
 
 
 @pytest.mark.parametrize(
@@ -203,31 +207,31 @@ def test_without_tools_their_tokens_are_like_any_other(tiny_tokenizer: Open):
         f"[TOOL_CALLS]weather[ARGS]{'[' * 5000}",
     ],
 )
-def test_what_is_no_call_is_text(tiny_tokenizer: Open, broken: str):
-    """After "~" it is text already, in which the names of control tokens are left out."""
-    said = f"<think>Hm[TOOL_CALLS]a[ARGS]{{}}{broken.replace('~', '')}"
+def test_malformed_calls_are_text(tiny_tokenizer: Open, broken: str):
+    """After "~" it is known to be text, from which the names of control tokens are left out."""
+    text = f"<think>Hm[TOOL_CALLS]a[ARGS]{{}}{broken.replace('~', '')}"
     expected = ("Hm", re.sub(r"~\[\w+\]", "", broken), ["a {}"])
-    assert seen(tiny_tokenizer("v11"), said) == expected
+    assert parsed(tiny_tokenizer("v11"), text) == expected
 
 
-def test_arguments_of_any_depth_are_no_error(tiny_tokenizer: Open):
+def test_deeply_nested_arguments_raise_no_error(tiny_tokenizer: Open):
     """How deep JSON may nest depends on Python's version: it is a call, or text, and nothing is lost."""
     arguments = f'{{"a": {"[" * 2000}{"]" * 2000}}}'
-    thinking, answer, calls = seen(tiny_tokenizer("v11"), f"<think>Hm[TOOL_CALLS]a[ARGS]{arguments}")
+    thinking, answer, calls = parsed(tiny_tokenizer("v11"), f"<think>Hm[TOOL_CALLS]a[ARGS]{arguments}")
     assert thinking == "Hm"
     assert answer + "".join(calls) in (f"[TOOL_CALLS]a[ARGS]{arguments}", f"a {arguments}")
 
 
-def test_a_broken_call_does_not_take_the_next_one_along(tiny_tokenizer: Open):
+def test_malformed_call_does_not_affect_the_next_one(tiny_tokenizer: Open):
     text = '[TOOL_CALLS]a[ARGS]{"b": [TOOL_CALLS]c[ARGS]{}[TOOL_CALLS]d e[TOOL_CALLS]f[ARGS]{}'
-    assert seen(tiny_tokenizer("v13"), text) == (
+    assert parsed(tiny_tokenizer("v13"), text) == (
         "",
         '[TOOL_CALLS]a[ARGS]{"b": [TOOL_CALLS]d e',
         ["c {}", "f {}"],
     )
 
 
-def test_text_behind_a_stray_token_is_not_held_back(tiny_tokenizer: Open):
+def test_text_after_a_stray_token_is_not_held_back(tiny_tokenizer: Open):
     tokenizer = tiny_tokenizer("v11")
     transcript = Transcript(tokenizer, calls=CallParser("key"))
     events = [e for i in ids_of(tokenizer, "[TOOL_CALLS]Sure, ", bytewise=True) for e in transcript.feed(i)]
@@ -245,15 +249,15 @@ PARTS = (
 
 
 def reference(text: str, *, tags: bool) -> tuple[str, str, list[str]]:
-    """All at once and with json's own decoder; names of control tokens left out of the answer."""
+    """Parses the whole text, with json's own decoder; names of control tokens are left out of the answer."""
     head, *rest = text.split("[TOOL_CALLS]")
     thinking, answer = parse(without_markers(head)) if tags else ("", without_markers(head))
     calls: list[str] = []
-    for said in rest:
-        found, end = called(said)
+    for part in rest:
+        found, end = parse_calls(part)
         calls += found
-        behind = without_markers(said[end:])
-        answer += behind if behind.strip() or not found else ""
+        rest_of_part = without_markers(part[end:])
+        answer += rest_of_part if rest_of_part.strip() or not found else ""
     return thinking, answer.lstrip(), calls
 
 
@@ -261,21 +265,21 @@ def without_markers(text: str) -> str:
     return re.sub(r"\[(ARGS|CALL_ID|TOOL_CALLS)\]", "", text)
 
 
-def called(said: str) -> tuple[list[str], int]:
+def parse_calls(part: str) -> tuple[list[str], int]:
     head = re.match(
-        r"\s*([\w-]{1,64})\s*(\[CALL_ID\]\s*[\w-]{0,64}\s*)?\[ARGS\]\s*(?=\{)|\s*(?=\[\{)", said, re.ASCII
+        r"\s*([\w-]{1,64})\s*(\[CALL_ID\]\s*[\w-]{0,64}\s*)?\[ARGS\]\s*(?=\{)|\s*(?=\[\{)", part, re.ASCII
     )
     if not head:
         return [], 0
     try:
-        value, size = json.JSONDecoder().raw_decode(said[head.end() :])
+        value, size = json.JSONDecoder().raw_decode(part[head.end() :])
     except ValueError:
         return [], 0
     end = head.end() + size
-    if without_markers(said[head.end() : end]) != said[head.end() : end]:
+    if without_markers(part[head.end() : end]) != part[head.end() : end]:
         return [], 0
     if head[1]:
-        return [f"{head[1]} {said[head.end() : end]}"], end
+        return [f"{head[1]} {part[head.end() : end]}"], end
     return [f"{call['name']} {json.dumps(call['arguments'])}" for call in value], end
 
 
@@ -286,7 +290,7 @@ def test_any_text_equals_the_reference(tiny_tokenizer: Open, version: str, parts
     text = "".join(parts)
     if version == "v7":  # has one control token only
         text = re.sub(r"\[(ARGS|CALL_ID)\]", "", text)
-    thinking, answer, calls = seen(tiny_tokenizer(version), text)
+    thinking, answer, calls = parsed(tiny_tokenizer(version), text)
     expected = reference(text, tags=version != "v13")
     assert (thinking, without_markers(answer).lstrip(), calls) == expected
 
@@ -300,7 +304,7 @@ def test_any_ids_are_accounted_for(tiny_tokenizer: Open, version: str, ids: list
 
 @given(st.data())
 @settings(max_examples=50)
-def test_any_arguments(full_tokenizer: Open, data: st.DataObject):
+def test_any_json_arguments(full_tokenizer: Open, data: st.DataObject):
     """Objects of all that JSON has, in the real vocabulary."""
     leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
     texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)

@@ -36,9 +36,9 @@ TOOLS = [WEATHER, TIME]
 PARIS, ROME = '{"city": "Paris"}', '{"city": "Rome"}'
 
 
-def calling(*calls: tuple[str, str, str], **more: str) -> dict[str, Any]:
-    said = [{"id": i, "type": "function", "function": {"name": n, "arguments": a}} for i, n, a in calls]
-    return {"role": "assistant", "content": "", "tool_calls": said, **more}
+def assistant_calls(*calls: tuple[str, str, str], **more: str) -> dict[str, Any]:
+    tool_calls = [{"id": i, "type": "function", "function": {"name": n, "arguments": a}} for i, n, a in calls]
+    return {"role": "assistant", "content": "", "tool_calls": tool_calls, **more}
 
 
 def result(of: str, content: str) -> dict[str, Any]:
@@ -49,18 +49,18 @@ def user(text: str) -> dict[str, Any]:
     return {"role": "user", "content": text}
 
 
-ONE = [user("Paris?"), calling(("abcDEF123", "weather", PARIS)), result("abcDEF123", '{"t": 21}')]
+ONE = [user("Paris?"), assistant_calls(("abcDEF123", "weather", PARIS)), result("abcDEF123", '{"t": 21}')]
 TWO = [
     user("Paris, Rome?"),
-    calling(("abcDEF123", "weather", PARIS), ("000000001", "weather", ROME), content="I'll look."),
+    assistant_calls(("abcDEF123", "weather", PARIS), ("000000001", "weather", ROME), content="I'll look."),
     result("000000001", "30"),
     result("abcDEF123", ""),
 ]
-SHAPES = {
+HISTORIES = {
     "a question": [user("a")],
     "a result": ONE,
     "two results": TWO,
-    "calls after calls": [*TWO, calling(("abcDEF124", "time", "{}")), result("abcDEF124", "noon")],
+    "calls after calls": [*TWO, assistant_calls(("abcDEF124", "time", "{}")), result("abcDEF124", "noon")],
     "an earlier turn": [*TWO, {"role": "assistant", "content": "30 °C."}, user("Thanks."), *ONE[1:]],
     "a question after calls": [*ONE, {"role": "assistant", "content": "21 °C."}, user("Thanks.")],
 }
@@ -72,34 +72,36 @@ SHAPES = {
 def reference(tokenizer: Tokenizer, messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> list[int]:
     """Through mistral_common's own classes, with its own reading of OpenAI's shape."""
     kinds = {"user": UserMessage, "tool": ToolMessage}
-    said = []
+    converted = []
     for message in messages:
         fields = {key: value for key, value in message.items() if key != "role"}
         if message["role"] == "assistant":
             calls = [TheirCall.from_openai(call) for call in fields.pop("tool_calls", [])]
-            said.append(AssistantMessage(**fields, tool_calls=calls or None))
+            converted.append(AssistantMessage(**fields, tool_calls=calls or None))
         else:
-            said.append(kinds[message["role"]](**fields))
-    request = ChatCompletionRequest(messages=said, tools=[Tool.from_openai(tool) for tool in tools] or None)
+            converted.append(kinds[message["role"]](**fields))
+    request = ChatCompletionRequest(
+        messages=converted, tools=[Tool.from_openai(tool) for tool in tools] or None
+    )
     return tokenizer._mistral.encode_chat_completion(request).tokens
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("tools", [[], TOOLS], ids=["untold", "told"])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_prompts_equal_mistral_commons(full_tokenizer: Open, version: str, tools: list, shape: str):
+@pytest.mark.parametrize("tools", [[], TOOLS], ids=["no tools", "tools"])
+@pytest.mark.parametrize("history", HISTORIES)
+def test_prompts_equal_mistral_commons(full_tokenizer: Open, version: str, tools: list, history: str):
     tokenizer = full_tokenizer(version)
-    ids = tokenizer.encode_chat(SHAPES[shape], think=False, tools=tools)
-    assert ids == reference(tokenizer, SHAPES[shape], tools)
+    ids = tokenizer.encode_chat(HISTORIES[history], think=False, tools=tools)
+    assert ids == reference(tokenizer, HISTORIES[history], tools)
     assert (5 in ids) == bool(tools)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("keep", [False, True])
 def test_reasoning_of_this_turn_is_kept(full_tokenizer: Open, version: str, keep: bool):
-    """It led to calls that are being answered; `keep_thinking` decides on that of earlier turns."""
+    """It led to calls that are being answered; for earlier turns, `keep_thinking` decides."""
     tokenizer = full_tokenizer(version)
-    first, second = calling(("abcDEF123", "time", "{}")), calling(("000000001", "time", "{}"))
+    first, second = assistant_calls(("abcDEF123", "time", "{}")), assistant_calls(("000000001", "time", "{}"))
     messages = [
         user("a"),
         {**first, "thinking": "One."},
@@ -130,29 +132,33 @@ def test_reasoning_of_this_turn_is_kept(full_tokenizer: Open, version: str, keep
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_ids_of_other_makers(tiny_tokenizer: Open, version: str):
+def test_call_ids_in_other_formats_are_mapped(tiny_tokenizer: Open, version: str):
     """`call_…` becomes nine letters and digits, the same in the call and in its result."""
     tokenizer = tiny_tokenizer(version)
-    foreign = [user("a"), calling(("call_abc", "time", "{}")), result("call_abc", "noon")]
-    mapped = [user("a"), calling((call_id("call_abc"), "time", "{}")), result(call_id("call_abc"), "noon")]
+    foreign = [user("a"), assistant_calls(("call_abc", "time", "{}")), result("call_abc", "noon")]
+    mapped = [
+        user("a"),
+        assistant_calls((call_id("call_abc"), "time", "{}")),
+        result(call_id("call_abc"), "noon"),
+    ]
     assert tokenizer.encode_chat(foreign) == tokenizer.encode_chat(mapped)
     assert call_id("call_abc") == call_id("call_abc") != call_id("call_abd")
     assert call_id("abcDEF123") == "abcDEF123"
 
 
-def test_other_shapes_of_the_same(tiny_tokenizer: Open):
+def test_equivalent_shapes_give_the_same_prompt(tiny_tokenizer: Open):
     tokenizer = tiny_tokenizer("v11")
     bare = [WEATHER["function"], {"name": "time", "description": None}]
     assert tokenizer.encode_chat("a", tools=bare) == tokenizer.encode_chat("a", tools=TOOLS)
-    odd = calling(("abcDEF123", "weather", json.loads(PARIS)))  # type: ignore[arg-type]
+    odd = assistant_calls(("abcDEF123", "weather", json.loads(PARIS)))  # type: ignore[arg-type]
     odd["tool_calls"][0] |= {"index": 0}
     odd |= {"content": None}
     named = result("abcDEF123", '{"t": 21}') | {"name": "weather"}
     assert tokenizer.encode_chat([user("Paris?"), odd, named]) == tokenizer.encode_chat(ONE)
-    empty = [user("a"), calling(("abcDEF123", "time", "")), result("abcDEF123", "")]
-    full = [user("a"), calling(("abcDEF123", "time", "{}")), result("abcDEF123", "")]
+    empty = [user("a"), assistant_calls(("abcDEF123", "time", "")), result("abcDEF123", "")]
+    full = [user("a"), assistant_calls(("abcDEF123", "time", "{}")), result("abcDEF123", "")]
     assert tokenizer.encode_chat(empty) == tokenizer.encode_chat(full)
-    broken = [user("a"), calling(("abcDEF123", "time", '{"a')), result("abcDEF123", "what?")]
+    broken = [user("a"), assistant_calls(("abcDEF123", "time", '{"a')), result("abcDEF123", "what?")]
     assert tokenizer.encode_chat(broken)  # a framework may report a call that could not be parsed
 
 
@@ -180,7 +186,7 @@ def function(**fields: object) -> list:
         (function(description=3), "description to be text"),
     ],
 )
-def test_tools_that_are_none(tiny_tokenizer: Open, tools: Any, says: str):
+def test_invalid_tools_are_refused(tiny_tokenizer: Open, tools: Any, says: str):
     with pytest.raises(PromptError, match=says):
         tiny_tokenizer("v11").encode_chat("a", tools=tools)
 
@@ -198,16 +204,16 @@ def test_tools_that_are_none(tiny_tokenizer: Open, tools: Any, says: str):
         ([*ONE[:2], result("000000009", "a")], r"messages\[2\] to answer"),
         ([*ONE[:2], {"role": "tool", "content": "a"}], "tool_call_id to be text, found a NoneType"),
         ([*ONE[:2], {"role": "tool", "tool_call_id": "abcDEF123"}], "content to be text"),
-        ([user("a"), calling(("", "f", "{}"))], r"tool_calls\[0\]'s id to say something"),
-        ([user("a"), calling(("a", "f g", "{}"))], "name to be 1 to 64"),
-        ([user("a"), calling(("a", "f", 3))], "arguments to be a mapping"),  # type: ignore[arg-type]
-        ([user("a"), calling(("a", "f", {"b": {1}}))], "plain JSON"),  # type: ignore[arg-type]
+        ([user("a"), assistant_calls(("", "f", "{}"))], r"tool_calls\[0\]'s id to say something"),
+        ([user("a"), assistant_calls(("a", "f g", "{}"))], "name to be 1 to 64"),
+        ([user("a"), assistant_calls(("a", "f", 3))], "arguments to be a mapping"),  # type: ignore[arg-type]
+        ([user("a"), assistant_calls(("a", "f", {"b": {1}}))], "plain JSON"),  # type: ignore[arg-type]
         ([user("a"), {"role": "assistant", "tool_calls": [{"id": "a"}]}], "function to be a mapping"),
         ([user("a"), {"role": "assistant", "tool_calls": "f"}], "list of calls, found a str"),
         ([user("a"), {"role": "assistant", "tool_calls": []}, user("b")], "content to be text"),
     ],
 )
-def test_histories_with_calls_that_have_no_place(
+def test_invalid_histories_with_calls_are_refused(
     tiny_tokenizer: Open, version: str, messages: list, says: str
 ):
     with pytest.raises(PromptError, match=says):
@@ -217,13 +223,13 @@ def test_histories_with_calls_that_have_no_place(
 def test_deep_arguments_are_refused(tiny_tokenizer: Open):
     deep = '{"a": ' + "[" * 200_000 + "]" * 200_000 + "}"
     with pytest.raises(PromptError):
-        tiny_tokenizer("v11").encode_chat([user("a"), calling(("a", "f", deep)), result("a", "b")])
+        tiny_tokenizer("v11").encode_chat([user("a"), assistant_calls(("a", "f", deep)), result("a", "b")])
 
 
 # Replies and conversations
 
 
-SAID = {
+REPLIES = {
     "v7": "<think>\nHm.\n</think>\n\n[TOOL_CALLS]"
     f'[{{"name": "weather", "arguments": {PARIS}, "id": "abcDEF123"}}, '
     f'{{"name": "weather", "arguments": {ROME}, "id": "000000001"}}]',
@@ -236,7 +242,7 @@ SAID = {
 @pytest.fixture(params=VERSIONS)
 def model(request: pytest.FixtureRequest, tiny_tokenizer: Open) -> Iterator[Magistral]:
     tokenizer = tiny_tokenizer(request.param)
-    with scripted(tokenizer, ids_of(tokenizer, SAID[request.param]), max_context=20_000) as model:
+    with scripted(tokenizer, ids_of(tokenizer, REPLIES[request.param]), max_context=20_000) as model:
         yield model
 
 
@@ -269,14 +275,14 @@ def test_the_same_seed_gives_the_same_ids_of_calls(model: Magistral):
         assert len({*ids("a", 1), *ids("a", 2), *ids("b", 1)}) == 6
 
 
-def test_a_conversation_goes_on_from_the_ids(model: Magistral):
+def test_conversation_with_calls_continues_from_the_sampled_ids(model: Magistral):
     """Results follow the sampled ids; the next question drops all reasoning, also that which led to calls."""
     talk = model.conversation(tools=TOOLS)
     first = talk.ask("a")
     second = talk.ask([call.result({"t": "21 °C"}) for call in first.tool_calls])
-    begun = (*first.prompt_ids, *first.token_ids)
-    assert second.prompt_ids[: len(begun)] == begun
-    assert second.stats.cached_tokens >= len(begun) - 1  # the last id was sampled and not yet fed
+    so_far = (*first.prompt_ids, *first.token_ids)
+    assert second.prompt_ids[: len(so_far)] == so_far
+    assert second.stats.cached_tokens >= len(so_far) - 1  # the last id was sampled and not yet fed
     results = [call.result({"t": "21 °C"}) for call in first.tool_calls]
     assert results[0]["content"] == '{"t": "21 °C"}'
     expected = model.encode([user("a"), first.message, *results], tools=TOOLS)
@@ -298,36 +304,36 @@ def test_kept_reasoning_and_tools(model: Magistral):
     talk = model.conversation(keep_thinking=True, tools=TOOLS)
     calls = talk.ask("a").tool_calls
     last = talk.ask([call.result("21") for call in calls], tool_choice="none")
-    told, untold = talk.fork().ask("b"), talk.fork().ask("b", tool_choice="none")
-    begun = (*last.prompt_ids, *last.token_ids)
-    assert untold.prompt_ids[: len(begun)] == begun
-    assert 5 not in untold.prompt_ids
-    assert told.prompt_ids.count(5) == 1
+    with_tools, without_tools = talk.fork().ask("b"), talk.fork().ask("b", tool_choice="none")
+    so_far = (*last.prompt_ids, *last.token_ids)
+    assert without_tools.prompt_ids[: len(so_far)] == so_far
+    assert 5 not in without_tools.prompt_ids
+    assert with_tools.prompt_ids.count(5) == 1
     first = model.tokenizer.version == "v13"
-    assert told.prompt_ids[told.prompt_ids.index(6) + 1 :].count(3) == (2 if first else 1)
-    assert (told.prompt_ids[: len(begun)] == begun) == (not first)
+    assert with_tools.prompt_ids[with_tools.prompt_ids.index(6) + 1 :].count(3) == (2 if first else 1)
+    assert (with_tools.prompt_ids[: len(so_far)] == so_far) == (not first)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_ids_that_the_model_left_out_are_written_in(tiny_tokenizer: Open, version: str):
+def test_call_ids_that_the_model_omitted_are_added(tiny_tokenizer: Open, version: str):
     """Where the template has call ids, a result names its call: so the call is encoded again."""
-    said = re.sub(r"\[CALL_ID\]\w+|, \"id\": \"\w+\"", "", SAID[version])
+    reply = re.sub(r"\[CALL_ID\]\w+|, \"id\": \"\w+\"", "", REPLIES[version])
     with scripted(
-        tiny_tokenizer(version), ids_of(tiny_tokenizer(version), said), max_context=20_000
+        tiny_tokenizer(version), ids_of(tiny_tokenizer(version), reply), max_context=20_000
     ) as model:
         talk = model.conversation(tools=TOOLS)
         first = talk.ask("a")
         second = talk.ask([call.result("21") for call in first.tool_calls])
-        behind = (*first.prompt_ids, *first.token_ids)
+        so_far = (*first.prompt_ids, *first.token_ids)
         named = first.tool_calls[0].id in model.tokenizer.decode(second.prompt_ids)
         assert named == (version != "v13")
-        assert (second.prompt_ids[: len(behind)] == behind) == (version == "v13")
+        assert (second.prompt_ids[: len(so_far)] == so_far) == (version == "v13")
         if named:
             assert list(second.prompt_ids) == model.encode(talk.messages[:-1], tools=TOOLS)
             assert model.tokenizer.decode(second.prompt_ids).count(first.tool_calls[0].id) == 2
 
 
-def test_results_that_do_not_fit(model: Magistral):
+def test_results_that_do_not_match_the_calls_are_refused(model: Magistral):
     talk = model.conversation(tools=TOOLS)
     reply = talk.ask("a")
     paris, rome = (call.result("21") for call in reply.tool_calls)
@@ -371,7 +377,7 @@ def test_tool_choice(model: Magistral):
             model.stream("a", tools=TOOLS, tool_choice=wrong)  # type: ignore[typeddict-item]
 
 
-def test_cut_off_calls(model: Magistral):
+def test_calls_cut_off_at_any_length(model: Magistral):
     """At any length: nothing is lost, and a call is complete or text."""
     whole = model.ask("a", tools=TOOLS, seed=1)
     lengths = range(1, len(whole.token_ids), 17)
@@ -380,13 +386,13 @@ def test_cut_off_calls(model: Magistral):
         assert reply.tool_calls[: len(before.tool_calls)] == before.tool_calls
         assert whole.tool_calls[: len(reply.tool_calls)] == reply.tool_calls
         assert reply.token_ids == whole.token_ids[: len(reply.token_ids)]
-        calling = 9 in reply.token_ids and len(reply.tool_calls) < reply.token_ids.count(9)
-        assert reply.answer.startswith("[TOOL_CALLS]") == calling
+        assistant_calls = 9 in reply.token_ids and len(reply.tool_calls) < reply.token_ids.count(9)
+        assert reply.answer.startswith("[TOOL_CALLS]") == assistant_calls
 
 
 @pytest.mark.parametrize("budget", [0, 1, 3])
 def test_a_budget_and_calls(model: Magistral, budget: int):
-    """The closing tag is forced; the calls come all the same."""
+    """The closing tag is forced; the calls still follow."""
     with model.stream("a", tools=TOOLS, think_budget=budget) as stream:
         events = list(stream)
     reply = stream.reply
@@ -396,7 +402,7 @@ def test_a_budget_and_calls(model: Magistral, budget: int):
 
 @pytest.mark.parametrize("budget", [0, 1, 3, 10])
 def test_a_call_ends_the_reasoning(tiny_tokenizer: Open, budget: int):
-    """After it, a budget has nothing to close."""
+    """Afterwards a budget has nothing to close."""
     tokenizer = tiny_tokenizer("v11")
     ids = ids_of(tokenizer, f"[TOOL_CALLS]weather[ARGS]{PARIS}")
     with scripted(tokenizer, ids) as model:
@@ -405,7 +411,7 @@ def test_a_call_ends_the_reasoning(tiny_tokenizer: Open, budget: int):
     assert reply.stats.forced_tokens == 0
 
 
-def test_a_call_of_no_tool_is_the_callers_to_refuse(tiny_tokenizer: Open):
+def test_call_of_an_unknown_tool_is_returned(tiny_tokenizer: Open):
     tokenizer = tiny_tokenizer("v11")
     with scripted(tokenizer, ids_of(tokenizer, "[TOOL_CALLS]sun[ARGS]{}")) as model:
         assert [call.name for call in model.ask("a", tools=TOOLS).tool_calls] == ["sun"]
@@ -433,14 +439,14 @@ def test_a_notebook_shows_calls(model: Magistral):
     assert "Thought for" in view.thinking()
 
 
-def test_a_tool_that_is_called_like_a_choice():
+def test_tool_may_be_named_like_a_choice():
     auto = [{"name": "auto"}]
     assert forced(auto, "auto") == []
     assert forced(auto, "required") == read_tools(auto)
 
 
 @pytest.mark.parametrize("content", [object(), float("nan"), {"a": {1}}])
-def test_a_result_that_json_cannot_carry(content: object):
+def test_result_that_json_cannot_represent_is_refused(content: object):
     call = ToolCall(id="abcdefghi", name="f", arguments="{}")
     with pytest.raises(PromptError, match="Expected a tool's result to be text or JSON"):
         call.result(content)

@@ -41,7 +41,7 @@ def play(
     return transcript, events
 
 
-def seen(tokenizer: Tokenizer, ids: list[int], **options: tuple[str, ...]) -> tuple[str, str]:
+def parsed(tokenizer: Tokenizer, ids: list[int], **options: tuple[str, ...]) -> tuple[str, str]:
     transcript, _ = play(tokenizer, ids, **options)
     return transcript.thinking, transcript.answer
 
@@ -66,12 +66,12 @@ GRID = [
 ]
 
 
-def test_the_grid_around_both_tags(full_tokenizer: Open):
+def test_text_around_both_tags_equals_the_reference(full_tokenizer: Open):
     tokenizer, spellings = full_tokenizer("v11"), set()
     assert len(GRID) >= 300
     for text in GRID:
         ids = tokenizer.encode(text)
-        assert seen(tokenizer, [*ids, EOS]) == parse(text)
+        assert parsed(tokenizer, [*ids, EOS]) == parse(text)
         if "</think>" in text:
             spellings.add(closing_ids(tokenizer, ids, len(text.partition("</think>")[0].encode())))
     assert len(spellings) > 100  # why ids cannot be matched
@@ -85,20 +85,20 @@ def closing_ids(tokenizer: Tokenizer, ids: list[int], start: int) -> tuple[int, 
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-def test_every_language(full_tokenizer: Open, language: str):
-    tokenizer, said = full_tokenizer("v11"), LANGUAGES[language]
-    ids = tokenizer.encode(f"<think>\n{said}\n</think>\n\n{said}\n")
-    assert seen(tokenizer, ids) == (said, f"{said}\n")
-    assert seen(tokenizer, as_bytes(f" <think>{said}</think> {said}")) == (said, f" {said}")
+def test_every_language_is_parsed(full_tokenizer: Open, language: str):
+    tokenizer, text = full_tokenizer("v11"), LANGUAGES[language]
+    ids = tokenizer.encode(f"<think>\n{text}\n</think>\n\n{text}\n")
+    assert parsed(tokenizer, ids) == (text, f"{text}\n")
+    assert parsed(tokenizer, as_bytes(f" <think>{text}</think> {text}")) == (text, f" {text}")
 
 
 def test_random_ids_equal_the_reference(full_tokenizer: Open):
     tokenizer, draw = full_tokenizer("v11"), random.Random(1)
     for _ in range(300):
-        soup = [[draw.randrange(CONTROLS - 3, 131072) for _ in range(draw.randrange(12))] for _ in range(3)]
-        ids = soup[0] * draw.randrange(2) + tokenizer.encode("<think>") + soup[1]
-        ids += tokenizer.encode("</think>") + soup[2]
-        assert seen(tokenizer, ids) == parse(tokenizer.decode(ids))
+        parts = [[draw.randrange(CONTROLS - 3, 131072) for _ in range(draw.randrange(12))] for _ in range(3)]
+        ids = parts[0] * draw.randrange(2) + tokenizer.encode("<think>") + parts[1]
+        ids += tokenizer.encode("</think>") + parts[2]
+        assert parsed(tokenizer, ids) == parse(tokenizer.decode(ids))
 
 
 PARTS = ("<think>", "</think>", "<th", "</", "think", ">", " ", "\n", "é", "한", "So.", "STOP")
@@ -106,7 +106,7 @@ texts = st.lists(st.sampled_from(PARTS), max_size=15).map("".join)
 
 
 @st.composite
-def spelled(draw: st.DrawFn, tokenizer: Tokenizer) -> list[int]:
+def random_ids(draw: st.DrawFn, tokenizer: Tokenizer) -> list[int]:
     """Ids of some text, cut into tokens at random, with ids between them that have no text or no meaning."""
     ids: list[int] = []
     for part in draw(st.lists(st.sampled_from(PARTS), max_size=12)):
@@ -118,14 +118,14 @@ def spelled(draw: st.DrawFn, tokenizer: Tokenizer) -> list[int]:
 @given(st.data())
 def test_any_ids_equal_the_reference(tiny_tokenizer: Open, data: st.DataObject):
     tokenizer = tiny_tokenizer("v11")
-    ids = data.draw(spelled(tokenizer))
-    assert seen(tokenizer, ids) == parse(tokenizer.decode(ids))
+    ids = data.draw(random_ids(tokenizer))
+    assert parsed(tokenizer, ids) == parse(tokenizer.decode(ids))
 
 
 # Stop strings
 
 
-def cut(answer: str, stop: tuple[str, ...]) -> str:
+def cut_at_stop(answer: str, stop: tuple[str, ...]) -> str:
     """The answer up to the stop string that is complete first; the longer one, of two that end together."""
     for end in range(1, len(answer) + 1):
         for at in range(end):
@@ -143,7 +143,7 @@ def test_stop_strings_end_the_answer_only(tiny_tokenizer: Open, text: str, stop:
     thinking, answer = parse(text)
     for ids in (as_bytes(text), tokenizer.encode(text)):
         transcript, _ = play(tokenizer, [*ids, EOS], stop=stop)
-        assert (transcript.thinking, transcript.answer) == (thinking, cut(answer, stop))
+        assert (transcript.thinking, transcript.answer) == (thinking, cut_at_stop(answer, stop))
         assert transcript.stopped == any(each in answer for each in stop)
 
 
@@ -159,10 +159,10 @@ def test_a_stop_string_split_over_tokens(full_tokenizer: Open):
 def test_of_two_stop_strings_the_one_complete_first(tiny_tokenizer: Open):
     tokenizer = tiny_tokenizer("v11")
     for ids in (as_bytes("aSTOP"), [*tokenizer.encode("a"), *tokenizer.encode("STOP")]):
-        assert seen(tokenizer, ids, stop=("STOP", "TO")) == ("", "aS")
+        assert parsed(tokenizer, ids, stop=("STOP", "TO")) == ("", "aS")
 
 
-def test_what_may_begin_a_stop_string_comes_at_the_end(tiny_tokenizer: Open):
+def test_unfinished_stop_string_is_emitted_at_the_end(tiny_tokenizer: Open):
     transcript = Transcript(tiny_tokenizer("v11"), stop=("STOP",))
     events = [event for i in as_bytes("Go STO") for event in transcript.feed(i)]
     assert "".join(event.text for event in events) == "Go "
@@ -171,7 +171,7 @@ def test_what_may_begin_a_stop_string_comes_at_the_end(tiny_tokenizer: Open):
     assert (leftover, transcript.stopped) == ((), False)
 
 
-def test_an_empty_stop_string(tiny_tokenizer: Open):
+def test_empty_stop_string_is_refused(tiny_tokenizer: Open):
     with pytest.raises(SamplingError, match="at least one character"):
         Transcript(tiny_tokenizer("v11"), stop=("a", ""))
 
@@ -180,19 +180,19 @@ def test_an_empty_stop_string(tiny_tokenizer: Open):
 
 
 @pytest.mark.parametrize("version", ["v7", "v11", "v13"])
-def test_which_tags_count_is_the_tokenizers_to_say(full_tokenizer: Open, version: str):
+def test_tokenizer_decides_which_tags_count(full_tokenizer: Open, version: str):
     tokenizer = full_tokenizer(version)
     text = tokenizer.encode("<think>\na\n</think>\nb")
     control = [34, *tokenizer.encode("\na </think>\n"), 35, *tokenizer.encode("\nb"), 34, 35]
     expected = [("a", "b"), ("", "a </think>\n\nb")]
     if version == "v13":
         expected = [("", "<think>\na\n</think>\nb"), ("a </think>", "b")]
-    assert [seen(tokenizer, [*ids, EOS]) for ids in (text, control)] == expected
+    assert [parsed(tokenizer, [*ids, EOS]) for ids in (text, control)] == expected
 
 
 def test_half_a_character_before_a_control_tag(tiny_tokenizer: Open):
     half = as_bytes("é")[:1]
-    assert seen(tiny_tokenizer("v13"), [34, *half, 35, *half, EOS]) == ("\ufffd", "\ufffd")
+    assert parsed(tiny_tokenizer("v13"), [34, *half, 35, *half, EOS]) == ("\ufffd", "\ufffd")
 
 
 @given(st.lists(st.sampled_from([34, 35, EOS, *as_bytes("<é\n ")]), max_size=12))
@@ -207,7 +207,7 @@ def test_any_control_tags_keep_every_id(tiny_tokenizer: Open, ids: list[int]):
 # The ids of an event, and the phase
 
 
-def test_ids_without_text_ride_on_the_next_event(full_tokenizer: Open):
+def test_ids_without_text_are_on_the_next_event(full_tokenizer: Open):
     tokenizer = full_tokenizer("v11")
     opening, thought, closing, answer = map(tokenizer.encode, ("<think>\n", "Carry", "</think>\n", "85"))
     transcript, events = play(tokenizer, [*opening, *thought, *closing, *answer, EOS])
@@ -226,7 +226,7 @@ def test_ids_after_the_last_text_are_left_over(tiny_tokenizer: Open):
     assert transcript.flush() == ([], (EOS,))
 
 
-def test_the_phase(tiny_tokenizer: Open):
+def test_phase_after_each_id(tiny_tokenizer: Open):
     transcript, phases = Transcript(tiny_tokenizer("v11")), []
     for i in as_bytes("<think>a</think>b"):
         transcript.feed(i)
