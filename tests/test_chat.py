@@ -470,6 +470,25 @@ def test_cancelling_the_task_closes_the_stream(make_model: Callable[..., Magistr
     assert model.ask(QUESTION, max_tokens=2).token_ids
 
 
+def test_an_awaited_error_is_raised_and_not_also_logged_by_asyncio(
+    make_model: Callable[..., Magistral], monkeypatch: pytest.MonkeyPatch
+):
+    model, logged = make_model(), list[str]()
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: logged.append(context["message"]))
+        stream = model.stream(QUESTION)
+        await anext(stream)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(model._model), "logits", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                await stream.adrain()
+
+    asyncio.run(main())
+    gc.collect()
+    assert logged == []
+
+
 # ------------------------------------------------------------------ conversations
 
 

@@ -109,8 +109,10 @@ class Stream:
 
     async def __anext__(self) -> Event:
         while not self._events and (pending := self._request_step()):
+            waiting = asyncio.wrap_future(pending)
+            waiting.add_done_callback(_retrieve)
             try:
-                await asyncio.wait([asyncio.wrap_future(pending)])
+                await asyncio.wait([waiting])
             except asyncio.CancelledError:
                 self.close()
                 raise
@@ -233,3 +235,9 @@ class Stream:
 def _succeeded(done: Pending[None]) -> bool:
     """Whether a step has finished without an error. A failed one is kept: the next request raises it too."""
     return done.finished and done.exception() is None
+
+
+def _retrieve(waiting: "asyncio.Future[None]") -> None:
+    """Mark an error as seen, or asyncio logs it as lost. `_receive` raises it, unless the task was cancelled."""
+    if not waiting.cancelled():
+        waiting.exception()
