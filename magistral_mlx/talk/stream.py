@@ -238,6 +238,6 @@ def _succeeded(done: Pending[None]) -> bool:
 
 
 def _retrieve(waiting: "asyncio.Future[None]") -> None:
-    """Mark an error as seen, or asyncio logs it as lost. `_receive` raises it, unless the task was cancelled."""
+    """Mark an error as seen, so that asyncio does not log it as lost: `_receive` raises it."""
     if not waiting.cancelled():
         waiting.exception()
