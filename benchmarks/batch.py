@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-from benchmarks.pairs import TRIALS, in_turn, ratio, seconds, told, write
+from benchmarks.pairs import TRIALS, as_text, in_turn, ratio, seconds, write
 from benchmarks.tokens_per_second import MAGISTRAL, make, narrowed
 from magistral_mlx import Magistral, Reply, memory
 from magistral_mlx.decoder.batch import Request, Row, feed
@@ -70,7 +70,7 @@ def measured(directory: Path, trials: int) -> list[Json]:
     ]
     for row in rows:
         median = row["tokens_per_second"]["median"]
-        print(f"{row['batch']} at once: {median:.1f} tokens/s, times one: {told(row['times_one'])}")
+        print(f"{row['batch']} at once: {median:.1f} tokens/s, times one: {as_text(row['times_one'])}")
     return rows
 
 
@@ -86,7 +86,7 @@ def clients(trials: int) -> list[Json]:
             )
             rates = {f"{way}_tokens_per_second": spread(each) for way, each in found.items()}
             rows.append({"readers": n, **rates, "times_turns": ratio(found["continuous"], found["turns"])})
-            print(f"{n} readers, continuous batching, times turns: {told(rows[-1]['times_turns'])}")
+            print(f"{n} readers, continuous batching, times turns: {as_text(rows[-1]['times_turns'])}")
     return rows
 
 

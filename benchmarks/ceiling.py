@@ -24,7 +24,7 @@ from mlx_lm.utils import load_model
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-from benchmarks.pairs import TRIALS, in_turn, ratio, told, write
+from benchmarks.pairs import TRIALS, as_text, in_turn, ratio, write
 from magistral_mlx.decoder import engine
 from magistral_mlx.decoder.model import Transformer
 from magistral_mlx.decoder.sampling import Sampler, Sampling
@@ -97,7 +97,7 @@ def main() -> None:
     for name, row in rows.items():
         print(f"{name:16}{row['median']:8.2f} ms a step ({row['min']:.2f} to {row['max']:.2f})")
     most, reached = (ratio(found["mlx-lm"], found[name]) for name in ("products alone", "magistral_mlx"))
-    print(f"times as fast as mlx-lm: {told(reached)}; the products alone: {told(most)}")
+    print(f"times as fast as mlx-lm: {as_text(reached)}; the products alone: {as_text(most)}")
     question = f"ceiling-{Path(args.model).name}-{args.dtype}"
     write(question, {"milliseconds": rows, "times_as_fast": reached, "at_most": most})
 

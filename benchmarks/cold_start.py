@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-from benchmarks.pairs import TRIALS, in_turn, ratio, told, write
+from benchmarks.pairs import TRIALS, as_text, in_turn, ratio, write
 from magistral_mlx.measure.bench import resolved_model
 from magistral_mlx.measure.figures import spread
 
@@ -87,7 +87,7 @@ def main() -> None:
     whole = {name: spread(each) for name, each in found.items()}
     for name, each in whole.items():
         print(f"{name}: {each['median']:.2f} s to the first token ({each['min']:.2f} to {each['max']:.2f})")
-    print(f"times as fast: {told(faster)}")
+    print(f"times as fast: {as_text(faster)}")
     parts = {name: statistics.median(each[name] for each in apart) for name in apart[0]}
     print("apart: " + ", ".join(f"{name} {each:.2f} s" for name, each in parts.items()))
     write("cold_start", {"seconds": whole, "times_as_fast": faster, "seconds_apart": parts})
@@ -99,9 +99,9 @@ def phases(code: str, place: str) -> dict[str, float]:
     done = subprocess.run(
         [sys.executable, "-c", HEAD + code, place, QUESTION], capture_output=True, text=True, check=True
     )
-    told: list[tuple[str, float]] = [json.loads(line) for line in done.stdout.splitlines()]
-    moments = [start, *(moment for _, moment in told)]
-    return {name: after - before for (name, after), before in zip(told, moments[:-1], strict=True)}
+    lines: list[tuple[str, float]] = [json.loads(line) for line in done.stdout.splitlines()]
+    moments = [start, *(moment for _, moment in lines)]
+    return {name: after - before for (name, after), before in zip(lines, moments[:-1], strict=True)}
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import mlx.core as mx
 sys.path.append(str(Path(__file__).parent.parent))
 
 from benchmarks.memory_plan import config
-from benchmarks.pairs import TRIALS, in_turn, ratio, seconds, told, write
+from benchmarks.pairs import TRIALS, as_text, in_turn, ratio, seconds, write
 from benchmarks.tokens_per_second import MAGISTRAL
 from magistral_mlx import memory
 from magistral_mlx.decoder.cache import KVCache, trim_all
@@ -89,7 +89,7 @@ def row(context: int, found: Mapping[Place, list[float]], caches: Mapping[Place,
     faster = ratio(found[both["16"]], found[both["8"]])
     medians = ", ".join(f"{bits} bits {each['median']:.2f} ms" for bits, each in milliseconds.items())
     gigabytes = ", ".join(f"{each / 1e9:.2f} GB" for each in whole.values())
-    print(f"{context:6}: {medians} per token and layer; 8 bits times as fast: {told(faster)}; {gigabytes}")
+    print(f"{context:6}: {medians} per token and layer; 8 bits times as fast: {as_text(faster)}; {gigabytes}")
     return {
         "context": context,
         "milliseconds": milliseconds,

@@ -24,7 +24,7 @@ from mlx_lm.utils import load_model
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-from benchmarks.pairs import TRIALS, in_turn, ratio, told, write
+from benchmarks.pairs import TRIALS, as_text, in_turn, ratio, write
 from benchmarks.tokens_per_second import MAGISTRAL, make, narrowed
 from magistral_mlx.decoder.sampling import Sampler, Sampling
 from magistral_mlx.disk.checkpoint import load, open_checkpoint
@@ -100,7 +100,7 @@ def main() -> None:
         row = {"part": part, "magistral_mlx": spread(ours), "mlx-lm": spread(theirs)}
         rows.append(row | {"times_as_fast": ratio(theirs, ours)})
         medians = f"{row['magistral_mlx']['median']:.2f} | {row['mlx-lm']['median']:.2f}"
-        print(f"| {part} | {medians} | {told(rows[-1]['times_as_fast'])} |")
+        print(f"| {part} | {medians} | {as_text(rows[-1]['times_as_fast'])} |")
     write(f"decode_step-{args.dtype}", {"milliseconds": rows})
 
 

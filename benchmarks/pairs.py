@@ -45,7 +45,7 @@ def ratio(above: list[float], below: list[float]) -> Json:
     return {**spread(pairs), "lower_95": lower_bound(pairs), "pairs": pairs}
 
 
-def told(found: Json) -> str:
+def as_text(found: Json) -> str:
     """A ratio as text."""
     bound = "" if found["lower_95"] is None else f", with 95 % confidence at least {found['lower_95']:.2f}"
     return f"{found['median']:.2f} ({found['min']:.2f} to {found['max']:.2f}{bound})"

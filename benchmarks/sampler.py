@@ -18,7 +18,7 @@ from mlx_lm.sample_utils import make_sampler
 
 sys.path.append(str(Path(__file__).parent.parent))
 
-from benchmarks.pairs import TRIALS, in_turn, ratio, seconds, told, write
+from benchmarks.pairs import TRIALS, as_text, in_turn, ratio, seconds, write
 from magistral_mlx.decoder.sampling import Sampler, Sampling
 from magistral_mlx.measure.figures import spread
 
@@ -41,7 +41,7 @@ def main() -> None:
         milliseconds = {engine: spread([1e3 * s for s in each]) for engine, each in found.items()}
         rows.append({"logits": name, "milliseconds": milliseconds, "times_as_fast": faster})
         ours, theirs = (milliseconds[engine]["median"] for engine in ("magistral_mlx", "mlx-lm"))
-        print(f"{name} logits: {ours:.2f} ms against {theirs:.2f} ms; times as fast: {told(faster)}")
+        print(f"{name} logits: {ours:.2f} ms against {theirs:.2f} ms; times as fast: {as_text(faster)}")
     write("sampler", {"vocabulary": VOCABULARY, "draws_per_trial": DRAWS, "rows": rows})
 
 

@@ -70,7 +70,7 @@ def ours(directory: Path) -> dict[str, Any]:
     loaded, caches, start = mx.get_peak_memory(), model.new_caches(), time.perf_counter()
     logits = exhaust(prefill(model, PROMPT, caches))
     steps = decode(model, logits, caches, sampler=Sampler(Sampling(temperature=0), 0), limit=IDS)
-    return _told(loaded, start, logits, [*steps])
+    return _report(loaded, start, logits, [*steps])
 
 
 def peers(directory: Path) -> dict[str, Any]:
@@ -83,10 +83,10 @@ def peers(directory: Path) -> dict[str, Any]:
     loaded, start = mx.get_peak_memory(), time.perf_counter()
     steps = islice(generate_step(mx.array(PROMPT), model, max_tokens=IDS), IDS)
     found = [(token, logprobs) for token, logprobs in steps]
-    return _told(loaded, start, found[0][1], [int(token) for token, _ in found])
+    return _report(loaded, start, found[0][1], [int(token) for token, _ in found])
 
 
-def _told(loaded: int, start: float, scores: mx.array, ids: list[int]) -> dict[str, Any]:
+def _report(loaded: int, start: float, scores: mx.array, ids: list[int]) -> dict[str, Any]:
     scores = scores.astype(mx.float32)
     return {
         "peak_bytes_of_loading": loaded,

@@ -5,16 +5,8 @@ import sys
 
 import pytest
 
-from benchmarks.loop_guard import (
-    GENERATORS,
-    edited,
-    first_alarm,
-    from_files,
-    generated,
-    library,
-    measure_honest,
-    measure_loops,
-)
+from benchmarks.loop_guard import edited, first_alarm, measure_honest, measure_loops
+from benchmarks.loop_texts import GENERATORS, from_files, generated, library
 from magistral_mlx.text.loops import LONGEST, LoopGuard
 
 
