@@ -100,7 +100,7 @@ PERIODS = (12, 40, 80, 160, 400)
 
 
 def measure_loops(texts: Sequence[Text], loops: int, seed: int) -> list[dict]:
-    """Every other period is drawn uniformly from 1 to 400, the rest log-uniformly, to cover small ones too."""
+    """Every other period is drawn uniformly from 1 to 400, the rest log-uniformly to cover small ones."""
     rng = random.Random(seed)
     rows: dict[str, list[tuple[int, int | None]]] = defaultdict(list)
     for number in range(loops):
