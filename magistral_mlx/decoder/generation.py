@@ -62,7 +62,7 @@ class Generation:
 
     def _run(self) -> Generator[int | None, Guide | None, None]:
         prefix = self.prefix
-        logits = yield from self._read()
+        logits = yield from self._prefill()
         decoding = yield from self._decode(logits)
         guide: Guide | None = None
         while True:
@@ -92,17 +92,17 @@ class Generation:
 
         The caller then records its ids in the prefix, and restarts the prefix on errors.
         """
-        logits = yield from self._read(chunk)
+        logits = yield from self._prefill(chunk)
         return Row(self.request, logits, self.prefix.caches)
 
-    def _read(self, chunk: int | None = None) -> Generator[None, object, mx.array]:
+    def _prefill(self, chunk: int | None = None) -> Generator[None, object, mx.array]:
         prompt = self.request.prompt
         if self.logits is not None:  # taken over from an equal prompt
             self.reused = len(prompt)
             yield None
             return self.logits
         self.reused = self.prefix.rewind(prompt)
-        self.logits = yield from _read(self.model, prompt[self.reused :], self.prefix.caches, chunk)
+        self.logits = yield from _prefill_chunks(self.model, prompt[self.reused :], self.prefix.caches, chunk)
         return self.logits
 
     def _decode(self, logits: mx.array) -> Generator[None, object, Generator[int, Guide | None, None]]:
@@ -131,11 +131,11 @@ class Generation:
             return PromptLookup(prompt)
         prefix = self.prefix.draft = self.prefix.draft or Prefix(model.new_caches())
         reused = prefix.rewind(prompt)
-        yield from _read(model, prompt[reused:], prefix.caches)
+        yield from _prefill_chunks(model, prompt[reused:], prefix.caches)
         return DraftModel(model, prefix, self.request.sampler)
 
 
-def _read(
+def _prefill_chunks(
     model: Transformer, ids: Sequence[int], caches: Sequence[KVCache], chunk: int | None = None
 ) -> Generator[None, object, mx.array]:
     """Prefill, in chunks of `chunk` ids or of a number sent in; yields after each, including the last."""
