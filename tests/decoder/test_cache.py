@@ -169,10 +169,17 @@ def test_prefill_yields_the_number_of_ids_fed(model: Transformer):
     assert {cache.offset for cache in caches} == {25}
 
 
+def test_cache_of_whole_steps_keeps_no_projection_alive(model: Transformer):
+    before, caches = mx.get_active_memory(), model.new_caches()
+    feed(model, IDS[:STEP], caches)
+    mx.eval([array for cache in caches for array in cache.arrays()])
+    assert mx.get_active_memory() - before <= 1.5 * sum(cache.nbytes for cache in caches)
+
+
 def test_real_shape_takes_160_kib_per_token():
     magistral = replace(CONFIG, dim=5120, n_layers=40, n_heads=32, n_kv_heads=8, head_dim=128)
     assert magistral.kv_bytes_per_token(2) == 160 * 1024
     cache = KVCache()
-    k = mx.zeros((1, 8, STEP, 128), mx.bfloat16)
+    k = mx.zeros((1, 8, STEP - 1, 128), mx.bfloat16)
     cache.update(k, k)
     assert cache.nbytes * 40 == magistral.kv_bytes_per_token(2) * STEP
