@@ -109,9 +109,7 @@ class KVCache:
         """Append `parts`, `(B, K, L, …)` each; returns everything so far, `(B, K, T, …)`."""
         start, end = self.offset, self.offset + parts[0].shape[2]
         if not self._arrays:
-            # Longer than the parts: assigning to a whole array would store the part itself, a view that keeps
-            # the fused projection it was cut from (1.5 GB more, at Magistral's shape and 2048 positions).
-            self._arrays = [_zeros(part, end + 1) for part in parts]
+            self._arrays = [_zeros(part, end) for part in parts]
         elif end > self._arrays[0].shape[2]:
             self._arrays = [
                 mx.concatenate([array[:, :, :start], _zeros(part, end - start)], axis=2)
@@ -248,5 +246,10 @@ def _zeros(like: mx.array, positions: int) -> mx.array:
 
 
 def _capacity(positions: int) -> int:
-    """Capacity for so many positions: the next multiple of `STEP`."""
-    return -(-positions // STEP) * STEP
+    """Capacity for so many positions: the next multiple of `STEP` beyond them.
+
+    Never just as many: assigning to a whole array would store the assigned view itself, which keeps all that
+    it was cut from: a longer cache, or the fused projection (1.5 GB more for 2048 positions at Magistral's
+    shape).
+    """
+    return (positions // STEP + 1) * STEP

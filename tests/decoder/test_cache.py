@@ -176,6 +176,16 @@ def test_cache_of_whole_steps_keeps_no_projection_alive(model: Transformer):
     assert mx.get_active_memory() - before <= 1.5 * sum(cache.nbytes for cache in caches)
 
 
+def test_shrinking_to_whole_steps_releases_the_longer_arrays():
+    before, cache = mx.get_active_memory(), KVCache()
+    cache.update(*(mx.random.normal((1, 8, 8 * STEP, 64)) for _ in range(2)))
+    mx.eval(cache.arrays())
+    cache.trim(7 * STEP)
+    cache.shrink()
+    mx.eval(cache.arrays())
+    assert mx.get_active_memory() - before <= 1.25 * cache.nbytes
+
+
 def test_real_shape_takes_160_kib_per_token():
     magistral = replace(CONFIG, dim=5120, n_layers=40, n_heads=32, n_kv_heads=8, head_dim=128)
     assert magistral.kv_bytes_per_token(2) == 160 * 1024
